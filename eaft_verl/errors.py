@@ -1,0 +1,13 @@
+"""Errors a user can act on. Each message says: which key or row, what was found, what is allowed, what to do."""
+
+
+class ConfigError(ValueError):
+    """A recipe, override or command line asks for something unknown, contradictory or unsupported."""
+
+
+class DataError(ValueError):
+    """A data set cannot be used as it is; the message names the file and, where there is one, the row."""
+
+
+class RunError(RuntimeError):
+    """A run directory is missing, incomplete, already in use, or not comparable with another one."""

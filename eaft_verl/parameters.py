@@ -1,0 +1,40 @@
+"""Dataclass fields that know what they accept; `Objective.__post_init__` runs the checks."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import field
+from typing import Any
+
+
+def choice(default: str, allowed: Sequence[str]) -> Any:
+    """A parameter that is one of a few words."""
+
+    def check(value: Any) -> str | None:
+        return None if str(value) in allowed else f"one of {', '.join(allowed)}"
+
+    return field(default=default, metadata={"check": check})
+
+
+def number(
+    default: Any, low: float, high: float = math.inf, *, positive: bool = False, words: Sequence[str] = ()
+) -> Any:
+    """A finite number in [low, high] (`positive`: above low), one of `words`, or None where that is the default."""
+
+    def check(value: Any) -> str | None:
+        if (value is None and default is None) or value in words:
+            return None
+        finite = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if finite and low <= value <= high and not (positive and value == low):
+            return None
+        return f"a number in {'(' if positive else '['}{low:g}, {high:g}]" + "".join(f" or {word}" for word in words)
+
+    return field(default=default, metadata={"check": check})
+
+
+def candidates(default: int) -> Any:
+    """The K of a top-K entropy."""
+
+    def check(value: Any) -> str | None:
+        return None if type(value) is int and value >= 2 else "an integer of at least 2 (ln 1 = 0)"
+
+    return field(default=default, metadata={"check": check})

@@ -1,0 +1,89 @@
+"""Runs -> report.html, report.md, report.json and figures: reads run directories only."""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from eaft_verl.reporting import page, sections
+from eaft_verl.reporting.caveats import caveats
+from eaft_verl.reporting.collect import Arm, load
+from eaft_verl.reporting.comparability import check, config_differences
+from eaft_verl.reporting.history import cost, curves
+from eaft_verl.reporting.measures import build_board
+from eaft_verl.reporting.paths import axes, equal_gain, paths
+from eaft_verl.reporting.provenance import environment, sample_answers
+from eaft_verl.reporting.results import columns, pareto, results, versus
+from eaft_verl.reporting.wording import headline
+from eaft_verl.runs import write_json, write_text
+
+SCHEMA = 1
+RESAMPLES = 4000
+
+
+def report(runs: list[Path], out: Path, *, force: bool = False, seed: int = 0) -> dict[str, Any]:
+    """Compare arms with their base; returns what report.json holds.
+
+    Writes OUT/report.{html,md,json} and OUT/figures/*.png, each in one move; an older report there is replaced.
+    Args: runs: one base run and one or more arm runs, several seeds per arm allowed. force: report on runs that are
+    not comparable, with every reason in a banner. seed: of the bootstrap.
+    Raises RunError: no or two base runs, no arm, an (arm, seed) twice, or runs that are not comparable.
+    """
+    from eaft_verl import plots
+
+    out = Path(out)
+    base, arms = load(runs)
+    found = measure(base, arms, out, problems=check(base, arms, force=force), seed=seed)
+    figures = plots.draw(found)
+    content = sections.build(found, set(figures))
+    for name, data in figures.items():
+        _write_bytes(out / "figures" / f"{name}.png", data)
+    for stale in {path.stem for path in (out / "figures").glob("*.png")} & set(plots.NAMES) - set(figures):
+        (out / "figures" / f"{stale}.png").unlink()
+    write_json(out / "report.json", found)
+    write_text(out / "report.md", page.text(found, content))
+    write_text(out / "report.html", page.html(found, content, figures))
+    return found
+
+
+def measure(base: Arm, arms: list[Arm], out: Path, *, problems: list[str], seed: int) -> dict[str, Any]:
+    """Everything the report states, as plain data; `out` only makes the run folders relative."""
+    board = build_board(base, arms, resamples=RESAMPLES, seed=seed)
+    table, tracks = results(board), {axis: paths(board, axis) for axis in axes(board)}
+    first = arms[0].runs[0].info
+    found = {
+        "schema": SCHEMA,
+        "recipe": first["recipe"],
+        "model": first["model"],
+        "arms": [arm.name for arm in arms],
+        "seeds": {arm.name: list(arm.seeds) for arm in arms},
+        "problems": problems,
+        "resamples": RESAMPLES,
+        "bootstrap_seed": seed,
+        "columns": columns(board),
+        "results": table,
+        "versus": versus(board),
+        "paths": tracks,
+        "equal_gain": {axis: equal_gain(board, axis, track) for axis, track in tracks.items()},
+        "pareto": pareto(table),
+        "curves": curves(arms, board.notes),
+        "config_differences": config_differences(arms),
+        "cost": cost(arms),
+        "samples": sample_answers(base, arms),
+        "environment": environment(base, arms, out),
+    }
+    return found | {"headline": headline(found), "caveats": caveats(found, board.notes)}
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    """Replace a file in one move."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

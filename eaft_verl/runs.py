@@ -1,0 +1,192 @@
+"""A run is a directory. It is the only interface between commands; everything below is plain files.
+
+RUN/run.json                      what it is, its status and the keys that decide comparability
+RUN/config.yaml                   the resolved configuration
+RUN/env.json                      versions, hardware, commit, uncommitted diff
+RUN/metrics.jsonl                 one row per logged step, append only
+RUN/checkpoints/step_000016/      Hugging Face export of the model at that step
+RUN/eval/step_000016/NAME.json    one record per benchmark
+RUN/samples/step_000016/NAME.jsonl  one row per example of that benchmark
+"""
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import re
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from eaft_verl.errors import RunError
+
+SCHEMA = 1
+_STEP_DIR = re.compile(r"^step_(\d{6,})$")
+
+
+def step_name(step: int) -> str:
+    """Directory name of a step: 16 -> 'step_000016'."""
+    return f"step_{step:06d}"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file in one move, so that a reader or a crash never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Atomic, readable JSON. NaN and infinities become strings, because JSON has none."""
+    write_text(path, json.dumps(_finite(value), indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Atomic JSON lines."""
+    write_text(path, "".join(json.dumps(_finite(row), ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file; RunError names the file when it is missing or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunError(f"{path} does not exist") from None
+    except json.JSONDecodeError as error:
+        raise RunError(f"{path} is not valid JSON ({error}); delete it and run the stage again") from None
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """All complete rows; a torn last line (the process was killed while writing) is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number == len(lines):  # no newline after it: torn by a kill
+                break
+            raise RunError(f"{path}:{number} is not valid JSON") from None
+    return rows
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return repr(value)
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+class Run:
+    """One run directory: created once, never overwritten."""
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path).resolve()
+        if not (self.path / "run.json").exists():
+            raise RunError(f"{self.path} is not a run directory: it has no run.json")
+
+    @classmethod
+    def create(cls, path: Path | str, *, info: dict[str, Any], config: str, env: dict[str, Any]) -> "Run":
+        """Make the directory and its three descriptions.
+
+        Args: info: goes into run.json (kind, recipe, arm, seed, model, keys, declared). config: resolved YAML.
+        env: versions and hardware. Raises RunError if the directory holds anything already.
+        """
+        path = Path(path).resolve()
+        if path.exists() and any(path.iterdir()):
+            raise RunError(f"{path} is not empty and a run is never overwritten; choose another output or remove it")
+        path.mkdir(parents=True, exist_ok=True)
+        write_text(path / "config.yaml", config)
+        write_json(path / "env.json", env)
+        write_json(path / "run.json", {"schema": SCHEMA, "status": "created", "created": time.time(), **info})
+        return cls(path)
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """run.json."""
+        return read_json(self.path / "run.json")
+
+    @property
+    def env(self) -> dict[str, Any]:
+        """env.json."""
+        return read_json(self.path / "env.json")
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The resolved configuration as plain containers."""
+        from omegaconf import OmegaConf
+
+        return OmegaConf.to_container(OmegaConf.load(self.path / "config.yaml"), resolve=True)
+
+    def update(self, **fields: Any) -> None:
+        """Change fields of run.json, e.g. status='finished'."""
+        write_json(self.path / "run.json", {**self.info, **fields})
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run for this process; RunError at once when another one is working in it."""
+        with (self.path / ".lock").open("a") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunError(f"{self.path} is in use by another process; wait for it or choose another output") from None
+            yield
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Append one row to metrics.jsonl and hand it to the operating system."""
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(_finite(row), ensure_ascii=False) + "\n")
+
+    def metrics(self, split: str = "train") -> list[dict[str, Any]]:
+        """Logged rows of one split ('train' or 'val'), in order of step."""
+        return [row for row in read_jsonl(self.path / "metrics.jsonl") if row.get("split") == split]
+
+    def rewind_metrics(self, step: int) -> None:
+        """Drop rows after `step` (and a torn line): the history must be that of the resumed run."""
+        path = self.path / "metrics.jsonl"
+        if path.exists():
+            write_jsonl(path, [row for row in read_jsonl(path) if row["step"] <= step])
+
+    def write_eval(self, step: int, name: str, record: dict[str, Any], samples: list[dict[str, Any]]) -> None:
+        """Store one benchmark; samples first, so that a record always has its samples."""
+        write_jsonl(self.path / "samples" / step_name(step) / f"{name}.jsonl", samples)
+        write_json(self.path / "eval" / step_name(step) / f"{name}.json", record)
+
+    def evals(self) -> dict[int, dict[str, dict[str, Any]]]:
+        """{step: {benchmark: record}}, steps ascending."""
+        found: dict[int, dict[str, dict[str, Any]]] = {}
+        for folder in sorted((self.path / "eval").glob("step_*")):
+            if match := _STEP_DIR.match(folder.name):
+                found[int(match[1])] = {file.stem: read_json(file) for file in sorted(folder.glob("*.json"))}
+        return dict(sorted(found.items()))
+
+    def samples(self, step: int, name: str) -> list[dict[str, Any]]:
+        """Per-example rows of one benchmark at one step."""
+        return read_jsonl(self.path / "samples" / step_name(step) / f"{name}.jsonl")
+
+    def checkpoints(self) -> dict[int, Path]:
+        """{step: folder} of complete Hugging Face exports (they carry a config.json), steps ascending."""
+        found = {}
+        for folder in (self.path / "checkpoints").glob("step_*"):
+            if (match := _STEP_DIR.match(folder.name)) and (folder / "config.json").exists():
+                found[int(match[1])] = folder
+        return dict(sorted(found.items()))

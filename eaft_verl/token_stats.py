@@ -1,0 +1,146 @@
+"""What is known of each trained token, computed from logits in one chunked pass.
+
+Dimension letters: T tokens of a packed micro-batch, V vocabulary, K top-K.
+All arithmetic is float32 (float64 for float64 logits), whatever the dtype of the logits: top-K entropy in bfloat16 is
+wrong by more than its own size on the low-entropy tokens that the objectives are about.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from eaft_verl.objectives import TOPK
+
+CHUNK_TOKENS = 1024  # rows upcast at a time: bounds the float32 copy to CHUNK_TOKENS * V
+
+
+class TokenStats(NamedTuple):
+    """What an objective may look at. Per-token tensors are detached, shape [T]; a field not asked for is None."""
+
+    logprob_T: Tensor  # log p(label), nats
+    entropy_T: Tensor  # entropy of the top-K renormalised distribution, nats, in [0, ln k]
+    k: int  # number of candidates behind entropy_T: min(K, V)
+    sum_p2_T: Tensor | None = None  # sum over the vocabulary of p^2
+    sample_weight_T: Tensor | None = None  # weight of the token's example, fixed before training
+    tau: float | None = None  # median over the global batch of the examples' mean loss, nats
+
+
+class LogitStats(NamedTuple):
+    """Per-token values that only the logits can give, shape [T]; rows outside the mask are 0."""
+
+    nll_T: Tensor  # -log p(label), nats; carries the gradient
+    entropy_T: Tensor  # top-K entropy of the objective, nats
+    entropy20_T: Tensor  # top-20 entropy, nats: the yardstick logged for every objective
+    correct_T: Tensor  # 1.0 where the label is the most likely token
+    sum_p2_T: Tensor | None
+
+
+@dataclass(frozen=True)
+class BaseStats:
+    """What the untrained model says of the prepared data: one forward pass before training."""
+
+    entropy: Tensor  # [tokens] top-K entropy normalised by ln K, in [0, 1]
+    prob: Tensor  # [tokens] p(label), in [0, 1]
+    mean_nll: Tensor  # [examples] mean of -log p(label) over the example's trained tokens, nats
+
+    def quantile(self, name: str, q: float) -> float:
+        """Linear-interpolated quantile of one field; sorted because torch.quantile stops at 16 million values."""
+        ordered = vars(self)[name].double().sort().values
+        position = q * (len(ordered) - 1)
+        low = math.floor(position)
+        high = min(low + 1, len(ordered) - 1)
+        return float(ordered[low] + (position - low) * (ordered[high] - ordered[low]))
+
+
+def topk_entropy(topk_TK: Tensor) -> Tensor:
+    """Entropy, in nats, of the K given logits renormalised to sum to one; [T, K] -> [T].
+
+    H = -sum_v q_v ln q_v, q = softmax over the K largest logits (arXiv 2601.02151, Eq. 2). `entr(0) = 0`, so -inf
+    logits (padded vocabularies, fewer than K finite values) need no branch.
+    """
+    return torch.special.entr(topk_TK.softmax(dim=-1)).sum(dim=-1)
+
+
+def reference_stats(logits_TV: Tensor, labels_T: Tensor, k: int = TOPK) -> LogitStats:
+    """The definition, without chunks, masks or a hand-written gradient: what the fast path must equal."""
+    logits_TV = logits_TV.to(_accumulator(logits_TV))
+    logprob_TV = logits_TV.log_softmax(dim=-1)
+    nll_T = -logprob_TV.gather(-1, labels_T[:, None]).squeeze(-1)
+    vocab = logits_TV.shape[-1]
+    entropies = [topk_entropy(logits_TV.detach().topk(min(size, vocab), dim=-1).values) for size in (k, TOPK)]
+    correct_T = (logits_TV.argmax(dim=-1) == labels_T).to(nll_T.dtype)
+    return LogitStats(nll_T, *entropies, correct_T, logprob_TV.detach().exp().square().sum(dim=-1))
+
+
+def logit_stats(
+    logits_TV: Tensor, labels_T: Tensor, mask_T: Tensor, *, k: int = TOPK, sum_p2: bool = False
+) -> LogitStats:
+    """Cross-entropy with its gradient, and the statistics of every token with mask 1, in chunks.
+
+    Args: logits_TV: [T, V], any float dtype, temperature 1. labels_T: [T] int64. mask_T: [T] bool; other rows cost
+    nothing, may hold NaN, and get value and gradient 0. k: candidates of the entropy, clamped to V.
+    Returns: LogitStats in float32 (float64 in, float64 out). Only nll_T is differentiable:
+    d nll_t / d logits_t = softmax(logits_t) - onehot(label_t), formed here in the dtype of the logits, because another
+    consumer of the logits may overwrite them before backward runs.
+    """
+    wants_grad = torch.is_grad_enabled() and logits_TV.requires_grad
+    rows_R = mask_T.nonzero().squeeze(-1)
+    nll_T, entropy_T, entropy20_T, correct_T, sum_p2_T = _ChunkedStats.apply(
+        logits_TV, labels_T, rows_R, k, sum_p2, wants_grad
+    )
+    return LogitStats(nll_T, entropy_T, entropy20_T, correct_T, sum_p2_T if sum_p2 else None)
+
+
+class _ChunkedStats(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits_TV: Tensor, labels_T: Tensor, rows_R: Tensor, k: int, sum_p2: bool, wants_grad: bool
+    ) -> tuple[Tensor, ...]:
+        out_5T = torch.zeros(5, logits_TV.shape[0], dtype=_accumulator(logits_TV), device=logits_TV.device)
+        grad_TV = torch.zeros_like(logits_TV) if wants_grad else None
+        for rows in rows_R.split(CHUNK_TOKENS):
+            part, grad_RV = _chunk(logits_TV[rows], labels_T[rows], k, sum_p2, wants_grad)
+            out_5T[:, rows] = part
+            if grad_TV is not None:
+                grad_TV[rows] = grad_RV
+        ctx.grad_TV = grad_TV
+        nll_T, *rest = out_5T.unbind()
+        ctx.mark_non_differentiable(*rest)
+        return nll_T, *rest
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream_T: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        grad_TV, ctx.grad_TV = ctx.grad_TV, None
+        if grad_TV is None:
+            raise RuntimeError("token statistics: backward ran twice, or on a pass made without gradients")
+        return grad_TV.mul_(upstream_T[:, None].to(grad_TV.dtype)), None, None, None, None, None
+
+
+def _chunk(logits_RV: Tensor, labels_R: Tensor, k: int, sum_p2: bool, wants_grad: bool) -> tuple[Tensor, Tensor | None]:
+    """Five statistics [5, R] of some rows, and d nll / d logits [R, V] where asked for."""
+    vocab = logits_RV.shape[-1]
+    # top-K before the upcast is bit-identical to after it, and spares a float32 pass over the vocabulary
+    top = logits_RV.topk(min(max(k, TOPK), vocab), dim=-1)
+    best_RK = top.values.to(_accumulator(logits_RV))
+    entropy20_R = topk_entropy(best_RK[:, :TOPK])
+    entropy_R = entropy20_R if k == TOPK else topk_entropy(best_RK[:, :k])
+    wide_RV = logits_RV.to(_accumulator(logits_RV))
+    logsumexp_R = wide_RV.logsumexp(dim=-1)
+    nll_R = logsumexp_R - wide_RV.gather(-1, labels_R[:, None]).squeeze(-1)
+    sum_p2_R, grad_RV = torch.zeros_like(nll_R), None
+    if wants_grad or sum_p2:
+        prob_RV = (wide_RV - logsumexp_R[:, None]).exp_()
+        if sum_p2:
+            sum_p2_R = prob_RV.square().sum(dim=-1)
+        prob_RV.scatter_add_(-1, labels_R[:, None], torch.full_like(nll_R, -1.0)[:, None])
+        grad_RV = prob_RV.to(logits_RV.dtype)
+    correct_R = (top.indices[:, 0] == labels_R).to(nll_R.dtype)
+    return torch.stack([nll_R, entropy_R, entropy20_R, correct_R, sum_p2_R]), grad_RV
+
+
+def _accumulator(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
