@@ -1,0 +1,1 @@
+"""Everything that runs on verl and Ray. No other folder imports them."""

@@ -1,0 +1,133 @@
+"""Ray and the worker group: from a resolved configuration to workers that hold the model."""
+
+import contextlib
+import importlib.metadata
+import os
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+from omegaconf import DictConfig, OmegaConf
+
+from eaft_verl.checks import world_size
+from eaft_verl.errors import ConfigError
+
+VERL_VERSION = "0.9.1"
+CPUS_PER_WORKER = 1  # verl's own pool asks for 10 per device and waits for ever where a node has fewer
+
+
+def worker_environment(device: str, workers: int) -> dict[str, str]:
+    """Environment of the workers (and, on CPU, of the driver before it imports verl). Values already set win."""
+    wanted = {"TOKENIZERS_PARALLELISM": "false"}
+    if device == "cpu":
+        wanted |= {
+            "VERL_PLATFORM": "cpu",
+            "VERL_ENGINE_DEVICE": "cuda",  # verl registers its FSDP engine under this name; it runs on CPU as it is
+            # threads beyond the cores spin against each other: 200 times slower was measured
+            "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers)),
+            "OMP_WAIT_POLICY": "passive",
+        }
+    chosen = {key: os.environ.get(key, value) for key, value in wanted.items()}
+    if path := os.environ.get("PYTHONPATH"):
+        chosen["PYTHONPATH"] = path  # a user's own objective must be importable in the workers
+    return chosen
+
+
+@contextlib.contextmanager
+def ray_session(device: str, workers: int) -> Iterator[None]:
+    """A Ray connection: the cluster of RAY_ADDRESS where one is set, else a local one that ends with the block."""
+    installed = importlib.metadata.version("verl")
+    if installed != VERL_VERSION:
+        raise ConfigError(f"verl {installed} is installed; this trainer is made for exactly verl=={VERL_VERSION}")
+    if device == "cpu":
+        os.environ.update({k: v for k, v in worker_environment(device, workers).items() if k.startswith("VERL_")})
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the coming default; silences a warning
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if address := os.environ.get("RAY_ADDRESS"):
+        ray.init(address=address, log_to_driver=False)
+    else:
+        cpus = max(os.cpu_count() or 1, workers * CPUS_PER_WORKER)
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="warning")
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def start_workers(config: DictConfig, model_path: str, total_steps: int, loss: Any) -> Any:
+    """A RayWorkerGroup of EaftWorkers with the model built and the loss set."""
+    from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
+
+    from eaft_verl.training.worker import EaftWorker
+
+    trainer = config.verl.trainer
+    _check_resources(config.device, trainer.nnodes, trainer.n_gpus_per_node)
+    pool = RayResourcePool([trainer.n_gpus_per_node] * trainer.nnodes, max_colocate_count=CPUS_PER_WORKER)
+    worker = RayClassWithInitArgs(ray.remote(EaftWorker), config=worker_config(config, model_path, total_steps))
+    group = RayWorkerGroup(
+        resource_pool=pool,
+        ray_cls_with_init=worker,
+        device_name=config.device,
+        worker_env=worker_environment(config.device, world_size(config)),
+        **_rendezvous(),
+    )
+    group.set_loss_fn(loss)
+    group.reset()
+    return group
+
+
+def worker_config(config: DictConfig, model_path: str, total_steps: int) -> Any:
+    """verl's dataclasses from the resolved tree."""
+    from verl.utils.config import omega_conf_to_dataclass
+    from verl.workers.config import TrainingWorkerConfig
+
+    tree = OmegaConf.create(OmegaConf.to_container(config.verl))
+    OmegaConf.set_struct(tree, False)
+    tree.model.update(path=model_path, hf_config_path=model_path, tokenizer_path=model_path)
+    if tree.model.lora_rank > 0:
+        tree.model.lora.merge = True  # exports are whole models
+    tree.engine.seed = config.seed
+    tree.optim.total_training_steps = total_steps
+    data = tree.data
+    tree.engine.update(
+        use_dynamic_bsz=data.use_dynamic_bsz,
+        max_token_len_per_gpu=data.max_token_len_per_gpu,
+        micro_batch_size_per_gpu=data.micro_batch_size_per_gpu,
+        infer_max_token_len_per_gpu=data.max_token_len_per_gpu,
+        infer_micro_batch_size_per_gpu=data.micro_batch_size_per_gpu,
+    )
+    checkpoint = OmegaConf.create({"_target_": "verl.trainer.config.CheckpointConfig"})
+    checkpoint.save_contents = checkpoint.load_contents = ["model", "optimizer", "extra"]
+    return TrainingWorkerConfig(
+        model_type="language_model",
+        model_config=omega_conf_to_dataclass(tree.model),
+        engine_config=omega_conf_to_dataclass(tree.engine),
+        optimizer_config=omega_conf_to_dataclass(tree.optim),
+        checkpoint_config=omega_conf_to_dataclass(checkpoint),
+        extra_context={"seed": config.seed},
+    )
+
+
+def _check_resources(device: str, nodes: int, per_node: int) -> None:
+    """Refuse at once what a placement group would silently wait for."""
+    name = "GPU" if device == "cuda" else "CPU"
+    offered = [node["Resources"].get(name, 0) for node in ray.nodes() if node["Alive"]]
+    fitting = sum(1 for count in offered if count >= per_node)
+    if fitting < nodes:
+        raise ConfigError(
+            f"verl.trainer.nnodes={nodes} x n_gpus_per_node={per_node} needs {nodes} Ray node(s) with {per_node} {name}(s) "
+            f"each; the cluster offers {[int(count) for count in offered]} {name}s per node. Lower the two keys or add nodes"
+        )
+
+
+def _rendezvous() -> dict[str, str]:
+    """Address of the first worker when it must be on this machine; saves a Ray task that imports verl to ask for it."""
+    if len(ray.nodes()) != 1:
+        return {}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return {"master_addr": "127.0.0.1", "master_port": str(probe.getsockname()[1])}

@@ -1,0 +1,46 @@
+"""A line that tells how training goes: redrawn in a terminal, one line per interval in a job log."""
+
+import sys
+import time
+from typing import Any, TextIO
+
+INTERVAL_S = 10.0
+
+
+class Progress:
+    """`update` after every step; rich's bar where the stream is a terminal, else plain lines."""
+
+    def __init__(self, label: str, total: int, start: int = 0, stream: TextIO | None = None):
+        self.label, self.total, self.stream = label, total, stream or sys.stderr
+        self.first, self.started, self.last = start, time.monotonic(), 0.0
+        self.bar: Any = None
+        if self.stream.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self.bar = Bar(*columns, TextColumn("{task.fields[text]}"), console=Console(file=self.stream))
+            self.bar.start()
+            self.task = self.bar.add_task(label, total=total, completed=start, text="")
+
+    def update(self, step: int, row: dict[str, Any]) -> None:
+        """Show one step's metrics."""
+        text = (
+            f"loss {row['loss']:.3f} nll {row['nll']:.3f} weight {row['weight_mean']:.2f} "
+            f"grad {row['grad_norm']:.2f} {row['tokens_per_s']:.0f} tok/s"
+        )
+        if self.bar is not None:
+            self.bar.update(self.task, completed=step, text=text)
+            return
+        now = time.monotonic()
+        if now - self.last < INTERVAL_S and step < self.total:
+            return
+        self.last = now
+        left = (now - self.started) / max(1, step - self.first) * (self.total - step)
+        print(f"{self.label} step {step}/{self.total} {text} eta {left:.0f}s", file=self.stream, flush=True)
+
+    def close(self) -> None:
+        """End the bar."""
+        if self.bar is not None:
+            self.bar.stop()

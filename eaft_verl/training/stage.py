@@ -1,0 +1,162 @@
+"""`eaft train`: a resolved configuration -> a finished run directory, resumed where an earlier attempt stopped."""
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from eaft_verl.checks import data_spec, evaluate_settings, objective_of, world_size
+from eaft_verl.data.prepare import Prepared, load_prepared, manifest_path, prepare
+from eaft_verl.environment import describe
+from eaft_verl.errors import ConfigError, RunError
+from eaft_verl.evaluation.settings import evaluation_key
+from eaft_verl.models import hub_arguments, model_key, resolve_model
+from eaft_verl.objectives import Objective
+from eaft_verl.runs import Run
+
+
+def run_folder(config: DictConfig) -> Path:
+    """Where an arm's run lives: OUTPUT/ARM-seedN."""
+    return Path(config.output) / f"{config.arm}-seed{config.seed}"
+
+
+def load_tokenizer(model: Path | str) -> Any:
+    """The model's tokenizer, with the repairs that transformers asks for switched off."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(**hub_arguments(model))
+
+
+def prepare_data(config: DictConfig, tokenizer: Any, which: str) -> Prepared:
+    """The recipe's data set, prepared in the experiment's folder unless it is prepared already."""
+    source = Path(str(config.data[which])).expanduser()
+    if source.suffix == ".parquet" and manifest_path(source).exists():
+        return load_prepared(source, tokenizer)
+    return prepare(data_spec(config, which), tokenizer, Path(config.output) / "data" / f"{which}.parquet")
+
+
+def train(config: DictConfig, declared: list[str]) -> Run:
+    """Train one arm; the returned run is finished. A failure is written into run.json and raised."""
+    model = resolve_model(config.model)
+    tokenizer = load_tokenizer(model)
+    data = prepare_data(config, tokenizer, "train")
+    heldout = prepare_data(config, tokenizer, "heldout").examples if config.data.heldout else []
+    _check_lengths(config, data)
+    keys = {
+        "model": model_key(config.model),
+        "data": data.key,
+        "template": data.manifest["template_hash"],
+        "evaluation": evaluation_key(evaluate_settings(config)),
+    }
+    run = _open(config, declared, keys)
+    with run.locked():
+        run.update(status="running", attempt=run.info.get("attempt", 0) + 1)
+        try:
+            _train(config, run, data, heldout, str(model), keys)
+        except BaseException as error:
+            run.update(status="failed", error=f"{type(error).__name__}: {error}"[:2000])
+            raise
+    return run
+
+
+def _open(config: DictConfig, declared: list[str], keys: dict[str, str]) -> Run:
+    """A new run directory, or the unfinished one of the same configuration, data and model."""
+    folder = run_folder(config)
+    if not (folder / "run.json").exists():
+        info = {"kind": "arm", "recipe": config.name, "arm": config.arm, "seed": config.seed, "model": config.model}
+        info |= {"keys": keys, "declared": declared, "objective": OmegaConf.to_container(config.objective)}
+        return Run.create(folder, info=info, config=OmegaConf.to_yaml(config), env=describe())
+    run = Run(folder)
+    if run.info["status"] == "finished":
+        raise RunError(f"{folder} holds a finished run, which is never overwritten; choose another output= or remove it")
+    if run.config != OmegaConf.to_container(config) or run.info["keys"] != keys:
+        raise RunError(
+            f"{folder} holds an unfinished run of another configuration, model or data set; choose another output= or "
+            "remove it"
+        )
+    return run
+
+
+def _check_lengths(config: DictConfig, data: Prepared) -> None:
+    """A packed micro-batch must hold the longest example: verl would fail at the step that meets it."""
+    batch = config.verl.data
+    limit = batch.max_token_len_per_gpu * config.verl.engine.ulysses_sequence_parallel_size
+    longest = max(len(example.input_ids) for example in data.examples)
+    if batch.use_dynamic_bsz and longest > limit:
+        raise ConfigError(f"the longest example has {longest} tokens and verl.data.max_token_len_per_gpu allows {limit}")
+
+
+def _train(
+    config: DictConfig, run: Run, data: Prepared, heldout: list[Any], model: str, keys: dict[str, str]
+) -> None:
+    from eaft_verl.training.cluster import ray_session, start_workers
+
+    with ray_session(config.device, world_size(config)):
+        from eaft_verl.training import checkpoint
+        from eaft_verl.training.loss import TokenLoss
+        from eaft_verl.training.trainer import Trainer, total_steps
+
+        steps = total_steps(config, len(data.examples))
+        objective = objective_of(config)
+        group = start_workers(config, model, steps, TokenLoss(_probe(objective)))
+        try:
+            trainer = Trainer(config, run, group, data.examples, heldout, model)
+            objective = _calibrate(config, trainer, objective, keys)
+            group.set_loss_fn(TokenLoss(objective))
+            if state := checkpoint.load(run, group):
+                trainer.state.update(state)
+            run.rewind_metrics(trainer.state["step"])
+            _drop_checkpoints_after(run, trainer.state["step"])
+            started = time.monotonic()
+            trainer.fit(objective)
+            checkpoint.remove(run)
+            run.update(
+                status="finished",
+                finished=time.time(),
+                total_steps=steps,
+                train_seconds=trainer.state["seconds"],
+                wall_seconds=time.monotonic() - started,
+                workers=group.world_size,
+            )
+        finally:
+            for worker in group.workers:
+                _kill(worker)
+
+
+def _probe(objective: Objective) -> Objective:
+    """Plain SFT with the same K, for passes before the objective is complete."""
+    from eaft_verl.objectives import Sft
+
+    return Sft(k=objective.k)
+
+
+def _calibrate(config: DictConfig, trainer: Any, objective: Objective, keys: dict[str, str]) -> Objective:
+    """Thresholds and sample weights from the base model's pass over the data, where the objective takes them there."""
+    if "base" not in objective.needs:
+        return objective
+    from eaft_verl.training.base_pass import base_stats
+
+    path = Path(config.output) / "data" / f"base_stats_k{objective.k}.safetensors"
+    key = "/".join(keys[name] for name in ("model", "data", "template"))
+    size = config.verl.data.train_batch_size
+    base = base_stats(path, key, trainer.examples, objective.k, lambda rows: trainer.infer(trainer.examples, rows), size)
+    weights = objective.sample_weights(base)
+    trainer.sample_weights = None if weights is None else weights.tolist()
+    calibrated = objective.calibrate(base)
+    trainer.run.update(calibrated={name: value for name, value in vars(calibrated).items()})
+    return calibrated
+
+
+def _drop_checkpoints_after(run: Run, step: int) -> None:
+    """Exports of steps that are about to be trained again."""
+    for found, folder in run.checkpoints().items():
+        if found > step:
+            shutil.rmtree(folder)
+
+
+def _kill(worker: Any) -> None:
+    import ray
+
+    ray.kill(worker)

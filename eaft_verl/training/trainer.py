@@ -1,0 +1,177 @@
+"""The training loop: batches to the workers, metrics to the run, a model at every evaluation point."""
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from omegaconf import DictConfig
+from torch.utils.tensorboard import SummaryWriter
+
+from eaft_verl.data.prepare import Example
+from eaft_verl.errors import RunError
+from eaft_verl.objectives import Objective
+from eaft_verl.runs import Run, step_name
+from eaft_verl.training import checkpoint
+from eaft_verl.training.base_pass import metrics_of
+from eaft_verl.training.batches import balanced, batch_indices, make_batch, sequential_batches, steps_per_epoch
+from eaft_verl.training.loss import BATCH_FLAGS
+from eaft_verl.training.progress import Progress
+
+MAX_NONFINITE_STEPS = 5  # consecutive; verl skips such an update and goes on for ever
+LOGGED = (
+    *("loss", "nll", "token_accuracy", "entropy", "weight_mean", "weight_p10", "weight_p50", "weight_p90", "ess"),
+    *("conflict_share", "nll_low_entropy", "nll_high_entropy", "grad_norm", "lr", "step_tokens"),
+)
+VALIDATED = ("nll", "token_accuracy", "entropy", "conflict_share")
+
+
+def total_steps(config: DictConfig, examples: int) -> int:
+    """Optimizer steps of the arm."""
+    trainer = config.verl.trainer
+    per_epoch = steps_per_epoch(examples, config.verl.data.train_batch_size)
+    return trainer.total_training_steps or per_epoch * trainer.total_epochs
+
+
+def evaluation_points(total: int, points: int) -> list[int]:
+    """Steps at which the arm is evaluated: evenly spaced, the last at the end; fewer where there are fewer steps."""
+    return sorted({max(1, round(total * point / points)) for point in range(1, points + 1)})
+
+
+class Trainer:
+    """One arm's training on a worker group. `state` is all that must survive a restart besides the workers' own."""
+
+    def __init__(
+        self, config: DictConfig, run: Run, group: Any, examples: Sequence[Example], heldout: Sequence[Example], model: str
+    ):
+        self.config, self.run, self.group, self.model = config, run, group, model
+        self.examples, self.heldout = examples, heldout
+        self.batch_size: int = config.verl.data.train_batch_size
+        self.steps = total_steps(config, len(examples))
+        self.per_epoch = steps_per_epoch(len(examples), self.batch_size)
+        self.sample_weights: list[float] | None = None
+        self.state: dict[str, Any] = {"step": 0, "seconds": 0.0, "tokens": 0, "tau": None}
+        self.nonfinite = 0
+        self.board: Any = None
+
+    def batch(self, examples: Sequence[Example], indices: list[int], **flags: Any) -> Any:
+        """A TensorDict of these rows for the workers, balanced over them."""
+        ranks = self.group.world_size // self.config.verl.engine.ulysses_sequence_parallel_size
+        if self.config.verl.trainer.balance_batch and not flags.get("ordered"):
+            indices = balanced(indices, [len(example.input_ids) for example in examples], ranks)
+        flags.pop("ordered", None)
+        weights = self.sample_weights if examples is self.examples else None
+        return make_batch(examples, indices, {**BATCH_FLAGS, **flags}, weights)
+
+    def infer(self, examples: Sequence[Example], indices: list[int], **flags: Any) -> Any:
+        """Forward pass over these rows, in their order; the worker's answer with per-token outputs and metrics."""
+        return self.group.infer_batch(self.batch(examples, indices, ordered=True, **flags)).get()
+
+    def fit(self, objective: Objective) -> None:
+        """Train from `state` to the end; raises RunError when the loss stays non-finite."""
+        trainer = self.config.verl.trainer
+        save_every = self._frequency(trainer.save_freq)
+        test_every = self._frequency(trainer.test_freq)
+        points = evaluation_points(self.steps, self.config.evaluate.points)
+        self.board = SummaryWriter(str(self.run.path / "tensorboard"), purge_step=self.state["step"] + 1)
+        progress = Progress(f"{self.config.arm}", self.steps, self.state["step"])
+        try:
+            for step in range(self.state["step"] + 1, self.steps + 1):
+                progress.update(step, self._step(step, objective))
+                if self.heldout and step % test_every == 0:
+                    self.validate(step)
+                if step in points:
+                    self.export(step)
+                if step % save_every == 0 and step < self.steps:
+                    checkpoint.save(self.run, self.group, step, self.state, trainer.max_ckpt_to_keep)
+        finally:
+            progress.close()
+            self.board.close()
+
+    def _step(self, step: int, objective: Objective) -> dict[str, Any]:
+        started = time.monotonic()
+        rows = batch_indices(step, len(self.examples), self.batch_size, self.config.seed)
+        batch_state = self._batch_state(rows, objective)
+        batch = self.batch(self.examples, rows, objective_state=batch_state, update_lr_scheduler=True)
+        metrics = metrics_of(self.group.train_batch(batch).get())
+        seconds = time.monotonic() - started
+        self.state.update(
+            step=step,
+            seconds=self.state["seconds"] + seconds,
+            tokens=self.state["tokens"] + int(metrics["step_tokens"]),
+            tau=metrics["median_example_nll"],
+        )
+        row = {
+            "split": "train",
+            "step": step,
+            "epoch": step / self.per_epoch,
+            "time": time.time(),
+            "seconds": self.state["seconds"],
+            "tokens": self.state["tokens"],
+            **{name: metrics[name] for name in LOGGED},
+            "step_s": seconds,
+            "tokens_per_s": sum(len(self.examples[index].input_ids) for index in rows if index >= 0) / seconds,
+            "memory_gib": metrics["perf/max_memory_allocated_gb"],
+        }
+        self._log(row)
+        self._check_finite(step, metrics)
+        return row
+
+    def _log(self, row: dict[str, Any]) -> None:
+        self.run.log(row)
+        for name in row.keys() - {"split", "step", "time"}:
+            self.board.add_scalar(f"{row['split']}/{name}", row[name], row["step"])
+
+    def _batch_state(self, rows: list[int], objective: Objective) -> dict[str, float]:
+        """Scalars of the global batch that the objective asks for; an extra forward pass where they must be exact."""
+        state: dict[str, float] = {}
+        if "tau" in objective.needs:
+            known = self.state["tau"] if objective.tau == "previous_step" else None
+            state["tau"] = known or self._forward(rows, {"tau": 1.0})["median_example_nll"]
+        if objective.weight_norm == "batch_mean":
+            mean = self._forward(rows, state)["weight_mean"]
+            state["weight_scale"] = 1.0 / mean if mean > 0 else 1.0
+        return state
+
+    def _forward(self, rows: list[int], state: dict[str, float]) -> dict[str, float]:
+        return metrics_of(self.infer(self.examples, rows, objective_state=state))
+
+    def _check_finite(self, step: int, metrics: dict[str, float]) -> None:
+        finite = math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
+        self.nonfinite = 0 if finite else self.nonfinite + 1
+        if self.nonfinite >= MAX_NONFINITE_STEPS:
+            raise RunError(
+                f"loss or gradient was not finite for {self.nonfinite} steps in a row (step {step}: loss {metrics['loss']}, "
+                f"gradient norm {metrics['grad_norm']}); lower verl.optim.lr or look at the data of these steps"
+            )
+
+    def validate(self, step: int) -> None:
+        """Plain cross-entropy over every held-out row, whatever the objective; one row in metrics.jsonl."""
+        total, sums = 0.0, dict.fromkeys(VALIDATED, 0.0)
+        for indices in sequential_batches(len(self.heldout), self.batch_size):
+            metrics = metrics_of(self.infer(self.heldout, indices, objective_state={"tau": 1.0}))
+            total += metrics["step_tokens"]
+            for name in VALIDATED:
+                sums[name] += metrics[name] * metrics["step_tokens"]
+        means = {name: sums[name] / total for name in VALIDATED}
+        self._log({"split": "val", "step": step, "time": time.time(), "step_tokens": total, **means})
+
+    def export(self, step: int) -> None:
+        """The model at this step, for evaluation and use."""
+        folder = self.run.path / "checkpoints" / step_name(step)
+        if not (folder / "config.json").exists():
+            self.group.export(str(folder), self.model, self.export_dtype)
+
+    @property
+    def export_dtype(self) -> str:
+        """The base model's own dtype: what it is served in."""
+        from transformers import AutoConfig
+
+        dtype = str(AutoConfig.from_pretrained(self.model).dtype or "bfloat16").removeprefix("torch.")
+        return dtype if dtype in ("bfloat16", "float16", "float32") else "bfloat16"
+
+    def _frequency(self, value: int | str) -> float:
+        """Steps between two events; infinity for never (any step % inf is the step itself, never 0)."""
+        if value == "after_each_epoch":
+            return self.per_epoch
+        return math.inf if value == -1 else value

@@ -1,0 +1,61 @@
+"""One Ray actor per device: verl's TrainingWorker with our loss, our statistics and an export."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tensordict import TensorDict
+from verl.single_controller.base.decorator import Dispatch, make_nd_compute_dataproto_dispatch_fn, register
+from verl.utils.device import get_device_name
+from verl.utils.distributed import initialize_global_process_group_ray
+from verl.workers.engine_workers import TrainingWorker, TrainingWorkerConfig
+
+from eaft_verl.training.export import export_weights
+from eaft_verl.training.step_metrics import summarize
+
+_PER_DP_RANK = make_nd_compute_dataproto_dispatch_fn(mesh_name="train")
+COLLECTIVE_TIMEOUT_S = 1800  # verl waits 10 h for a rank that hangs
+
+
+class EaftWorker(TrainingWorker):
+    """verl's worker; `config.extra_context['seed']` fixes what is drawn when the model is built."""
+
+    def __init__(self, config: TrainingWorkerConfig):
+        # on CPU verl's own backend string names the device twice, which torch refuses; it skips an initialised group
+        backend = "gloo" if get_device_name() == "cpu" else None
+        initialize_global_process_group_ray(timeout_second=COLLECTIVE_TIMEOUT_S, backend=backend)
+        super().__init__(config=config)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def reset(self) -> None:
+        torch.manual_seed(self.config.extra_context["seed"])  # same adapter initialisation on every rank
+        super().reset()
+
+    # registered again, because the dispatch mode is an attribute of the function and not inherited
+    @register(dispatch_mode=_PER_DP_RANK, blocking=False)
+    def train_batch(self, data: TensorDict) -> TensorDict:
+        self.loss_fn.table.clear()
+        self._lr = self.engine.optimizer.param_groups[0]["lr"]  # of this step; verl reports the next one's
+        return super().train_batch(data)
+
+    @register(dispatch_mode=_PER_DP_RANK, blocking=False)
+    def infer_batch(self, data: TensorDict) -> TensorDict:
+        self.loss_fn.table.clear()
+        return super().infer_batch(data)
+
+    def _postprocess_output(self, output: dict[str, Any], *, forward_only: bool, **kwargs: Any) -> TensorDict:
+        rows = self.loss_fn.table.gather(self.engine.get_data_parallel_group())
+        result = super()._postprocess_output(output, forward_only=forward_only, **kwargs)
+        metrics = result["metrics"]
+        metrics.update(summarize(rows))
+        if not forward_only:
+            metrics["lr"] = self._lr
+        return result
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def export(self, folder: str, base_model: str, dtype: str) -> None:
+        """Write the model as a Hugging Face folder that transformers and vLLM load; collective, rank 0 writes."""
+        weights, _ = self.engine.get_per_tensor_param()
+        export_weights(weights, Path(folder), base_model, dtype, write=dist.get_rank() == 0)
+        dist.barrier()
