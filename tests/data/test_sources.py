@@ -1,0 +1,92 @@
+"""Reading: strict about bytes, exact about row numbers, and clear about what cannot be reached."""
+
+import hashlib
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from eaft_verl.data.sources import read_rows, source_hash
+from eaft_verl.errors import DataError
+
+ROWS = [{"prompt": "é €", "response": "1"}, {"prompt": "b", "response": "2"}]
+
+
+def test_three_file_types_give_the_same_rows(tmp_path):
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS) + "\n\n", encoding="utf-8")
+    (tmp_path / "a.json").write_text(json.dumps(ROWS, ensure_ascii=False), encoding="utf-8-sig")
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+    for suffix in ("jsonl", "json", "parquet"):
+        assert read_rows(str(tmp_path / f"a.{suffix}")) == ROWS
+
+
+def test_source_hash_is_of_the_bytes(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"a": 1}\n')
+    assert source_hash(str(path)) == hashlib.sha256(b'{"a": 1}\n').hexdigest()
+
+
+def _parquet_with_bad_text(path):
+    bad = pa.Array.from_buffers(
+        pa.string(), 2, [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0\4\0\0\0"), pa.py_buffer(b"ok\xff\xfe")]
+    )
+    pq.write_table(pa.table({"prompt": bad, "response": bad}), path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.jsonl", b'{"p": "x"}\n\n{"p": "\xff"}\n', r"row 2 \(line 3\) is not valid UTF-8 .byte 0xff at column 8"),
+        ("a.jsonl", b'{"p": "x"}\n{"p": "\0"}\n', r"row 2 \(line 2\) holds a NUL byte at column 8"),
+        ("a.jsonl", b'{"p": "x"}\n{"p": \n', r"row 2 \(line 2\) is not valid JSON"),
+        ("a.jsonl", b'{"p": "x"}\n[1]\n', "row 2 is list; every row must be an object"),
+        ("a.json", b'[{"p": "x"}, {"p": "\xff"}]', "row 2 is not valid UTF-8"),
+        ("a.json", b'[{"p": "x"}, {"p": "\0"}]', "row 2 holds a NUL byte"),
+        ("a.json", b'{"p": "x"}', "holds dict; a list of objects"),
+        ("a.json", b'[{"p": ', "is not valid JSON"),
+        ("a.parquet", b"PAR1 no", "not a readable parquet file"),
+        ("a.parquet", _parquet_with_bad_text, "row 2 is not valid UTF-8"),
+        ("a.csv", b"a,b", "suffix '.csv'; readable are .jsonl, .json, .parquet"),
+    ],
+)
+def test_unreadable_files(tmp_path, name, content, reason):
+    path = tmp_path / name
+    if callable(content):
+        content(path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=reason) as caught:
+        read_rows(str(path))
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("source", ["missing.jsonl", "./missing", "/missing/x", "org/missing.parquet", "~/x"])
+def test_missing_path_is_never_tried_as_hub_id(source):
+    with pytest.raises(DataError, match="is not a file; give an existing"):
+        read_rows(source)
+
+
+def test_folder_and_nonsense_are_no_hub_ids(tmp_path):
+    with pytest.raises(DataError, match="is not a file"):
+        read_rows(str(tmp_path))
+    with pytest.raises(DataError, match="neither a local file nor a hub id"):
+        read_rows("just a name")
+
+
+def test_hub_offline(monkeypatch):
+    import datasets.config
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        DataError, match="'some-org/some-set:main' is neither a local file nor reachable as hub data set; "
+    ):
+        read_rows("some-org/some-set:main")
+
+
+def test_generated_rows_are_a_source():
+    rows = read_rows("generate:neutral_prompts")
+    assert rows and all(isinstance(row, dict) for row in rows)
+    assert source_hash("generate:neutral_prompts") == source_hash("generate:neutral_prompts")

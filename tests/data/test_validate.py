@@ -1,0 +1,100 @@
+"""One bad row of every kind."""
+
+import pytest
+
+from eaft_verl.data.spec import DataSpec, RowError
+from eaft_verl.data.validate import check_row
+from eaft_verl.errors import ConfigError
+
+CONTROL = ("<|im_end|>", "<s>", "<s>x")
+
+
+def turns(*pairs):
+    roles = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
+    return [{"role": roles[role], "content": content} for role, content in pairs]
+
+
+GOOD = [
+    turns(("u", "Q"), ("a", "A")),
+    turns(("s", ""), ("u", "Q"), ("a", "A"), ("u", "Q"), ("a", "A")),
+    turns(("u", "Q"), ("a", "A"), ("t", "T"), ("t", "T"), ("a", "A")),
+    [*turns(("u", "Q")), {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}],
+]
+
+
+@pytest.mark.parametrize("messages", GOOD)
+def test_good_rows_come_back_unchanged(messages):
+    for policy in ("error", "escape", "allow"):
+        assert check_row(messages, CONTROL, policy) == (messages, 0)
+
+
+@pytest.mark.parametrize(
+    ("messages", "kind", "reason"),
+    [
+        ([], "missing_assistant", "no turns"),
+        (turns(("u", "Q")), "missing_assistant", "no assistant turn among user"),
+        (turns(("u", "Q"), ("a", " \n")), "empty_assistant", r"turn 2 \(assistant\) is empty"),
+        (turns(("u", "Q"), ("a", ""), ("u", "Q"), ("a", "A")), "empty_assistant", "turn 2"),
+        (turns(("u", "Q"), ("s", "S"), ("a", "A")), "role_order", "turn 2 is a system turn"),
+        (turns(("a", "A")), "role_order", "turn 1 is assistant; the first turn"),
+        (turns(("s", "S"), ("a", "A")), "role_order", "turn 2 is assistant"),
+        (turns(("u", "Q"), ("t", "T"), ("a", "A")), "role_order", "turn 2 is a tool result"),
+        (turns(("u", "Q"), ("a", "A"), ("u", "Q")), "role_order", "the last turn is user"),
+        (turns(("u", "Q\0"), ("a", "A")), "nul", "turn 1 holds a NUL character at character 2"),
+        (turns(("u", "Q"), ("a", "A\ud800")), "invalid_utf8", r"turn 2 holds half a surrogate pair \(U\+D800\)"),
+        (turns(("u", "a<|im_end|>"), ("a", "A")), "control_token", r"turn 1 \(user\) .*'<\|im_end\|>' at character 2"),
+        (turns(("s", "<s>"), ("u", "Q"), ("a", "A")), "control_token", r"turn 1 \(system\)"),
+    ],
+)
+def test_bad_rows(messages, kind, reason):
+    with pytest.raises(RowError, match=reason) as caught:
+        check_row(messages, CONTROL, "error")
+    assert caught.value.kind == kind
+
+
+def test_control_token_inside_a_tool_call_is_found():
+    call = {"function": {"name": "f", "arguments": {"deep": ["<|im_end|>"]}}}
+    with pytest.raises(RowError, match="control token"):
+        check_row([*turns(("u", "Q")), {"role": "assistant", "content": "", "tool_calls": [call]}], CONTROL, "error")
+
+
+def test_escape_breaks_every_control_token():
+    messages = turns(("u", "<|im_end|><|im_end|>"), ("a", "<s>x and <|im_en"))
+    escaped, count = check_row(messages, CONTROL, "escape")
+    assert count == 3
+    assert escaped == turns(("u", "<\u200b|im_end|><\u200b|im_end|>"), ("a", "<\u200bs>x and <|im_en"))
+    assert messages[0]["content"] == "<|im_end|><|im_end|>"
+
+
+def test_token_of_one_character_cannot_be_escaped():
+    with pytest.raises(RowError, match="cannot be escaped"):
+        check_row(turns(("u", "a#"), ("a", "A")), ("#",), "escape")
+
+
+def test_escaped_text_encodes_to_no_control_token(make_tokenizer):
+    from eaft_verl.data.encode import special_tokens
+
+    tokenizer = make_tokenizer("chatml")
+    controls = special_tokens(tokenizer)
+    escaped, count = check_row(turns(("u", " ".join(controls)), ("a", "A")), controls, "escape")
+    ids = tokenizer(escaped[0]["content"], add_special_tokens=False)["input_ids"]
+    assert count == len(controls)
+    assert not set(ids) & set(tokenizer.convert_tokens_to_ids(list(controls)))
+    assert tokenizer.decode(ids).replace("\u200b", "") == " ".join(controls)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"over_long": "cut"}, "data.over_long='cut' is unknown; choose one of error, drop, truncate"),
+        ({"control_tokens": None}, "choose one of error, escape, allow"),
+        ({"turns": "last"}, "choose one of whole, split"),
+        ({"max_length": 1}, "data.max_length=1 must be"),
+        ({"max_length": True}, "data.max_length=True must be"),
+        ({"rows": 0}, "data.rows=0 must be"),
+        ({"source": " "}, "data.source=' ' must name"),
+    ],
+)
+def test_spec_refuses(options, reason):
+    with pytest.raises(ConfigError, match=reason):
+        DataSpec(**{"source": "a.jsonl", **options})
