@@ -80,7 +80,7 @@ def _figure(width: float, height: float, target: io.BytesIO, dpi: int = 160) -> 
     figure = Figure(figsize=(width, height), dpi=dpi, facecolor="white")
     FigureCanvasAgg(figure)
     yield figure
-    figure.savefig(target, format="png", metadata={"Software": None})
+    figure.savefig(target, format="png", metadata={"Software": None}, bbox_inches="tight", pad_inches=0.06)
 
 
 def _thousands(value: float, _: int) -> str:
@@ -106,7 +106,9 @@ def _delta_rows(report: Row) -> list[Row]:
     return [
         column
         for column in report["columns"]
-        if column["percent"] and column["side"] != "drift" and any("delta" in c.get(column["id"], {}) for c in report["results"].values())
+        if column["percent"]
+        and column["side"] != "drift"
+        and any("delta" in c.get(column["id"], {}) for c in report["results"].values())
     ]
 
 
@@ -127,7 +129,9 @@ def _deltas(report: Row, rows: list[Row]) -> bytes:
                 bars = _bars(*(bounds[key] for key in ("delta", "low", "high")), scale=100)
                 style = {"color": colors[arm], "marker": marker(index), "markersize": 6}
                 filled = colors[arm] if bounds["excludes_zero"] else "white"
-                axes.errorbar(bounds["delta"] * 100, place_at, xerr=bars, markerfacecolor=filled, linewidth=1.8, **style)
+                axes.errorbar(
+                    bounds["delta"] * 100, place_at, xerr=bars, markerfacecolor=filled, linewidth=1.8, **style
+                )
         axes.axvline(0, color=INK, linewidth=1)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_yticks(range(len(rows)), [row["name"] for row in rows], color=INK)
@@ -139,13 +143,18 @@ def _deltas(report: Row, rows: list[Row]) -> bytes:
 
 def _legend(axes: Axes, arms: list[str], colors: dict[str, str], figure: Figure, lines: bool = False) -> None:
     """Arm names in their colours above the axes."""
+    handles: list[Any] = []
     for index, arm in enumerate(arms):
         style: Row = {"linestyle": "-", "linewidth": 2.4} if lines else {"linestyle": "", "marker": marker(index)}
-        axes.plot([], [], color=colors[arm], label=arm_name(arm), markersize=7, **style)
-    handles, names = axes.get_legend_handles_labels()
-    unique = dict(zip(names, handles, strict=True))
+        handles += axes.plot([], [], color=colors[arm], markersize=7, **style)
     legend = figure.legend(
-        unique.values(), unique, loc="upper left", bbox_to_anchor=(0.0, 1.0), ncols=len(unique), frameon=False, fontsize=11
+        handles,
+        [arm_name(arm) for arm in arms],
+        loc="upper left",
+        bbox_to_anchor=(0.0, 1.0),
+        ncols=len(arms),
+        frameon=False,
+        fontsize=11,
     )
     for text, arm in zip(legend.get_texts(), arms, strict=True):
         text.set_color(colors[arm])
@@ -161,14 +170,18 @@ def _path(report: Row, axis: str) -> bytes:
         for index, (arm, points) in enumerate(report["paths"][axis].items()):
             line = [(point["x"] * scale, point["kl"]) for point in points]
             axes.plot(*zip(*line, strict=True), color=colors[arm], linewidth=2)
-            axes.plot(*zip(*line[1:], strict=True), marker(index), color=colors[arm], markersize=6.5, markeredgecolor="white")
+            axes.plot(
+                *zip(*line[1:], strict=True), marker(index), color=colors[arm], markersize=6.5, markeredgecolor="white"
+            )
             end = points[-1]
             xerr = _bars(end["x"], end["x_low"], end["x_high"], scale)
             yerr = _bars(end["kl"], end["kl_low"], end["kl_high"])
             axes.errorbar(*line[-1], xerr=xerr, yerr=yerr, color=colors[arm], alpha=0.45, linewidth=1.3)
             labels.append(Label(*line[-1], f"{arm_name(arm)} {end['step']:,}", colors[arm], 10.5, "bold"))
-            labels += [Label(*xy, f"{p['step']:,}", colors[arm]) for xy, p in zip(line[1:-1], points[1:-1], strict=True)]
-            lines.append(line)
+            labels += [
+                Label(*xy, f"{p['step']:,}", colors[arm]) for xy, p in zip(line[1:-1], points[1:-1], strict=True)
+            ]
+            lines += [line, _cross(line[-1], xerr, 0), _cross(line[-1], yerr, 1)]
         axes.plot(*lines[0][0], "o", color=colors["base"], markersize=8, zorder=5)
         labels.insert(0, Label(*lines[0][0], "base", colors["base"], 10.5, "bold"))
         axes.margins(0.09)
@@ -256,15 +269,17 @@ def _panel(axes: Axes, report: Row, axis: str, name: str, colors: dict[str, str]
     for curve in report["curves"]:
         x, y = _series(curve, axis, name)
         points = sum(math.isfinite(value) for value in y)
-        dots = "o" if points < 12 else None
+        dots = "o" if points < 9 else None
         axes.plot(x, y, color=colors[curve["arm"]], linewidth=1.7, marker=dots, markersize=3.5)
         if name == "weight_mean":
             low, high = (_series(curve, axis, band)[1] for band in BAND)
-            axes.fill_between(x, low, high, color=colors[curve["arm"]], alpha=0.13, linewidth=0)
+            axes.fill_between(
+                x, low, high, color=colors[curve["arm"]], alpha=0.13 / len(report["seeds"][curve["arm"]]), linewidth=0
+            )
     axes.set_title(PANEL_TITLES[name])
     axes.tick_params(labelsize=9)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(_thousands))
     axes.yaxis.set_major_locator(MaxNLocator(5))
     if name == "lr":
-        axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -1,0 +1,1 @@
+"""What stands behind `eaft report`: statistics, comparability, tables and the page. Reads run directories only."""

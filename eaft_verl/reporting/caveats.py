@@ -1,0 +1,50 @@
+"""What a reader must know before believing the numbers, computed from the report itself."""
+
+from typing import Any
+
+SMALL = 100
+
+
+def caveats(report: dict[str, Any], notes: list[str]) -> list[str]:
+    """Seeds, sample sizes, number of intervals, end points; then whatever was noted while reading the runs."""
+    lines = [_seeds(report["seeds"])]
+    small = [f"{item['name']} ({item['n']:,})" for item in report["columns"] if item["n"] and item["n"] < SMALL]
+    if small:
+        lines.append(
+            f"fewer than {SMALL} examples: {', '.join(dict.fromkeys(small))}; only large effects can be seen there"
+        )
+    intervals = [cell for cells in report["results"].values() for cell in cells.values() if "delta" in cell]
+    lines.append(
+        f"{len(intervals)} intervals against the base are shown without correction: "
+        f"about {max(1, round(len(intervals) / 20))} would exclude zero by chance alone"
+    )
+    zero = _flat(report)
+    if zero:
+        lines.append(f"no example differs from the base, so the interval has no width: {', '.join(zero)}")
+    steps = {item["arm"]: item["steps"] for item in report["cost"]}
+    if len(set(steps.values())) > 1:
+        lines.append(f"the arms were trained for different numbers of steps: {steps}")
+    lines.append("end points are the last step of each run; no checkpoint was chosen by its scores")
+    return lines + list(dict.fromkeys(notes))
+
+
+def _seeds(seeds: dict[str, list[int]]) -> str:
+    counts = {len(found) for found in seeds.values()}
+    if counts == {1}:
+        return "one seed: intervals cover examples only, not the chance of training"
+    some = "" if min(counts) > 1 else "; arms with one seed have intervals that cover examples only"
+    number = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
+    return (
+        f"scores are means over {number} seeds and intervals resample seeds and examples; "
+        f"with so few seeds their share of the interval is rough{some}"
+    )
+
+
+def _flat(report: dict[str, Any]) -> list[str]:
+    """Cells whose paired interval is a single point at zero."""
+    return [
+        f"{arm} on {name}"
+        for arm, cells in report["results"].items()
+        for name, cell in cells.items()
+        if "delta" in cell and cell["delta"]["low"] == cell["delta"]["high"] == cell["delta"]["delta"] == 0
+    ]

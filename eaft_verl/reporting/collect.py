@@ -1,0 +1,115 @@
+"""Run directories read once into plain objects: runs, and arms as groups of runs that differ by seed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from eaft_verl.errors import RunError
+from eaft_verl.runs import Run
+
+BASE = "base"
+REFERENCE = "sft"
+Record = dict[str, Any]
+
+
+@dataclass
+class RunData:
+    """One run directory. `step` is that of the evaluation the report takes as final (base: 0)."""
+
+    run: Run
+    info: Record
+    evals: dict[int, dict[str, Record]]
+    _samples: dict[tuple[int, str], dict[str, Record]] = field(default_factory=dict)
+
+    @property
+    def arm(self) -> str:
+        """Name of the arm; 'base' for the base run."""
+        return BASE if self.info["kind"] == BASE else self.info["arm"]
+
+    @property
+    def label(self) -> str:
+        """What tables and messages call this run."""
+        return BASE if self.arm == BASE else f"{self.arm} seed {self.info['seed']}"
+
+    @property
+    def step(self) -> int:
+        """The last planned step; of an unfinished run the last one evaluated."""
+        planned = int(self.info["total_steps"]) if self.arm != BASE else 0
+        return planned if planned in self.evals or not self.evals else max(self.evals)
+
+    def samples(self, step: int, name: str) -> dict[str, Record]:
+        """{example id: row} of one benchmark. RunError if an id occurs twice."""
+        if (step, name) not in self._samples:
+            rows = self.run.samples(step, name)
+            found = {str(row["id"]): row for row in rows}
+            if len(found) != len(rows):
+                raise RunError(f"{self.run.path}: benchmark {name}, step {step} has repeated example ids")
+            self._samples[step, name] = found
+        return self._samples[step, name]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Runs of one arm, ordered by seed. The base model is an arm of one run."""
+
+    name: str
+    runs: tuple[RunData, ...]
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Training seeds."""
+        return tuple(int(run.info["seed"]) for run in self.runs)
+
+    @property
+    def step(self) -> int:
+        """Final step, the same for all seeds unless forced."""
+        return min(run.step for run in self.runs)
+
+    def steps(self) -> list[int]:
+        """Evaluated steps after 0 that every seed has, ascending."""
+        common = set.intersection(*(set(run.evals) for run in self.runs))
+        return sorted(step for step in common if step > 0)
+
+
+def load(paths: Sequence[Path]) -> tuple[Arm, list[Arm]]:
+    """(base, arms): the reference arm first, then in the order given.
+
+    Raises RunError unless there is exactly one base run, at least one arm run, and each (arm, seed) once.
+    """
+    runs = [_read(Path(path)) for path in paths]
+    bases = [run for run in runs if run.arm == BASE]
+    if len(bases) != 1:
+        raise RunError(
+            f"a report needs exactly one base run (kind 'base' in run.json), found {len(bases)} of {len(runs)}; "
+            "evaluate the base model once and pass its run directory"
+        )
+    groups: dict[str, dict[int, RunData]] = {}
+    for run in runs:
+        if run.arm == BASE:
+            continue
+        seeds = groups.setdefault(run.arm, {})
+        if (seed := int(run.info["seed"])) in seeds:
+            first = seeds[seed].run.path
+            raise RunError(f"arm {run.arm!r} seed {seed} is given twice: {first} and {run.run.path}; pass one of them")
+        seeds[seed] = run
+    if not groups:
+        raise RunError("a report needs at least one arm run (kind 'arm' in run.json), found only the base run")
+    arms = [Arm(name, tuple(seeds[seed] for seed in sorted(seeds))) for name, seeds in groups.items()]
+    return Arm(BASE, (bases[0],)), sorted(arms, key=lambda arm: arm.name != REFERENCE)
+
+
+def _read(path: Path) -> RunData:
+    run = Run(path)
+    info, evals = run.info, run.evals()
+    if info.get("kind") not in (BASE, "arm"):
+        raise RunError(f"{run.path}/run.json: kind={info.get('kind')!r}; it must be 'base' or 'arm'")
+    if info.get("status") != "finished":  # the number of steps is known only once training has begun
+        info.setdefault("total_steps", max(evals, default=0))
+    needed = (
+        ["arm", "seed", "total_steps", "model", "recipe", "status"] if info["kind"] == "arm" else ["model", "status"]
+    )
+    if missing := [key for key in needed if key not in info]:
+        raise RunError(f"{run.path}/run.json lacks {', '.join(missing)}; it was not written by this version")
+    info.setdefault("seed", 0)
+    return RunData(run, info, evals)

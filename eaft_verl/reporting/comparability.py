@@ -1,0 +1,133 @@
+"""May these runs stand in one table? Every reason why not, with key, values and runs; and what the arms differ in."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from eaft_verl.errors import RunError
+from eaft_verl.reporting.collect import Arm, RunData
+
+RUN_KEYS = ("model", "data", "template", "evaluation")
+BENCHMARK_KEYS = ("side", "metric", "prompt_hash", "task_version", "data_hash", "n")
+IGNORED_CONFIG = frozenset({"arm", "seed", "output", "output_dir", "out", "run", "run_dir", "recipe"})
+CHOSEN_WHOLE = {"objective.name": "objective"}  # a named objective drops the parameters of another one
+ABSENT = "(absent)"
+
+
+def config_differences(arms: list[Arm]) -> list[dict[str, Any]]:
+    """Dotted config keys that are not equal in all arm runs: [{key, values: {run: text}, declared}].
+
+    The arm's name, seeds, output folders and the recipe's path are left out. `declared` is True if the recipe's arm of
+    any run sets the key, or one above it, itself.
+    """
+    runs = [run for arm in arms for run in arm.runs]
+    flat = {run.label: _config(run) for run in runs}
+    declared = {CHOSEN_WHOLE.get(key, key) for run in runs for key in run.info.get("declared", [])}
+    rows = []
+    for key in sorted({key for values in flat.values() for key in values}):
+        values = {label: config.get(key, ABSENT) for label, config in flat.items()}
+        if len(set(values.values())) > 1 and not _ignored(key):
+            prefixes = {key} | {key[:index] for index, char in enumerate(key) if char == "."}
+            rows.append({"key": key, "values": values, "declared": not declared.isdisjoint(prefixes)})
+    return rows
+
+
+def _config(run: RunData) -> dict[str, str]:
+    own = str(run.run.path)  # a folder inside the run directory is the same setting in every run
+    return {key: text.replace(own, "RUN") for key, text in flatten(run.run.config).items()}
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, str]:
+    """{dotted key: value as JSON text}; lists stay whole, empty mappings too."""
+    if not isinstance(value, dict) or not value:
+        return {prefix: json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)}
+    found: dict[str, str] = {}
+    for key, item in value.items():
+        found |= flatten(item, f"{prefix}.{key}" if prefix else str(key))
+    return found
+
+
+def _ignored(key: str) -> bool:
+    return key.split(".")[0] in IGNORED_CONFIG or key.split(".")[-1] in ("seed", "output_dir", "run_dir")
+
+
+def check(base: Arm, arms: list[Arm], *, force: bool = False) -> list[str]:
+    """Every reason why the runs are not comparable; empty if they are.
+
+    Raises RunError listing them unless `force`, with which the caller must show them to the reader.
+    """
+    runs = [base.runs[0], *(run for arm in arms for run in arm.runs)]
+    found = list(dict.fromkeys([*_unfinished(runs), *_run_keys(runs), *_benchmarks(runs), *_undeclared(arms)]))
+    if found and not force:
+        listing = "\n".join(f"- {line}" for line in found)
+        raise RunError(
+            f"these runs cannot be compared:\n{listing}\n"
+            "Train and evaluate them with one recipe, or pass --force to get a report that says so on its first line."
+        )
+    return found
+
+
+def _where(run: RunData) -> str:
+    return f"{run.label} ({run.run.path})"
+
+
+def _unfinished(runs: list[RunData]) -> Iterator[str]:
+    for run in runs:
+        if (status := run.info["status"]) != "finished":
+            yield f"status: {_where(run)} is {status!r}, a report needs 'finished'; resume it"
+        planned = int(run.info.get("total_steps", 0))
+        if planned not in run.evals:
+            have = sorted(run.evals) or "none"
+            yield f"final evaluation: {_where(run)} has no evaluation at step {planned} (it has {have}); evaluate it"
+
+
+def _run_keys(runs: list[RunData]) -> Iterator[str]:
+    for key in RUN_KEYS:
+        having = runs[1:] if key == "data" else runs  # the base model saw no training data
+        first = having[0]
+        for run in having[1:]:
+            left, right = (item.info.get("keys", {}).get(key) for item in (first, run))
+            if left != right or left is None:
+                yield f"keys.{key}: {left!r} in {_where(first)}, {right!r} in {_where(run)}"
+
+
+def _benchmarks(runs: list[RunData]) -> Iterator[str]:
+    base = runs[0]
+    known = base.evals.get(base.step, {})
+    for run in runs[1:]:
+        for step, records in run.evals.items():
+            names = known.keys() | records.keys() if step == run.step else records.keys()
+            for name in sorted(names):
+                if name not in known or name not in records:
+                    lacking, having = (base, run) if name not in known else (run, base)
+                    yield f"benchmark {name}: {_where(lacking)} lacks it, {_where(having)} has it"
+                else:
+                    yield from _benchmark(name, base, run, step)
+
+
+def _benchmark(name: str, base: RunData, run: RunData, step: int) -> Iterator[str]:
+    left, right = base.evals[base.step][name], run.evals[step][name]
+    for key in BENCHMARK_KEYS:
+        if left.get(key) != right.get(key):
+            yield (
+                f"benchmark {name}, {key}: {left.get(key)!r} in {_where(base)}, "
+                f"{right.get(key)!r} in {_where(run)} at step {step}"
+            )
+    ours, theirs = base.samples(base.step, name).keys(), run.samples(step, name).keys()
+    if ours != theirs:
+        only_base, only_run = sorted(ours - theirs), sorted(theirs - ours)
+        yield (
+            f"benchmark {name}, example ids: {len(only_base)} only in {_where(base)} ({only_base[:3]}), "
+            f"{len(only_run)} only in {_where(run)} at step {step} ({only_run[:3]})"
+        )
+
+
+def _undeclared(arms: list[Arm]) -> Iterator[str]:
+    for row in config_differences(arms):
+        if not row["declared"]:
+            first, *rest = row["values"].items()
+            other = next(item for item in rest if item[1] != first[1])
+            yield (
+                f"config {row['key']}: {first[1]} in {first[0]}, {other[1]} in {other[0]}, and no arm declares it; "
+                "set it in the recipe's arms if the difference is meant"
+            )

@@ -1,0 +1,112 @@
+"""The results table, the arm-versus-arm table and the Pareto plot as plain data."""
+
+from typing import Any
+
+from eaft_verl.reporting.collect import Arm
+from eaft_verl.reporting.measures import Board, Measure
+from eaft_verl.reporting.statistics import Interval, pareto_front
+
+Row = dict[str, Any]
+NAMES = {
+    "target_mean": "Target mean",
+    "general_mean": "General mean",
+    "drift.kl": "KL to base",
+    "drift.agreement": "Agreement",
+    "drift.nll": "General NLL",
+    "heldout": "Held-out NLL",
+}
+DESCRIBED = {
+    "drift.kl": "nats per token",
+    "drift.agreement": "% of tokens",
+    "drift.nll": "nats per token",
+    "heldout": "nats per token",
+}
+
+
+def columns(board: Board) -> list[Row]:
+    """What each measure is: id, name, side, metric, unit, direction, number of examples, decimals."""
+    return [
+        {
+            "id": item.id,
+            "name": NAMES.get(item.id, item.id),
+            "side": item.side,
+            "metric": item.metric,
+            "unit": DESCRIBED.get(item.id, "%" if item.percent else ""),
+            "percent": item.percent,
+            "decimals": _decimals(item),
+            "higher_is_better": item.higher_is_better,
+            "n": item.n,
+            "members": list(item.members),
+        }
+        for item in board.measures.values()
+    ]
+
+
+def _decimals(measure: Measure) -> int:
+    """Enough digits for the largest score to show three significant ones; shares get one after percent."""
+    largest = max((abs(score) for score in measure.scores.values()), default=1.0)
+    return 1 if measure.percent else 3 if largest >= 0.1 else 4 if largest >= 0.01 else 5
+
+
+def bounds(interval: Interval) -> Row:
+    """{delta, low, high, excludes_zero}; low and high are None if not known."""
+    low, high = interval.bounds
+    return {"delta": interval.delta, "low": low, "high": high, "excludes_zero": interval.excludes_zero}
+
+
+def results(board: Board) -> dict[str, dict[str, Row]]:
+    """{arm: {measure: {score, low, high, stderr, seeds, delta: {delta, low, high, excludes_zero}}}}, base included."""
+    table: dict[str, dict[str, Row]] = {}
+    for arm in [board.base, *board.arms]:
+        table[arm.name] = {name: _cell(board, arm, name) for name in board.measures if board.has(name, arm, arm.step)}
+    return table
+
+
+def _cell(board: Board, arm: Arm, name: str) -> Row:
+    score = board.interval(name, arm, arm.step)
+    cell = {
+        "score": score.delta,
+        "low": score.bounds[0],
+        "high": score.bounds[1],
+        "stderr": board.stderr(name, arm, arm.step),
+        "seeds": {str(run.info["seed"]): board.measures[name].scores[run.label, arm.step] for run in arm.runs},
+    }
+    if arm is not board.base and board.has(name, board.base, board.base.step):
+        cell["delta"] = bounds(board.interval(name, arm, arm.step, board.base, board.base.step))
+    return cell
+
+
+def versus(board: Board) -> Row:
+    """Paired differences of every arm to the first: {reference, arms: {arm: {measure: {delta, low, high, ...}}}}."""
+    reference, *others = board.arms
+    return {
+        "reference": reference.name,
+        "arms": {
+            arm.name: {
+                name: bounds(board.interval(name, arm, arm.step, reference, reference.step))
+                for name in board.measures
+                if board.has(name, arm, arm.step) and board.has(name, reference, reference.step)
+            }
+            for arm in others
+        },
+    }
+
+
+def pareto(table: dict[str, dict[str, Row]]) -> list[Row]:
+    """[{arm, general, target, efficient}] of base and arms; empty if one of the two means is not measured."""
+    points = [
+        {"arm": arm, "general": cells["general_mean"], "target": cells["target_mean"]}
+        for arm, cells in table.items()
+        if "general_mean" in cells and "target_mean" in cells
+    ]
+    keep = ("score", "low", "high")
+    front = pareto_front([(point["general"]["score"], point["target"]["score"]) for point in points])
+    return [
+        {
+            "arm": point["arm"],
+            "general": {key: point["general"][key] for key in keep},
+            "target": {key: point["target"][key] for key in keep},
+            "efficient": efficient,
+        }
+        for point, efficient in zip(points, front, strict=True)
+    ]

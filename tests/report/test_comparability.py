@@ -1,0 +1,178 @@
+"""Every reason to refuse a comparison, one at a time, and what --force makes of it."""
+
+import shutil
+
+import pytest
+from report.fake_runs import edit, edit_samples, make_arm, make_base, make_runs
+
+from eaft_verl.errors import RunError
+from eaft_verl.reporting.collect import load
+from eaft_verl.reporting.comparability import check, config_differences, flatten
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pristine")
+    make_runs(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(pristine, tmp_path):
+    return shutil.copytree(pristine, tmp_path / "runs")
+
+
+def checked(folder, **options):
+    base, arms = load([folder / name for name in ("base", "sft", "eaft")])
+    return check(base, arms, **options)
+
+
+def change_key(key, value):
+    return lambda info: {**info, "keys": {**info["keys"], key: value}}
+
+
+def refused(folder, *expected):
+    with pytest.raises(RunError) as error:
+        checked(folder)
+    assert all(text in str(error.value) for text in (*expected, "--force")), str(error.value)
+    found = checked(folder, force=True)
+    assert found
+    assert all(line in str(error.value) for line in found)
+
+
+def test_comparable_runs_pass(folder):
+    assert checked(folder) == []
+
+
+@pytest.mark.parametrize("key", ["model", "template", "evaluation", "data"])
+def test_a_differing_key_is_refused_with_both_values_and_runs(folder, key):
+    edit(folder / "eaft" / "run.json", change_key(key, "zzz"))
+    first = "sft" if key == "data" else "base"
+    old = {"model": "m0", "template": "t0", "evaluation": "e0", "data": "d0"}[key]
+    refused(folder, f"keys.{key}", repr(old), "'zzz'", str(folder / first), str(folder / "eaft"))
+
+
+@pytest.mark.parametrize("key", ["model", "template", "evaluation"])
+def test_a_base_of_another_model_template_or_evaluation_is_refused(folder, key):
+    edit(folder / "base" / "run.json", change_key(key, "zzz"))
+    refused(folder, f"keys.{key}", "'zzz'", str(folder / "base"))
+
+
+def test_a_key_that_nobody_recorded_proves_nothing(folder):
+    for name in ("sft", "eaft"):
+        edit(folder / name / "run.json", change_key("data", None))
+    refused(folder, "keys.data: None")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("prompt_hash", "p9"),
+        ("task_version", "2"),
+        ("data_hash", "d9"),
+        ("n", 39),
+        ("metric", "f1"),
+        ("side", "general"),
+    ],
+)
+@pytest.mark.parametrize("step", ["step_000012", "step_000003"])
+def test_a_differing_benchmark_is_refused(folder, key, value, step):
+    edit(folder / "eaft" / "eval" / step / "gsm8k.json", lambda record: {**record, key: value})
+    refused(folder, f"benchmark gsm8k, {key}", repr(value), str(folder / "base"), str(folder / "eaft"))
+
+
+def test_differing_example_ids_are_refused(folder):
+    edit_samples(
+        folder / "eaft" / "samples" / "step_000012" / "gsm8k.jsonl",
+        lambda rows: [{**rows[0], "id": "gsm8k-999"}, *rows[1:]],
+    )
+    refused(folder, "benchmark gsm8k, example ids: 1 only in base", "gsm8k-999", str(folder / "eaft"))
+
+
+def test_a_benchmark_of_one_run_only_is_refused(folder):
+    (folder / "sft" / "eval" / "step_000012" / "mmlu.json").unlink()
+    refused(folder, "benchmark mmlu", f"sft seed 0 ({folder / 'sft'}) lacks it")
+
+
+@pytest.mark.parametrize("name", ["base", "eaft"])
+def test_an_unfinished_run_is_refused(folder, name):
+    edit(folder / name / "run.json", lambda info: {**info, "status": "running"})
+    refused(folder, "status", "'running'", str(folder / name))
+
+
+def test_a_missing_final_evaluation_is_refused(folder):
+    shutil.rmtree(folder / "eaft" / "eval" / "step_000012")
+    refused(folder, "final evaluation", "no evaluation at step 12", "[3, 6, 9]", str(folder / "eaft"))
+
+
+def test_an_undeclared_difference_is_refused(folder):
+    path = folder / "eaft" / "config.yaml"
+    path.write_text(path.read_text().replace("lr: 1.0e-5", "lr: 2.0e-5"))
+    refused(folder, "config verl.optim.lr: 1e-05 in sft seed 0, 2e-05 in eaft seed 0", "no arm declares it")
+
+
+def test_a_declared_difference_passes_also_through_its_parent(folder):
+    path = folder / "eaft" / "config.yaml"
+    path.write_text(path.read_text().replace("top_k: 20", "top_k: 50").replace("1.0e-5", "2.0e-5"))
+    edit(folder / "eaft" / "run.json", lambda info: {**info, "declared": ["objective", "verl.optim"]})
+    assert checked(folder) == []
+    _, arms = load([folder / name for name in ("base", "sft", "eaft")])
+    rows = {row["key"]: row for row in config_differences(arms)}
+    assert rows.keys() == {"objective.name", "objective.top_k", "verl.optim.lr"}
+    assert rows["objective.top_k"]["values"] == {"sft seed 0": "20", "eaft seed 0": "50"}
+    assert all(row["declared"] for row in rows.values())
+
+
+def test_choosing_an_objective_declares_its_parameters(folder):
+    path = folder / "sft" / "config.yaml"
+    path.write_text(path.read_text().replace("  top_k: 20\n", ""))
+    assert checked(folder) == []
+
+
+def test_all_reasons_are_listed_at_once(folder):
+    edit(folder / "eaft" / "run.json", lambda info: {**change_key("model", "zzz")(info), "status": "failed"})
+    assert len(checked(folder, force=True)) == 2
+
+
+def test_flatten_keeps_lists_and_empty_mappings():
+    assert flatten({"a": {"b": 1, "c": [1, 2]}, "d": {}, "e": None}) == {
+        "a.b": "1",
+        "a.c": "[1, 2]",
+        "d": "{}",
+        "e": "null",
+    }
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["sft", "eaft"], "exactly one base run .* found 0"),
+        (["base", "base", "sft"], "exactly one base run .* found 2"),
+        (["base"], "at least one arm run"),
+        (["base", "sft", "sft"], "arm 'sft' seed 0 is given twice"),
+    ],
+)
+def test_the_set_of_runs_must_make_sense(folder, names, message):
+    with pytest.raises(RunError, match=message):
+        load([folder / name for name in names])
+
+
+def test_arms_are_grouped_by_seed_with_the_reference_first(tmp_path):
+    paths = [make_arm(tmp_path / f"eaft{seed}", "eaft", seed) for seed in (1, 0)]
+    paths += [make_arm(tmp_path / "sft", "sft"), make_base(tmp_path / "base")]
+    _, arms = load(paths)
+    assert [(arm.name, arm.seeds) for arm in arms] == [("sft", (0,)), ("eaft", (0, 1))]
+
+
+def test_a_folder_that_is_no_run_and_a_run_of_unknown_kind_are_refused(folder, tmp_path):
+    with pytest.raises(RunError, match="not a run directory"):
+        load([tmp_path])
+    edit(folder / "sft" / "run.json", lambda info: {**info, "kind": "other"})
+    with pytest.raises(RunError, match="kind='other'"):
+        load([folder / "sft"])
+
+
+def test_repeated_example_ids_are_refused(folder):
+    edit_samples(folder / "sft" / "samples" / "step_000012" / "gsm8k.jsonl", lambda rows: [rows[0], *rows])
+    with pytest.raises(RunError, match="repeated example ids"):
+        checked(folder, force=True)

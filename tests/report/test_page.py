@@ -1,0 +1,202 @@
+"""The page and its Markdown twin: same numbers, escaped, self-contained, no console errors."""
+
+import html
+import re
+import shutil
+import subprocess
+
+import pytest
+from report.fake_runs import HOSTILE, edit, edit_samples, make_arm, make_base, make_runs
+
+from eaft_verl.report import measure, report
+from eaft_verl.reporting.collect import load
+from eaft_verl.reporting.comparability import check
+from eaft_verl.reporting.wording import score, span
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("page")
+    found = report(make_runs(folder), folder / "report")
+    return found, folder / "report"
+
+
+def measured(runs, out):
+    """report.json's data without drawing the figures."""
+    base, arms = load(runs)
+    return measure(base, arms, out, problems=check(base, arms), seed=0)
+
+
+def page(folder):
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_every_number_of_the_table_is_in_page_and_markdown(made):
+    found, out = made
+    texts = (html.unescape(page(out)), (out / "report.md").read_text(encoding="utf-8"))
+    columns = {column["id"]: column for column in found["columns"]}
+    for arm in found["arms"]:
+        for name, cell in found["results"][arm].items():
+            shown = [score(columns[name], cell["score"]), span(columns[name], cell["delta"])]
+            assert all(number in text for number in shown for text in texts), (arm, name, shown)
+    assert all("+21.2 points [" in text and "KL 0.096" in text for text in texts)
+
+
+def test_the_page_asks_nobody_for_anything(made):
+    text = page(made[1])
+    assert not re.search(r"""(src|href|action)\s*=\s*["']?\s*(https?:|//)""", text)
+    assert "@import" not in text
+    assert "url(" not in text
+    assert "<script" not in text
+    assert text.count("data:image/png;base64,") == 7
+
+
+def test_a_hostile_answer_is_text(made):
+    found, out = made
+    assert any(
+        answer["text"] == HOSTILE
+        for item in found["samples"]
+        for example in item["examples"]
+        for answer in example["answers"].values()
+    )
+    assert "&lt;script&gt;alert(" in page(out)
+    assert "<script>" not in (out / "report.md").read_text()
+
+
+def test_sections_are_in_order(made):
+    titles = re.findall(r"<h2><span>\d+</span>([^<]+)</h2>", page(made[1]))
+    assert [title.split(":")[0] for title in titles] == [
+        *("Headline", "Results", "Arm against arm", "Paths", "Pareto", "Training curves"),
+        *("What differs between the arms", "Cost", "Sample answers", "Caveats, glossary, environment"),
+    ]
+    assert "one seed: intervals cover examples only" in made[0]["caveats"][0]
+
+
+def test_words_follow_the_intervals(made):
+    sft, eaft = (
+        {item["arm"]: " ".join(item["sentences"]) for item in made[0]["headline"]}[arm] for arm in ("sft", "eaft")
+    )
+    assert "Target mean is better: +21.2 points" in sft
+    assert "General mean is not clearly changed: \u22128.7 points" in sft
+    assert "Against SFT at the end: target mean +1.2 points [0.0, +3.8], no clear difference" in eaft
+    assert "less forgetting; general mean" in eaft
+    assert "+0.019 at 100 % (more forgetting)" in eaft  # on this path EAFT is the worse one, and it says so
+
+
+def test_a_worse_arm_is_called_worse(tmp_path):
+    for name in ("base", "sft"):
+        (make_base if name == "base" else lambda path: make_arm(path, "sft"))(tmp_path / name)
+    for step, right in (("000000", 1.0), ("000012", 0.0)):
+        run = tmp_path / ("base" if step == "000000" else "sft")
+        for name in ("chain_sum", "gsm8k"):
+            change = {"score": right, "stderr": 0.0, "higher_is_better": True}
+            edit(
+                run / "eval" / f"step_{step}" / f"{name}.json", lambda r, c=change: {**r, "metrics": {"exact_match": c}}
+            )
+            samples = run / "samples" / f"step_{step}" / f"{name}.jsonl"
+            edit_samples(samples, lambda rows, s=right: [{**row, "scores": {"exact_match": s}} for row in rows])
+    found = report([tmp_path / "base", tmp_path / "sft"], tmp_path / "report")
+    assert "Target mean is worse: \u2212100.0 points [\u2212100.0, \u2212100.0]" in found["headline"][0]["sentences"][0]
+    assert found["equal_gain"]["target_mean"]["levels"] == []
+    text = page(tmp_path / "report")
+    assert "not every arm improved on the base" in text
+    assert "There is one arm only" in text
+
+
+def test_force_shows_every_problem_in_a_banner(tmp_path):
+    runs = make_runs(tmp_path)
+    edit(runs[2] / "run.json", lambda info: {**info, "keys": {**info["keys"], "data": "<zzz>"}})
+    edit_samples(runs[2] / "samples" / "step_000012" / "mmlu.jsonl", lambda rows: rows[:-4])
+    found = report(runs, tmp_path / "report", force=True)
+    text = page(tmp_path / "report")
+    assert 'class="banner" role="alert"' in text
+    assert len(found["problems"]) == 2
+    assert all(html.escape(line, quote=False) in text.replace("&#39;", "'") for line in found["problems"])
+    assert "Forced: these runs are not comparable" in (tmp_path / "report" / "report.md").read_text()
+    assert "mmlu: only the 36 examples shared by all runs are used" in found["caveats"]
+    assert found["results"]["sft"]["mmlu"]["delta"]["low"] is not None
+
+
+def without(runs, *names):
+    for run in runs:
+        for name in names:
+            for path in run.glob(f"*/step_*/{name}.json*"):
+                path.unlink()
+
+
+def test_missing_sides_are_left_out_with_a_line(tmp_path):
+    runs = make_runs(tmp_path)
+    out = tmp_path / "report"
+    report(runs, out)
+    without(runs, "drift", "ifeval", "mmlu")
+    found = report(runs, out)
+    text = page(out)
+    assert "No general benchmarks were evaluated" in text
+    assert "No drift evaluation" in text
+    assert "The Pareto plot needs target and general benchmarks" in text
+    assert found["paths"] == {}
+    figures = {path.stem for path in (out / "figures").iterdir()}
+    assert figures == {"deltas", "curves_step", "curves_tokens", "curves_seconds"}  # those of the first report are gone
+    without(runs, "chain_sum", "gsm8k", "heldout")
+    assert report(runs, out)["columns"] == []
+
+
+def test_an_arm_that_never_started_can_be_forced(tmp_path):
+    runs = make_runs(tmp_path)
+    shutil.rmtree(runs[2] / "eval")
+    (runs[2] / "metrics.jsonl").unlink()
+    edit(runs[2] / "run.json", lambda info: {**{k: info[k] for k in info if k != "total_steps"}, "status": "created"})
+    found = report(runs, tmp_path / "report", force=True)
+    assert found["results"]["eaft"] == {}
+    assert "status: eaft seed 0" in found["problems"][0]
+    assert "Target learning was not measured." in page(tmp_path / "report")
+
+
+def test_a_diverged_arm_is_reported_not_hidden(tmp_path):
+    runs = make_runs(tmp_path)
+    for path in (runs[2] / "eval").glob("step_000012/heldout.json"):
+        edit(path, lambda record: {**record, "metrics": {"nll": {**record["metrics"]["nll"], "score": "nan"}}})
+    found = measured(runs, tmp_path / "report")
+    assert "heldout" not in found["results"]["eaft"]
+    assert "eaft seed 0, step 12: heldout is nan, so it is left out" in found["caveats"]
+    assert [point["step"] for point in found["paths"]["heldout"]["eaft"]] == [0, 3, 6, 9]
+
+
+def test_a_score_that_is_no_mean_of_samples_gets_no_interval(tmp_path):
+    runs = make_runs(tmp_path)
+    change = {"exact_match": {"score": 0.9, "stderr": None, "higher_is_better": True}}
+    edit(runs[1] / "eval" / "step_000012" / "gsm8k.json", lambda record: {**record, "metrics": change})
+    found = measured(runs, tmp_path / "report")
+    cell = found["results"]["sft"]["gsm8k"]
+    assert (cell["score"], cell["delta"]["low"]) == (0.9, None)
+    assert found["results"]["sft"]["target_mean"]["delta"]["low"] is None
+    assert found["results"]["sft"]["chain_sum"]["delta"]["low"] is not None
+    assert any("gsm8k: the recorded exact_match is not the mean of its samples" in line for line in found["caveats"])
+
+
+def test_seeds_are_averaged_and_widen_the_interval(tmp_path):
+    runs = [make_base(tmp_path / "base")]
+    runs += [make_arm(tmp_path / f"{arm}{seed}", arm, 10 * seed) for arm in ("sft", "eaft") for seed in (0, 1)]
+    found = measured(runs, tmp_path / "report")
+    cell = found["results"]["sft"]["drift.kl"]
+    assert cell["seeds"] == {"0": 0.21, "10": pytest.approx(0.42)}  # the fake seed s has kl (1 + s / 10)
+    assert cell["score"] == pytest.approx(0.315)
+    assert cell["low"] < 0.25
+    assert cell["high"] > 0.38
+    assert found["caveats"][0].startswith("scores are means over 2 seeds")
+    kl = found["versus"]["arms"]["eaft"]["drift.kl"]  # paired by seed: -0.06 with seed 0, -0.12 with seed 10
+    assert kl["delta"] == pytest.approx(-0.09)
+    assert kl["high"] < -0.04
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on PATH")
+def test_the_page_opens_without_console_errors(made, tmp_path):
+    quiet = "--no-sandbox --disable-gpu --disable-background-networking --no-first-run --disable-component-update"
+    command = [CHROMIUM, "--headless", *quiet.split(), "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}"]
+    command += ["--enable-logging=stderr", "--dump-dom", (made[1] / "report.html").as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert "CONSOLE" not in done.stderr
+    assert done.stdout.count("<h2>") == 10
+    assert "<script>" not in done.stdout
