@@ -34,14 +34,14 @@ def resolve_model(name: str | Path) -> Path | str:
     if name.startswith("package:"):
         return _packaged_model(name)
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         if not (path / "config.json").is_file():
             raise ConfigError(
                 f"model={name!r} is a folder without config.json; point to a Hugging Face model folder "
                 "(config.json, tokenizer and *.safetensors)"
             )
         return path.resolve()
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.exists() or "\\" in name:
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.is_file() or "\\" in name:
         raise ConfigError(f"model={name!r} is not a folder here; give an existing folder or a hub id such as org/name")
     if not _HUB_ID.match(name):
         raise ConfigError(

@@ -1,0 +1,1 @@
+"""Benchmarks, drift and held-out likelihood of a checkpoint. The only folder that imports lm_eval and vllm."""

@@ -1,0 +1,188 @@
+"""How far a model has moved from its base on text the base would write: KL divergence and agreement per token.
+
+Dimension letters: B prompts of a batch, T answer tokens of one example, V vocabulary.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from eaft_verl.data.encode import render
+from eaft_verl.data.formats import PROMPT_KEYS, RESPONSE_KEYS, to_messages
+from eaft_verl.data.sources import read_rows
+from eaft_verl.errors import DataError
+from eaft_verl.evaluation.records import Sample, digest
+from eaft_verl.evaluation.settings import DriftSettings
+from eaft_verl.evaluation.teacher_forced import (
+    CHUNK_TOKENS,
+    TOKEN_BUDGET,
+    Example,
+    answer_logits,
+    encode_examples,
+    token_weighted,
+)
+from eaft_verl.runs import read_jsonl, write_jsonl
+
+PROBE_BATCH = 32
+_CONVERSATION_KEYS = ("messages", "conversations", *RESPONSE_KEYS)
+_HIGHER_IS_BETTER = {"kl": False, "agreement": True, "nll": False}
+
+
+def prompts_of(settings: DriftSettings) -> list[dict[str, Any]]:
+    """The first `rows` rows of the source as {id, messages, tools}; messages end with an answer if the rows have one.
+
+    Raises DataError if only some rows have an answer.
+    """
+    rows = read_rows(settings.data)[: settings.rows]
+    if not rows:
+        raise DataError(f"evaluate.drift.data={settings.data!r} holds no rows")
+    prompts = [{"id": str(row.get("id", number)), **_prompt(row)} for number, row in enumerate(rows)]
+    answered = [number for number, prompt in enumerate(prompts, 1) if prompt["messages"][-1]["role"] == "assistant"]
+    if answered and len(answered) < len(prompts):
+        raise DataError(
+            f"{settings.data}: {len(answered)} of {len(prompts)} rows have an answer; drift needs answers in all of "
+            "them, or in none (the base model then writes them)"
+        )
+    return prompts
+
+
+def _prompt(row: dict[str, Any]) -> dict[str, Any]:
+    """{messages, tools}; a row that is only a prompt is a single user turn, which training formats do not allow."""
+    prompt = next((row[key] for key in PROMPT_KEYS if isinstance(row.get(key), str)), None)
+    if prompt is not None and not any(row.get(key) is not None for key in _CONVERSATION_KEYS):
+        return {"messages": [{"role": "user", "content": prompt}], "tools": None}
+    messages, extra = to_messages(row)
+    return {"messages": messages, "tools": extra.get("tools")}
+
+
+def has_answers(prompts: list[dict[str, Any]]) -> bool:
+    """Whether the answers are given."""
+    return prompts[-1]["messages"][-1]["role"] == "assistant"
+
+
+def given_probe(
+    tokenizer: PreTrainedTokenizerBase, prompts: list[dict[str, Any]], settings: DriftSettings, max_length: int
+) -> list[Example]:
+    """Given answers, each cut after its first `new_tokens` answer tokens."""
+    examples = []
+    for example in encode_examples(tokenizer, prompts, max_length, settings.data):
+        end = [index for index, marked in enumerate(example.mask) if marked][: settings.new_tokens][-1] + 1
+        examples.append(Example(example.id, example.input_ids[:end], example.mask[:end]))
+    return examples
+
+
+def probe_path(
+    work: Path, base_key: str, tokenizer: PreTrainedTokenizerBase, prompts: list[dict[str, Any]], new_tokens: int
+) -> Path:
+    """Where the base's answers are kept: the name is made of all they depend on, so stale answers are never found."""
+    key = digest([base_key, tokenizer.chat_template, prompts, new_tokens])
+    return work / f"drift-probe-{key[:16]}.jsonl"
+
+
+def read_probe(path: Path) -> list[Example]:
+    """Examples written by write_probe."""
+    return [Example(row["id"], row["input_ids"], [bool(value) for value in row["mask"]]) for row in read_jsonl(path)]
+
+
+def write_probe(path: Path, examples: list[Example], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Keep the base's answers, with their text for the reader."""
+    rows = (
+        {
+            "id": example.id,
+            "answer": tokenizer.decode(example.labels, skip_special_tokens=True),
+            "input_ids": example.input_ids,
+            "mask": [int(value) for value in example.mask],
+        }
+        for example in examples
+    )
+    write_jsonl(path, rows)
+
+
+@torch.inference_mode()
+def make_probe(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[dict[str, Any]], new_tokens: int
+) -> list[Example]:
+    """The base's own greedy answers of at most new_tokens tokens, its end token included where it came to an end."""
+    texts = [render(tokenizer, prompt["messages"], prompt["tools"], generate=True) for prompt in prompts]
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    answers: dict[int, list[int]] = {}
+    order = sorted(range(len(ids)), key=lambda index: -len(ids[index]))
+    for start in range(0, len(order), PROBE_BATCH):
+        batch = order[start : start + PROBE_BATCH]
+        answers |= dict(
+            zip(batch, _generate(model, tokenizer, [ids[index] for index in batch], new_tokens), strict=True)
+        )
+    return [
+        Example(prompt["id"], ids[index] + answers[index], [False] * len(ids[index]) + [True] * len(answers[index]))
+        for index, prompt in enumerate(prompts)
+    ]
+
+
+def _generate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[list[int]], new_tokens: int
+) -> list[list[int]]:
+    """Greedy continuations of a left-padded batch, cut after the first end token."""
+    shipped = model.generation_config.eos_token_id
+    ends = shipped if isinstance(shipped, list) else [tokenizer.eos_token_id]
+    batch = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt").to(model.device)
+    output = model.generate(
+        **batch,
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        eos_token_id=ends,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    continuations = output[:, batch["input_ids"].shape[1] :].tolist()
+    return [_until(tokens, ends) for tokens in continuations]
+
+
+def _until(tokens: list[int], ends: list[int]) -> list[int]:
+    first = next((index for index, token in enumerate(tokens) if token in ends), len(tokens) - 1)
+    return tokens[: first + 1]
+
+
+def base_logits(model: PreTrainedModel, examples: list[Example], token_budget: int = TOKEN_BUDGET) -> list[Tensor]:
+    """The base's logits_TV of every example in host memory, in the model's own dtype: lossless and half of float32.
+
+    Memory: answer tokens * vocabulary * 2 bytes (48 x 48 tokens of 49,152 words: 0.2 GB; 64 x 256 of 151,936: 5 GB).
+    """
+    logits = {index: logits_TV.cpu() for index, logits_TV in answer_logits(model, examples, token_budget)}
+    return [logits[index] for index in range(len(examples))]
+
+
+def divergence(base_TV: Tensor, model_TV: Tensor, labels_T: Tensor) -> dict[str, Tensor]:
+    """{kl, agreement, nll}, each [T] float32: forward KL over the whole vocabulary, same likeliest token, label's NLL.
+
+    KL(base || model) = sum_v p_base(v) (log p_base(v) - log p_model(v)), nats; words that the base gives no
+    probability (-inf logits of a padded vocabulary) contribute nothing. nll is the model's.
+    """
+    parts = []
+    for base, model, labels in zip(
+        *(tensor.split(CHUNK_TOKENS) for tensor in (base_TV, model_TV, labels_T)), strict=True
+    ):
+        log_base = base.float().log_softmax(dim=-1)
+        log_model = model.float().log_softmax(dim=-1)
+        p_base = log_base.exp()
+        kl = torch.where(p_base > 0, p_base * (log_base - log_model), 0.0).sum(dim=-1)
+        agreement = (base.argmax(dim=-1) == model.argmax(dim=-1)).float()
+        parts.append((kl, agreement, -log_model.gather(-1, labels[:, None]).squeeze(-1)))
+    return {name: torch.cat(values) for name, values in zip(_HIGHER_IS_BETTER, zip(*parts, strict=True), strict=True)}
+
+
+def drift(
+    model: PreTrainedModel | None, examples: list[Example], base: list[Tensor], token_budget: int = TOKEN_BUDGET
+) -> tuple[dict[str, Any], list[Sample]]:
+    """(record fields, samples): kl, agreement and nll per answer token, weighted by tokens.
+
+    model None: the base itself, compared with its own logits, so that kl is 0 and agreement 1 exactly.
+    """
+    scores: dict[int, dict[str, float]] = {}
+    pairs = enumerate(base) if model is None else answer_logits(model, examples, token_budget)
+    for index, logits_TV in pairs:
+        labels_T = torch.tensor(examples[index].labels, device=logits_TV.device)
+        values = divergence(base[index].to(logits_TV.device), logits_TV, labels_T)
+        scores[index] = {name: value_T.double().mean().item() for name, value_T in values.items()}
+    return token_weighted(examples, scores, _HIGHER_IS_BETTER)

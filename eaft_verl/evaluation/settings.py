@@ -1,0 +1,129 @@
+"""What is evaluated, and the key that two runs must share to be compared. Imports neither torch nor lm_eval."""
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from eaft_verl.data.sources import GENERATED, source_hash
+from eaft_verl.errors import ConfigError
+from eaft_verl.evaluation.tasks import TASK_FILES, Entry, parse_entries
+
+BACKENDS = ("hf", "vllm")
+HF_ARGUMENTS = ("dtype", "attn_implementation", "batch_size", "device", "token_budget")
+
+
+@dataclass(frozen=True)
+class DriftSettings:
+    """Drift from the base model: on its own greedy answers to prompts, or on given answers if the rows have them."""
+
+    data: str = "generate:neutral_prompts"
+    rows: int = 48
+    new_tokens: int = 48  # answer tokens per prompt at most
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """The `evaluate` section of a recipe.
+
+    target, general: task names or {task, data, limit, metric}. heldout: data source for the held-out NLL.
+    drift: see DriftSettings. limit: first examples of every benchmark. backend_args: for hf, HF_ARGUMENTS; for vllm,
+    arguments of lm_eval's vllm model. max_length: tokens of prompt and answer together.
+    """
+
+    target: list[Any] = field(default_factory=list)
+    general: list[Any] = field(default_factory=list)
+    heldout: str | None = None
+    drift: dict[str, Any] | None = None
+    limit: int | None = None
+    backend: str = "hf"
+    backend_args: dict[str, Any] = field(default_factory=dict)
+    max_length: int = 2048
+
+    def entries(self, side: str) -> list[Entry]:
+        """Parsed entries of 'target' or 'general', the common limit filled in."""
+        parsed = parse_entries(list(getattr(self, side)), f"evaluate.{side}")
+        return [entry if entry.limit else Entry(entry.task, entry.data, self.limit, entry.metric) for entry in parsed]
+
+    def drift_settings(self) -> DriftSettings | None:
+        """`drift` with defaults filled in, or None."""
+        return None if self.drift is None else DriftSettings(**self.drift)
+
+    def check(self) -> None:
+        """Raise ConfigError for anything that would fail later; reads no data and loads no model."""
+        names = [entry.task for side in ("target", "general") for entry in self.entries(side)]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ConfigError(f"evaluate.target and evaluate.general both name {', '.join(twice)}; a task has one side")
+        for name in ("limit", "max_length"):
+            _positive(getattr(self, name), f"evaluate.{name}", optional=name == "limit")
+        self._check_drift()
+        self._check_backend()
+
+    def _check_drift(self) -> None:
+        if self.drift is None:
+            return
+        known = [item.name for item in fields(DriftSettings)]
+        if not isinstance(self.drift, Mapping) or set(self.drift) - set(known):
+            raise ConfigError(f"evaluate.drift is {self.drift!r}; allowed: a mapping with {', '.join(known)}")
+        for name in ("rows", "new_tokens"):
+            _positive(getattr(self.drift_settings(), name), f"evaluate.drift.{name}", optional=False)
+
+    def _check_backend(self) -> None:
+        if self.backend not in BACKENDS:
+            raise ConfigError(f"evaluate.backend={self.backend!r} is unknown; allowed: {', '.join(BACKENDS)}")
+        if self.backend == "vllm" and importlib.util.find_spec("vllm") is None:
+            raise ConfigError("evaluate.backend=vllm, but vllm is not installed here; install it or set backend: hf")
+        if self.backend == "hf" and (unknown := sorted(set(self.backend_args) - set(HF_ARGUMENTS))):
+            allowed = ", ".join(HF_ARGUMENTS)
+            raise ConfigError(
+                f"evaluate.backend_args has {unknown[0]!r}, which backend hf does not take; allowed: {allowed}"
+            )
+
+
+def _positive(value: Any, key: str, *, optional: bool) -> None:
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{key} is {value!r}; expected a positive whole number")
+
+
+def evaluation_key(settings: EvaluateSettings) -> str:
+    """Sixteen hex digits, equal only if two runs' scores may be compared.
+
+    Covers the settings, the contents of every data source and task file of ours, and the harness's version; not the
+    place where local data lie.
+    """
+    drift = settings.drift_settings()
+    sources = [entry.data or (entry.own.data if entry.own else None) for entry in _all_entries(settings)]
+    description = {
+        "entries": {side: [_entry_key(entry) for entry in settings.entries(side)] for side in ("target", "general")},
+        "sources": [_source_key(source) for source in sources],
+        "heldout": _source_key(settings.heldout),
+        "drift": drift and {"rows": drift.rows, "new_tokens": drift.new_tokens, "data": _source_key(drift.data)},
+        "limit": settings.limit,
+        "backend": settings.backend,
+        "backend_args": dict(settings.backend_args),
+        "max_length": settings.max_length,
+        "lm_eval": importlib.metadata.version("lm_eval") if importlib.util.find_spec("lm_eval") else None,
+    }
+    return hashlib.sha256(json.dumps(description, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _all_entries(settings: EvaluateSettings) -> list[Entry]:
+    return [entry for side in ("target", "general") for entry in settings.entries(side)]
+
+
+def _entry_key(entry: Entry) -> dict[str, Any]:
+    text = (TASK_FILES / entry.own.file).read_text(encoding="utf-8") if entry.own else None
+    return {"task": entry.task, "limit": entry.limit, "metric": entry.metric, "file": text}
+
+
+def _source_key(source: str | None) -> str | None:
+    """Hash of a local or generated source; a hub id stands for itself, because reading it may need the network."""
+    if source is None or not (source.startswith(GENERATED) or Path(source).is_file()):
+        return source
+    return source_hash(source)

@@ -1,0 +1,86 @@
+"""`eaft evaluate`: a run's checkpoints, or any model, scored by the recipe's benchmarks into a run directory."""
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from eaft_verl.checks import check, evaluate_settings
+from eaft_verl.config import load_recipe, resolve
+from eaft_verl.data.experiment import load_tokenizer, prepare_data
+from eaft_verl.data.prepare import template_hash
+from eaft_verl.environment import describe
+from eaft_verl.errors import ConfigError, RunError
+from eaft_verl.evaluation.evaluate import evaluate_checkpoints
+from eaft_verl.evaluation.settings import EvaluateSettings, evaluation_key
+from eaft_verl.models import model_key, resolve_model
+from eaft_verl.runs import Run
+
+
+def evaluate_command(what: str, recipe: str, out: Path | None, overrides: list[str]) -> Run:
+    """Evaluate a run directory with its own settings, or a model with a recipe's; finished benchmarks are kept."""
+    if (Path(what) / "run.json").exists():
+        if overrides or out:
+            raise ConfigError("a run is evaluated by its own configuration; --out and key=value are for a MODEL")
+        return _evaluate_run(Run(what))
+    loaded = load_recipe(recipe)
+    arm = next(iter(loaded.arms))
+    config = resolve(loaded, arm, [*overrides, f"model={what}"])
+    check(config)
+    return _evaluate_model(config, out)
+
+
+def settings_for(config: DictConfig, tokenizer: Any) -> EvaluateSettings:
+    """The evaluation with its held-out data prepared as for training, so that both see the same tokens."""
+    heldout = prepare_data(config, tokenizer, "heldout").path if config.data.heldout else None
+    return evaluate_settings(config, heldout)
+
+
+def _evaluate_run(run: Run) -> Run:
+    info = run.info
+    if info["status"] != "finished":
+        raise RunError(f"{run.path} has status {info['status']!r}; only a finished run is evaluated: train it first")
+    config = OmegaConf.create(run.config)
+    settings = settings_for(config, load_tokenizer(resolve_model(config.model)))
+    if info["kind"] == "base":
+        checkpoints: dict[int, Path | str] = {0: resolve_model(config.model)}
+    else:
+        checkpoints = dict(run.checkpoints())
+    if info["total_steps"] not in checkpoints:
+        raise RunError(f"{run.path} has no export of its last step {info['total_steps']}; was checkpoints/ removed?")
+    return _score(run, config, settings, checkpoints)
+
+
+def _evaluate_model(config: DictConfig, out: Path | None) -> Run:
+    model = resolve_model(config.model)
+    tokenizer = load_tokenizer(model)
+    settings = settings_for(config, tokenizer)
+    keys = {
+        "model": model_key(config.model),
+        "template": template_hash(tokenizer),
+        "evaluation": evaluation_key(settings),
+    }
+    folder = out or Path(config.output) / "base"
+    if not (folder / "run.json").exists():
+        info = {"kind": "base", "recipe": config.name, "arm": "base", "seed": config.seed, "model": config.model}
+        info |= {"keys": keys, "declared": [], "total_steps": 0, "train_seconds": 0.0}
+        Run.create(folder, info=info, config=OmegaConf.to_yaml(config), env=describe())
+    run = Run(folder)
+    if run.info["keys"] != keys:
+        raise RunError(f"{folder} holds the evaluation of another model or recipe; choose another --out or remove it")
+    run.update(status="finished")  # nothing is trained
+    return _score(run, config, settings, {0: model})
+
+
+def _score(run: Run, config: DictConfig, settings: EvaluateSettings, checkpoints: dict[int, Path | str]) -> Run:
+    with run.locked():
+        evaluate_checkpoints(
+            run,
+            checkpoints,
+            settings,
+            base_model=config.model,
+            work=Path(config.output) / "data",
+            full_steps={max(checkpoints)},
+        )
+        run.update(evaluated=True)
+    return run

@@ -1,0 +1,105 @@
+"""Which entries are accepted, and what is said of the others; none of it may need torch or lm_eval."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from eaft_verl.errors import ConfigError
+from eaft_verl.evaluation.settings import EvaluateSettings, evaluation_key
+from eaft_verl.evaluation.tasks import LOCAL_VARIANTS, OWN_TASKS, TASK_FILES, Entry, check_tasks, parse_entries
+
+
+def test_names_and_mappings():
+    parsed = parse_entries(["sums", {"task": "gcd", "limit": 5, "metric": "accuracy"}, "mmlu_pro"])
+    assert parsed == [Entry("sums"), Entry("gcd", limit=5, metric="accuracy"), Entry("mmlu_pro")]
+    assert parsed[0].own is OWN_TASKS["sums"]
+    assert parsed[2].own is None
+
+
+def test_data_selects_the_local_variant(tmp_path: Path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("{}\n")
+    assert parse_entries([{"task": "gsm8k", "data": str(rows)}])[0].own is LOCAL_VARIANTS["gsm8k"]
+    assert parse_entries(["gsm8k"])[0].own is None
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("sum", "did you mean 'sums'"),
+        ("letter_count", "did you mean 'letter_counting'"),
+        ("no such task!", "any lm-evaluation-harness task"),
+        ("heldout", "set evaluate.heldout"),
+        ("drift", "set evaluate.drift"),
+        ("cluewsc", "needs data"),
+        (7, "allowed: a task name or a mapping"),
+        ({"data": "x"}, "allowed: a task name or a mapping"),
+        ({"task": "sums", "limits": 3}, "unknown key 'limits'"),
+        ({"task": "sums", "limit": 0}, "positive number"),
+        ({"task": "sums", "limit": True}, "positive number"),
+        ({"task": "sums", "metric": 3}, "expected text"),
+        ({"task": "hellaswag", "data": "x.jsonl"}, "reads its own data set"),
+        ({"task": "gsm8k", "data": "missing.jsonl"}, "does not exist"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused(entry: object, message: str):
+    with pytest.raises(ConfigError, match=message):
+        check_tasks([entry])
+
+
+def test_the_message_names_the_place_and_the_choices():
+    with pytest.raises(ConfigError, match=r"evaluate.target\[1\].*products.*letter_counting"):
+        check_tasks(["sums", "product"], "evaluate.target")
+
+
+def test_a_task_may_stand_once_only():
+    with pytest.raises(ConfigError, match="sums more than once"):
+        check_tasks(["sums", {"task": "sums", "limit": 3}])
+    with pytest.raises(ConfigError, match="both name gcd"):
+        EvaluateSettings(target=["gcd"], general=["gcd"]).check()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"limit": 0}, "evaluate.limit"),
+        ({"max_length": None}, "evaluate.max_length"),
+        ({"drift": {"row": 3}}, "allowed: a mapping with data, rows, new_tokens"),
+        ({"drift": {"rows": 0}}, "evaluate.drift.rows"),
+        ({"backend": "sglang"}, "allowed: hf, vllm"),
+        ({"backend_args": {"tensor_parallel_size": 2}}, "backend hf does not take"),
+    ],
+)
+def test_settings_are_checked(settings: dict, message: str):
+    with pytest.raises(ConfigError, match=message):
+        EvaluateSettings(**settings).check()
+
+
+def test_every_task_has_its_file_and_nothing_else_lies_there():
+    named = {task.file for task in [*OWN_TASKS.values(), *LOCAL_VARIANTS.values()]}
+    assert {path.name for path in TASK_FILES.glob("*.yaml")} == named | {"last_number.yaml"}
+
+
+def test_evaluation_key_covers_settings_and_data_but_not_the_place_of_the_data(tmp_path: Path):
+    row = json.dumps({"question": "1 + 1?", "answer": "#### 2"}) + "\n"
+    keys = []
+    for name, text in (("a", row), ("b", row), ("c", row * 2)):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text(text)
+        keys.append(evaluation_key(EvaluateSettings(target=[{"task": "gsm8k", "data": str(path)}])))
+    assert keys[0] == keys[1] != keys[2]
+    assert evaluation_key(EvaluateSettings()) != evaluation_key(EvaluateSettings(drift={}))
+    assert evaluation_key(EvaluateSettings(drift={})) == evaluation_key(EvaluateSettings(drift={"rows": 48}))
+    assert evaluation_key(EvaluateSettings(limit=3)) != evaluation_key(EvaluateSettings(limit=4))
+
+
+def test_the_check_needs_neither_torch_nor_the_harness():
+    code = (
+        "import sys; import eaft_verl.models; from eaft_verl.evaluation import evaluate; "
+        "evaluate.EvaluateSettings(target=['sums']).check(); "
+        "assert not {'torch', 'lm_eval', 'transformers', 'datasets'} & set(sys.modules), sorted(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

