@@ -138,11 +138,12 @@ def _check_batch(config: DictConfig) -> None:
     )
 
 
-def evaluate_settings(config: DictConfig) -> EvaluateSettings:
-    """The `evaluate` block as the evaluation package takes it."""
+def evaluate_settings(config: DictConfig, heldout: Path | None = None) -> EvaluateSettings:
+    """The `evaluate` block as the evaluation package takes it; `heldout`: the prepared file, once there is one."""
     block = OmegaConf.to_container(config.evaluate)
     block.pop("points")
-    return EvaluateSettings(**block, heldout=config.data.heldout, max_length=config.data.max_length)
+    source = str(heldout) if heldout else config.data.heldout
+    return EvaluateSettings(**block, heldout=source, max_length=config.data.max_length)
 
 
 def _check_evaluation(config: DictConfig) -> None:

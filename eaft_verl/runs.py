@@ -148,7 +148,9 @@ class Run:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise RunError(f"{self.path} is in use by another process; wait for it or choose another output") from None
+                raise RunError(
+                    f"{self.path} is in use by another process; wait for it or choose another output"
+                ) from None
             yield
 
     def log(self, row: dict[str, Any]) -> None:

