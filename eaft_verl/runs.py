@@ -99,7 +99,7 @@ def _finite(value: Any) -> Any:
 class Run:
     """One run directory: created once, never overwritten."""
 
-    def __init__(self, path: Path | str):
+    def __init__(self, path: Path | str) -> None:
         self.path = Path(path).resolve()
         if not (self.path / "run.json").exists():
             raise RunError(f"{self.path} is not a run directory: it has no run.json")

@@ -130,7 +130,7 @@ def _hub_id(source: str) -> str:
 def _read_hub(source: str) -> list[dict[str, Any]]:
     from datasets import load_dataset
 
-    name, config, split = (source.split(":") + ["", ""])[:3]
+    name, config, split = ([*source.split(":"), "", ""])[:3]
     try:
         return load_dataset(name, config or None, split=split or "train").to_list()
     except (OSError, ValueError, RuntimeError) as error:

@@ -52,7 +52,7 @@ class DataSpec:
 class RowError(DataError):
     """One row cannot be used. `kind` is the key under which the manifest counts it."""
 
-    def __init__(self, kind: str, reason: str):
+    def __init__(self, kind: str, reason: str) -> None:
         super().__init__(reason)
         self.kind = kind
 

@@ -1,5 +1,6 @@
 """Checks of one row that need no chat template: turns, roles, and characters that must not reach a tokenizer."""
 
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -54,7 +55,7 @@ def _check_turns(messages: list[Message]) -> None:
         raise RowError(
             "role_order", f"turn {start + 1} is {roles[start]}; the first turn after the system's must be user"
         )
-    for number, (before, role) in enumerate(zip(roles, roles[1:], strict=False), 2):
+    for number, (before, role) in enumerate(itertools.pairwise(roles), 2):
         if role == "tool" and before not in ("assistant", "tool"):
             raise RowError("role_order", f"turn {number} is a tool result without an assistant turn before it")
     if roles[-1] != "assistant":

@@ -59,7 +59,7 @@ def _load(path: Path, key: str) -> BaseStats:
         found = (stored.metadata() or {}).get("key")
         if found != key:
             raise RunError(
-                f"{path} was computed for another model, data set or chat template (key {found}, now {key}); it is stale: "
-                "delete it, or use another output folder"
+                f"{path} was computed for another model, data set or chat template (key {found}, now {key}): "
+                "stale; delete it, or use another output folder"
             )
         return BaseStats(**{name: stored.get_tensor(name) for name in FIELDS})

@@ -33,12 +33,12 @@ def load(run: Run, group: Any) -> dict[str, Any] | None:
     found = _complete(run)
     if not found:
         return None
-    step, folder = max(found.items())
+    _step, folder = max(found.items())
     state = read_json(folder / STATE_FILE)
     if state["world_size"] != group.world_size:
         raise RunError(
-            f"{folder} was saved by {state['world_size']} worker(s) and cannot be loaded by {group.world_size}; resume with "
-            "the same verl.trainer.nnodes * n_gpus_per_node, or start a new run"
+            f"{folder} was saved by {state['world_size']} worker(s) and cannot be loaded by {group.world_size}; resume "
+            "with the same verl.trainer.nnodes * n_gpus_per_node, or start a new run"
         )
     group.load_checkpoint(str(folder))
     return state

@@ -119,8 +119,9 @@ def _check_resources(device: str, nodes: int, per_node: int) -> None:
     fitting = sum(1 for count in offered if count >= per_node)
     if fitting < nodes:
         raise ConfigError(
-            f"verl.trainer.nnodes={nodes} x n_gpus_per_node={per_node} needs {nodes} Ray node(s) with {per_node} {name}(s) "
-            f"each; the cluster offers {[int(count) for count in offered]} {name}s per node. Lower the two keys or add nodes"
+            f"verl.trainer.nnodes={nodes} x n_gpus_per_node={per_node} needs {nodes} Ray node(s) with {per_node} "
+            f"{name}(s) each; the cluster offers {[int(count) for count in offered]} {name}s per node. Lower the two keys "
+            "or add nodes"
         )
 
 

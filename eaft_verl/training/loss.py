@@ -32,7 +32,7 @@ GUARD_TOLERANCE = 1e-3  # relative; the two paths differ by rounding only, a wro
 class TokenLoss:
     """weighted_nll of one objective, with the statistics of every trained token kept for the step's metrics."""
 
-    def __init__(self, objective: Objective):
+    def __init__(self, objective: Objective) -> None:
         self.objective = objective
         self.guarded = False
         self.table = TokenTable()

@@ -10,7 +10,7 @@ INTERVAL_S = 10.0
 class Progress:
     """`update` after every step; rich's bar where the stream is a terminal, else plain lines."""
 
-    def __init__(self, label: str, total: int, start: int = 0, stream: TextIO | None = None):
+    def __init__(self, label: str, total: int, start: int = 0, stream: TextIO | None = None) -> None:
         self.label, self.total, self.stream = label, total, stream or sys.stderr
         self.first, self.started, self.last = start, time.monotonic(), 0.0
         self.bar: Any = None

@@ -135,7 +135,7 @@ def _calibrate(config: DictConfig, trainer: Any, objective: Objective, keys: dic
     weights = objective.sample_weights(base)
     trainer.sample_weights = None if weights is None else weights.tolist()
     calibrated = objective.calibrate(base)
-    trainer.run.update(calibrated={name: value for name, value in vars(calibrated).items()})
+    trainer.run.update(calibrated=dict(vars(calibrated).items()))
     return calibrated
 
 

@@ -49,7 +49,7 @@ class Trainer:
         examples: Sequence[Example],
         heldout: Sequence[Example],
         model: str,
-    ):
+    ) -> None:
         self.config, self.run, self.group, self.model = config, run, group, model
         self.examples, self.heldout = examples, heldout
         self.batch_size: int = config.verl.data.train_batch_size
@@ -147,8 +147,8 @@ class Trainer:
         self.nonfinite = 0 if finite else self.nonfinite + 1
         if self.nonfinite >= MAX_NONFINITE_STEPS:
             raise RunError(
-                f"loss or gradient was not finite for {self.nonfinite} steps in a row (step {step}: loss {metrics['loss']}, "
-                f"gradient norm {metrics['grad_norm']}); lower verl.optim.lr or look at the data of these steps"
+                f"loss or gradient was not finite for {self.nonfinite} steps in a row (step {step}: loss "
+                f"{metrics['loss']}, gradient norm {metrics['grad_norm']}); lower verl.optim.lr or look at the data of these steps"
             )
 
     def validate(self, step: int) -> None:

@@ -21,7 +21,7 @@ COLLECTIVE_TIMEOUT_S = 1800  # verl waits 10 h for a rank that hangs
 class EaftWorker(TrainingWorker):
     """verl's worker; `config.extra_context['seed']` fixes what is drawn when the model is built."""
 
-    def __init__(self, config: TrainingWorkerConfig):
+    def __init__(self, config: TrainingWorkerConfig) -> None:
         # on CPU verl's own backend string names the device twice, which torch refuses; it skips an initialised group
         backend = "gloo" if get_device_name() == "cpu" else None
         initialize_global_process_group_ray(timeout_second=COLLECTIVE_TIMEOUT_S, backend=backend)
