@@ -14,7 +14,12 @@ DEFAULT_RECIPE = "recipes/quickstart.yaml"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; 0 on success, 2 for an error the user can act on (printed in one line), 1 for failed arms."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)  # argparse leaves positional words behind an option over
+    if wrong := [word for word in rest if word.startswith("-") or "=" not in word or "overrides" not in options]:
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         return options.run(options) or 0

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.metadata
+import logging
 import os
 import socket
 from collections.abc import Iterator
@@ -42,11 +43,13 @@ def ray_session(device: str, workers: int) -> Iterator[None]:
         raise ConfigError(f"verl {installed} is installed; this trainer is made for exactly verl=={VERL_VERSION}")
     if device == "cpu":
         os.environ.update({k: v for k, v in worker_environment(device, workers).items() if k.startswith("VERL_")})
+    os.environ.setdefault("VERL_LOGGING_LEVEL", "WARNING")
     if ray.is_initialized():
         yield
         return
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the coming default; silences a warning
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    logging.getLogger("ray").setLevel(logging.ERROR)  # a note on tokens, at every start
     if address := os.environ.get("RAY_ADDRESS"):
         ray.init(address=address, log_to_driver=False)
     else:
@@ -119,9 +122,8 @@ def _check_resources(device: str, nodes: int, per_node: int) -> None:
     fitting = sum(1 for count in offered if count >= per_node)
     if fitting < nodes:
         raise ConfigError(
-            f"verl.trainer.nnodes={nodes} x n_gpus_per_node={per_node} needs {nodes} Ray node(s) with {per_node} "
-            f"{name}(s) each; the cluster offers {[int(count) for count in offered]} {name}s per node. Lower the two keys "
-            "or add nodes"
+            f"verl.trainer.nnodes={nodes} x n_gpus_per_node={per_node} needs {nodes} node(s) with {per_node} {name}(s), "
+            f"the cluster offers {[int(count) for count in offered]} per node; lower the keys or add nodes"
         )
 
 

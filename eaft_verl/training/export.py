@@ -1,5 +1,6 @@
 """A trained model as a Hugging Face folder: safetensors, config, generation config, tokenizer."""
 
+import contextlib
 import os
 import shutil
 from collections.abc import Iterable
@@ -36,8 +37,6 @@ def export_weights(
     config.dtype = dtype
     config.save_pretrained(partial)
     AutoTokenizer.from_pretrained(base_model).save_pretrained(partial)
-    try:
+    with contextlib.suppress(OSError):  # many base models carry none
         GenerationConfig.from_pretrained(base_model).save_pretrained(partial)
-    except OSError:  # many base models carry none
-        pass
     os.replace(partial, folder)

@@ -147,8 +147,8 @@ class Trainer:
         self.nonfinite = 0 if finite else self.nonfinite + 1
         if self.nonfinite >= MAX_NONFINITE_STEPS:
             raise RunError(
-                f"loss or gradient was not finite for {self.nonfinite} steps in a row (step {step}: loss "
-                f"{metrics['loss']}, gradient norm {metrics['grad_norm']}); lower verl.optim.lr or look at the data of these steps"
+                f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']} not finite for "
+                f"{self.nonfinite} steps in a row. Lower verl.optim.lr or look at the data of these steps"
             )
 
     def validate(self, step: int) -> None:
