@@ -122,7 +122,7 @@ def _check_resources(device: str, nodes: int, per_node: int) -> None:
     fitting = sum(1 for count in offered if count >= per_node)
     if fitting < nodes:
         raise ConfigError(
-            f"verl.trainer.nnodes={nodes} x n_gpus_per_node={per_node} needs {nodes} node(s) with {per_node} {name}(s), "
+            f"verl.trainer.nnodes={nodes} x n_gpus_per_node={per_node} needs {nodes} nodes with {per_node} {name}s, "
             f"the cluster offers {[int(count) for count in offered]} per node; lower the keys or add nodes"
         )
 

@@ -1,0 +1,29 @@
+"""Isolation: no test sees the user's home, caches or Ray clusters, or reaches a hub."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+_SCRATCH = tempfile.mkdtemp(prefix="eaft")  # short: Ray's socket paths have a limit
+
+os.environ.update(
+    HOME=_SCRATCH,
+    EAFT_CACHE=os.environ.get("EAFT_CACHE", str(Path(_SCRATCH) / "cache")),
+    HF_HOME=str(Path(_SCRATCH) / "hf"),
+    HF_HUB_OFFLINE="1",
+    RAY_TMPDIR=_SCRATCH,
+    RAY_AUTH_MODE="disabled",
+    MPLCONFIGDIR=_SCRATCH,
+    TOKENIZERS_PARALLELISM="false",
+)
+os.environ.pop("RAY_ADDRESS", None)
+
+
+@pytest.fixture(scope="session")
+def tiny_model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer chat model with its tokenizer."""
+    import tiny
+
+    return tiny.tiny_model(tmp_path_factory.mktemp("model") / "tiny")

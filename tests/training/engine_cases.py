@@ -1,0 +1,219 @@
+"""What the exactness test runs on verl's real engine, in processes of its own. Imports verl only inside functions."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+SMALL = {"use_dynamic_bsz": False, "micro_batch_size_per_gpu": 2}
+DYNAMIC = {"use_dynamic_bsz": True, "max_token_len_per_gpu": 64}
+ALL_ROWS = (0, 1, 2, 3, 4, 5, 6, 7)
+PADDED = -1
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training step: which objective, how verl lays the batch out, which rows it holds."""
+
+    name: str
+    objective: str
+    params: dict[str, Any] = field(default_factory=dict)
+    engine: str = "fp32"  # key of ENGINES
+    layout: dict[str, Any] = field(default_factory=lambda: SMALL)
+    rows: tuple[int, ...] = ALL_ROWS
+    state: dict[str, float] = field(default_factory=dict)
+
+
+ENGINES: dict[str, list[str]] = {  # overrides of the recipe
+    "fp32": [],
+    "padded": ["verl.model.use_remove_padding=false"],
+    "no_sync": ["verl.engine.use_no_sync_for_gradient_accumulation=true"],
+    "bf16": ["verl.engine.mixed_precision.param_dtype=bf16"],
+    "lora": ["verl.model.lora_rank=4"],
+    "ulysses": [
+        "verl.engine.ulysses_sequence_parallel_size=2",
+        "verl.model.override_config.attn_implementation=ulysses_sdpa",
+    ],
+}
+
+
+def _one(size: int) -> dict[str, Any]:
+    return {"use_dynamic_bsz": False, "micro_batch_size_per_gpu": size}
+
+
+def cases(world: int) -> list[Case]:
+    """Every case of a world size; names are unique."""
+    talr = {"tau": 2.0, "floor": 0.01}
+    made = []
+    for engine in ("fp32", "padded"):
+        for label, layout in (("micro1", _one(1)), ("micro2", _one(2)), ("micro4", _one(4)), ("dynamic", DYNAMIC)):
+            made.append(Case(f"eaft-{engine}-{label}", "eaft", engine=engine, layout=layout))
+            made.append(Case(f"sft-{engine}-{label}", "sft", engine=engine, layout=layout))
+        for label, layout in (("micro2", _one(2)), ("dynamic", DYNAMIC)):
+            made.append(Case(f"deft-{engine}-{label}", "deft", engine=engine, layout=layout))
+            made.append(Case(f"flow-{engine}-{label}", "flow", {"temperature": 1.0}, engine, layout))
+            made.append(Case(f"talr-{engine}-{label}", "talr", talr, engine, layout))
+    for objective in ("sft", "eaft"):
+        made.append(Case(f"{objective}-no_sync-micro1", objective, engine="no_sync", layout=_one(1)))
+        made.append(Case(f"{objective}-bf16-micro2", objective, engine="bf16"))
+        made.append(Case(f"{objective}-lora-micro2", objective, engine="lora"))
+    made.append(Case("eaft-no_sync-dynamic", "eaft", engine="no_sync", layout=DYNAMIC))
+    made.append(Case("talr-batch_tau", "talr", {"floor": 0.01}, state={"tau": 1.5}))
+    made.append(Case("eaft-weight_scale", "eaft", {"weight_norm": "batch_mean"}, state={"weight_scale": 1.7}))
+    made.append(Case("eaft-small_k", "eaft", {"k": 5, "power": 2.0}))
+    made.extend(_padding_cases())
+    if world == 2:
+        for label, layout in (("micro2", SMALL), ("dynamic", DYNAMIC)):
+            made.append(Case(f"eaft-ulysses-{label}", "eaft", engine="ulysses", layout=layout))
+        made.append(Case("deft-ulysses-micro1", "deft", engine="ulysses", layout=_one(1)))
+    return made
+
+
+def _padding_cases() -> list[Case]:
+    """Rows that only fill the batch: some, a whole micro-batch, a whole rank of two, all but one row."""
+    some, half = (0, 1, 2, 3, 4, 5, PADDED, PADDED), (3, 6, 1, 7, *[PADDED] * 4)
+    one = (5, *[PADDED] * 7)
+    made = [Case("sft-padding-first", "sft", layout=_one(1), rows=(PADDED, PADDED, *ALL_ROWS[:6]))]
+    for label, rows in (("some", some), ("half", half), ("all_but_one", one)):
+        for kind, layout in (("micro2", SMALL), ("dynamic", DYNAMIC)):
+            made.append(Case(f"eaft-padding-{label}-{kind}", "eaft", layout=layout, rows=rows))
+    return made
+
+
+def sample_weights() -> list[float]:
+    """Of the eight examples, for flow."""
+    return [0.25, 1.5, 0.5, 1.0, 2.0, 0.125, 0.75, 1.25]
+
+
+def examples() -> list[Any]:
+    """Eight sequences of 9 to 40 tokens with holes in their masks; some end on an untrained token."""
+    import random
+
+    from eaft_verl.data.prepare import Example
+
+    draw, made = random.Random(3), []
+    for number, length in enumerate((40, 9, 33, 17, 26, 12, 21, 37)):
+        ids = [draw.randrange(384) for _ in range(length)]
+        mask = [0 if t < length // 3 or draw.random() < 0.2 else 1 for t in range(length)]
+        mask[-1] = number % 2
+        mask[-2] = 1
+        made.append(Example(id=str(number), messages=[], input_ids=ids, loss_mask=mask))
+    return made
+
+
+def run_cases(rank: int, world: int, folder: str, recipe: str, model: str) -> None:
+    """Entry of a spawned process: run every case, leave loss, metrics and gradients in FOLDER/world_rank.pt."""
+    os.environ.update(
+        {
+            **{"VERL_PLATFORM": "cpu", "VERL_ENGINE_DEVICE": "cuda", "VERL_LOGGING_LEVEL": "ERROR"},
+            **{"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)},
+            **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "OMP_NUM_THREADS": "1"},
+            "DIST_INIT_METHOD": f"file://{folder}/rendezvous_{world}",
+        }
+    )
+    import torch
+
+    torch.set_num_threads(1)
+    register_ulysses_sdpa()
+    results: dict[str, Any] = {}
+    for engine in ENGINES:
+        mine = [case for case in cases(world) if case.engine == engine]
+        if mine:
+            worker = build_worker(recipe, model, ENGINES[engine], str(Path(folder) / "adapter"))
+            for case in mine:
+                results[case.name] = train_once(worker, case, rank, world)
+            if engine in ("fp32", "padded"):
+                results[f"infer-{engine}"] = infer_once(worker, rank, world)
+    torch.save(results, Path(folder) / f"{world}_{rank}.pt")
+
+
+def build_worker(recipe: str, model: str, overrides: list[str], adapter: str) -> Any:
+    """Our worker as Ray would build it, from a recipe."""
+    from eaft_verl.config import load_recipe, resolve
+    from eaft_verl.training.cluster import worker_config
+    from eaft_verl.training.worker import EaftWorker
+
+    config = resolve(load_recipe(recipe), "sft", overrides)
+    made = worker_config(config, model, total_steps=10)
+    if made.model_config.lora_rank > 0:
+        made.model_config.lora_adapter_path = adapter  # its B matrices are not zero, so that A has a gradient
+    worker = EaftWorker(made)
+    worker.reset()
+    return worker
+
+
+def train_once(worker: Any, case: Case, rank: int, world: int) -> dict[str, Any]:
+    """One `train_batch` of the worker; gradients are taken where the optimizer would take its step."""
+    from verl.utils import tensordict_utils as tu
+
+    from eaft_verl.objectives import build_objective
+    from eaft_verl.training.batches import make_batch
+    from eaft_verl.training.loss import BATCH_FLAGS, TokenLoss
+
+    weights = sample_weights() if case.objective == "flow" else None
+    flags = {**BATCH_FLAGS, **case.layout, "objective_state": case.state}
+    batch = make_batch(examples(), list(case.rows), flags, weights)
+    parallel = worker.engine.get_data_parallel_size()
+    mine = tu.chunk_tensordict(batch, parallel)[worker.engine.get_data_parallel_rank()]
+    tu.assign_non_tensor(mine, global_token_num=None)
+    grads: dict[str, Any] = {}
+
+    def take() -> float:
+        for name, parameter in worker.engine.module.named_parameters():
+            if parameter.grad is not None:
+                grads[name] = parameter.grad.full_tensor().clone()
+        return 0.0
+
+    worker.engine.optimizer_step = take
+    worker.set_loss_fn(TokenLoss(build_objective(case.objective, **case.params)))
+    output = worker.train_batch(mine)
+    metrics = None if output is None else tu.get(output, "metrics")
+    return {"metrics": metrics, "grads": grads if rank == 0 else {}}
+
+
+def infer_once(worker: Any, rank: int, world: int) -> dict[str, Any]:
+    """Per-token answers of `infer_batch`, in the order of the rows, with micro-batches that verl reorders."""
+    from verl.utils import tensordict_utils as tu
+
+    from eaft_verl.objectives import Sft
+    from eaft_verl.training.batches import make_batch
+    from eaft_verl.training.loss import BATCH_FLAGS, TokenLoss
+
+    batch = make_batch(examples(), list(ALL_ROWS), {**BATCH_FLAGS, **DYNAMIC}, None)
+    mine = tu.chunk_tensordict(batch, world)[rank]
+    tu.assign_non_tensor(mine, global_token_num=None)
+    worker.set_loss_fn(TokenLoss(Sft()))
+    output = worker.infer_batch(mine)
+    return {name: [row.clone() for row in output[name].unbind()] for name in ("nll", "entropy")}
+
+
+def register_ulysses_sdpa() -> None:
+    """Plain attention between two all-to-alls: verl patches flash-attention only, which a CPU does not have."""
+    import torch
+    import torch.distributed as dist
+    from transformers import AttentionInterface
+    from transformers.models.llama.modeling_llama import repeat_kv
+    from verl.utils.ulysses import (
+        gather_heads_scatter_seq,
+        gather_seq_scatter_heads,
+        get_ulysses_sequence_parallel_group,
+        get_ulysses_sequence_parallel_world_size,
+    )
+
+    def attention(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> tuple[Any, None]:
+        """[1, heads, T / sp, D] -> [1, T / sp, heads, D]; sequences are told apart by their position ids."""
+        query, key, value = (
+            gather_seq_scatter_heads(part, seq_dim=2, head_dim=1) for part in (query, key, value)
+        )
+        positions = kwargs["position_ids"]
+        parts = [torch.empty_like(positions) for _ in range(get_ulysses_sequence_parallel_world_size())]
+        dist.all_gather(parts, positions.contiguous(), group=get_ulysses_sequence_parallel_group())
+        sequence = (torch.cat(parts, dim=-1) == 0).cumsum(-1)[0]
+        allowed = (sequence[:, None] == sequence[None, :]).tril()
+        groups = query.shape[1] // key.shape[1]
+        out = torch.nn.functional.scaled_dot_product_attention(
+            query, repeat_kv(key, groups), repeat_kv(value, groups), attn_mask=allowed, scale=kwargs["scaling"]
+        )
+        return gather_heads_scatter_seq(out, seq_dim=2, head_dim=1).transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("ulysses_sdpa", attention)

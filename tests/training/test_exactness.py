@@ -1,0 +1,169 @@
+"""Loss and all gradients of verl's engine with our loss equal a plain float64 computation, however a batch is laid out.
+
+The reference shares no code with the package but the tiny model and the examples: one sequence at a time, the formula
+of each objective written out, `autograd` for the gradient.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from engine_cases import PADDED, Case, cases, examples, run_cases, sample_weights
+from tiny import tiny_model
+
+WORLDS = (1, 2)
+TOLERANCE = {"bf16": 3e-2}  # relative; float32 otherwise
+FLOAT32 = 1e-5
+RECIPE = """
+device: cpu
+data: {{train: {data}, max_length: 64}}
+verl:
+  engine: {{mixed_precision: {{param_dtype: fp32, reduce_dtype: fp32}}}}
+  data: {{train_batch_size: 8, max_token_len_per_gpu: 64}}
+  trainer: {{total_epochs: 1}}
+arms:
+  sft: {{objective: {{name: sft}}}}
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Model, adapter and recipe that all processes read."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("exactness")
+    tiny_model(folder / "model", hidden=32)
+    torch.manual_seed(1)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32),
+        LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=16, target_modules="all-linear"),
+    )
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    model.save_pretrained(folder / "adapter")
+    (folder / "recipe.yaml").write_text(RECIPE.format(data=folder / "recipe.yaml"), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> dict[int, list[dict[str, Any]]]:
+    """{world size: [results of each rank]}; both world sizes run at once."""
+    arguments = (str(folder), str(folder / "recipe.yaml"), str(folder / "model"))
+    running = [mp.spawn(run_cases, args=(world, *arguments), nprocs=world, join=False) for world in WORLDS]
+    for context in running:
+        while not context.join():
+            pass
+    return {world: [torch.load(folder / f"{world}_{rank}.pt") for rank in range(world)] for world in WORLDS}
+
+
+@pytest.fixture(scope="module")
+def references(folder: Path) -> dict[bool, torch.nn.Module]:
+    """{with adapter: float64 model}."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    def load() -> Any:
+        return AutoModelForCausalLM.from_pretrained(
+            folder / "model", dtype=torch.float64, attn_implementation="eager"
+        ).double()
+
+    return {False: load(), True: PeftModel.from_pretrained(load(), folder / "adapter", is_trainable=True).double()}
+
+
+def reference_weight(case: Case, logp: torch.Tensor, row: int) -> torch.Tensor:
+    """Weight of each position from its [T, V] log-probabilities and the label's, by the published formulas."""
+    table, label = logp
+    if case.objective == "sft":
+        return torch.ones_like(label)
+    if case.objective == "eaft":
+        k = case.params.get("k", 20)
+        best = table.topk(k, dim=-1).values.log_softmax(dim=-1)
+        entropy = -(best.exp() * best).sum(dim=-1)
+        return (entropy / math.log(k)) ** case.params.get("power", 1.0) * case.state.get("weight_scale", 1.0)
+    if case.objective == "deft":
+        return label.exp() ** (table.exp() ** 2).sum(dim=-1)
+    if case.objective == "talr":
+        tau = case.params.get("tau", case.state.get("tau"))
+        return torch.maximum(label.exp() ** (1 / tau), torch.tensor(case.params["floor"], dtype=label.dtype))
+    assert case.objective == "flow"
+    return torch.full_like(label, sample_weights()[row])
+
+
+def reference(model: Any, case: Case) -> dict[str, Any]:
+    """Loss, gradients and the step's metrics of a batch in float64."""
+    rows = [(row, examples()[row]) for row in case.rows if row != PADDED]
+    trained = sum(sum(example.loss_mask[1:]) for _, example in rows)
+    model.zero_grad()
+    loss, nlls, weights = 0.0, [], []
+    for row, example in rows:
+        ids = torch.tensor(example.input_ids)
+        mask = torch.tensor(example.loss_mask[1:]).bool()
+        table = model(ids[None]).logits[0, :-1].log_softmax(dim=-1)
+        label = table[torch.arange(len(ids) - 1), ids[1:]]
+        with torch.no_grad():
+            weight = reference_weight(case, (table, label), row)
+        part = (weight * -label)[mask].sum() / trained
+        part.backward()
+        loss += part.item()
+        nlls.append(-label.detach()[mask])
+        weights.append(weight[mask])
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    nll, weight = torch.cat(nlls), torch.cat(weights)
+    medians = torch.stack([part.mean() for part in nlls]).quantile(0.5)
+    metrics = {"nll": nll.mean(), "weight_mean": weight.mean(), "median_example_nll": medians}
+    metrics |= {"ess": weight.sum() ** 2 / (len(weight) * (weight**2).sum()), "step_tokens": trained}
+    return {"loss": loss, "grads": grads, "metrics": {name: float(value) for name, value in metrics.items()}}
+
+
+@pytest.mark.parametrize(
+    ("world", "case"), [pytest.param(w, case, id=f"{w}-{case.name}") for w in WORLDS for case in cases(w)]
+)
+def test_step_equals_plain_float64(world: int, case: Case, results: Any, references: Any) -> None:
+    expected = reference(references[case.engine == "lora"], case)
+    found = results[world][0][case.name]
+    tolerance = TOLERANCE.get(case.engine, FLOAT32)
+    assert found["metrics"]["loss"] == pytest.approx(expected["loss"], rel=tolerance)
+    for name, value in expected["metrics"].items():
+        assert found["metrics"][name] == pytest.approx(value, rel=tolerance), name
+    assert found["grads"].keys() == expected["grads"].keys()
+    names = sorted(expected["grads"])
+    ours = torch.cat([found["grads"][name].double().flatten() for name in names])
+    truth = torch.cat([expected["grads"][name].flatten() for name in names])
+    assert truth.norm() > 1e-3
+    assert ((ours - truth).norm() / truth.norm()).item() <= tolerance
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("engine", ["fp32", "padded"])
+def test_inference_keeps_the_order_of_the_rows(world: int, engine: str, results: Any, references: Any) -> None:
+    rows = [
+        values
+        for rank in range(world)
+        for values in zip(*(results[world][rank][f"infer-{engine}"][name] for name in ("nll", "entropy")), strict=True)
+    ]
+    for (nll, entropy), example in zip(rows, examples(), strict=True):
+        ids = torch.tensor(example.input_ids)
+        mask = torch.tensor(example.loss_mask[1:]).bool()
+        with torch.no_grad():
+            table = references[False](ids[None]).logits[0, :-1].log_softmax(dim=-1)
+        best = table.topk(20, dim=-1).values.log_softmax(dim=-1)
+        label = table[torch.arange(len(ids) - 1), ids[1:]]
+        torch.testing.assert_close(nll[:-1][mask].double(), -label[mask], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            entropy[:-1][mask].double(), -(best.exp() * best).sum(dim=-1)[mask], rtol=1e-5, atol=1e-5
+        )
+        assert nll[-1] == 0.0
+        assert not nll[:-1][~mask].any()
+
+
+def test_ranks_report_the_same_metrics(results: Any) -> None:
+    first, second = results[2]
+    for case in cases(2):
+        if case.engine != "ulysses":
+            for name in ("loss", "nll", "weight_p50", "ess", "step_tokens"):
+                assert first[case.name]["metrics"][name] == second[case.name]["metrics"][name]
