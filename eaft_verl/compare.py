@@ -46,7 +46,9 @@ def compare(
     if dry_run:
         for stage in (base, *(stage for pair in stages for stage in pair)):
             print(f"{'done' if stage.done else 'todo'}  {stage.label:32} eaft {' '.join(stage.arguments)}")
-        print(f"todo  {'report':32} eaft report {' '.join(str(pair[0].run) for pair in stages)}")
+        print(
+            f"todo  {'report':32} eaft report {' '.join(str(stage.run) for stage in (base, *(pair[0] for pair in stages)))}"
+        )
         return 0
     started = time.monotonic()
     if not _run(base):

@@ -110,7 +110,11 @@ def resolve(recipe: Recipe, arm: str, overrides: Iterable[str] = ()) -> DictConf
         _merge(tree, layer, where)
     tree["name"] = tree["name"] or recipe.name
     tree["output"] = str(Path(tree["output"] or Path("runs") / tree["name"]).absolute())
-    config = OmegaConf.create({**tree, "recipe": str(recipe.path), "arm": arm})
+    tree |= {"recipe": str(recipe.path), "arm": arm}
+    try:
+        config = OmegaConf.create(OmegaConf.to_container(OmegaConf.create(tree), resolve=True))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{recipe.path}: a ${{...}} reference cannot be resolved: {error}") from None
     OmegaConf.set_readonly(config, True)
     return config
 
