@@ -29,12 +29,14 @@ ENGINES: dict[str, list[str]] = {  # overrides of the recipe
     "padded": ["verl.model.use_remove_padding=false"],
     "no_sync": ["verl.engine.use_no_sync_for_gradient_accumulation=true"],
     "bf16": ["verl.engine.mixed_precision.param_dtype=bf16"],
-    "lora": ["verl.model.lora_rank=4"],
+    # an adapter whose B matrices are not zero, so that A has a gradient
+    "lora": ["verl.model.lora_rank=4", "verl.model.lora_adapter_path={folder}/adapter"],
     "ulysses": [
         "verl.engine.ulysses_sequence_parallel_size=2",
         "verl.model.override_config.attn_implementation=ulysses_sdpa",
     ],
 }
+EXPORTED = ("fp32", "lora")
 
 
 def _one(size: int) -> dict[str, Any]:
@@ -101,48 +103,58 @@ def examples() -> list[Any]:
     return made
 
 
-def run_cases(rank: int, world: int, folder: str, recipe: str, model: str) -> None:
-    """Entry of a spawned process: run every case, leave loss, metrics and gradients in FOLDER/world_rank.pt."""
+def run_cases(rank: int, folder: str, recipe: str, model: str) -> None:
+    """Entry of one of two spawned processes. Leaves {case: what was found} in FOLDER/WORLD_RANK.pt.
+
+    First each process is a world of its own and runs half of the cases of one rank, then both are the ranks of one
+    world: importing verl costs more than most of the work.
+    """
     os.environ.update(
         {
             **{"VERL_PLATFORM": "cpu", "VERL_ENGINE_DEVICE": "cuda", "VERL_LOGGING_LEVEL": "ERROR"},
-            **{"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)},
             **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "OMP_NUM_THREADS": "1"},
-            "DIST_INIT_METHOD": f"file://{folder}/rendezvous_{world}",
         }
     )
     import torch
+    import torch.distributed as dist
 
     torch.set_num_threads(1)
     register_ulysses_sdpa()
+    engines = sorted({case.engine for case in cases(1)})
+    for world, group, mine in ((1, 0, engines[rank::2]), (2, rank, list(ENGINES))):
+        os.environ.update({"RANK": str(group), "WORLD_SIZE": str(world), "LOCAL_RANK": str(group)})
+        os.environ["DIST_INIT_METHOD"] = f"file://{folder}/rendezvous_{world}_{rank if world == 1 else 0}"
+        torch.save(_run_world(world, group, mine, folder, recipe, model), Path(folder) / f"{world}_{rank}.pt")
+        dist.destroy_process_group()
+
+
+def _run_world(world: int, rank: int, engines: list[str], folder: str, recipe: str, model: str) -> dict[str, Any]:
     results: dict[str, Any] = {}
-    for engine in ENGINES:
-        mine = [case for case in cases(world) if case.engine == engine]
-        if mine:
-            worker = build_worker(recipe, model, ENGINES[engine], str(Path(folder) / "adapter"))
-            for case in mine:
-                results[case.name] = train_once(worker, case, rank, world)
-            if engine in ("fp32", "padded"):
-                results[f"infer-{engine}"] = infer_once(worker, rank, world)
-    torch.save(results, Path(folder) / f"{world}_{rank}.pt")
+    for engine in engines:
+        worker = build_worker(recipe, model, [item.format(folder=folder) for item in ENGINES[engine]])
+        for case in cases(world):
+            if case.engine == engine:
+                results[case.name] = train_once(worker, case, rank)
+        if engine in EXPORTED:
+            worker.export(f"{folder}/export-{world}-{engine}", model, "float32")
+        if engine in ("fp32", "padded"):
+            results[f"infer-{engine}"] = infer_once(worker, rank, world)
+    return results
 
 
-def build_worker(recipe: str, model: str, overrides: list[str], adapter: str) -> Any:
+def build_worker(recipe: str, model: str, overrides: list[str]) -> Any:
     """Our worker as Ray would build it, from a recipe."""
     from eaft_verl.config import load_recipe, resolve
     from eaft_verl.training.cluster import worker_config
     from eaft_verl.training.worker import EaftWorker
 
     config = resolve(load_recipe(recipe), "sft", overrides)
-    made = worker_config(config, model, total_steps=10)
-    if made.model_config.lora_rank > 0:
-        made.model_config.lora_adapter_path = adapter  # its B matrices are not zero, so that A has a gradient
-    worker = EaftWorker(made)
+    worker = EaftWorker(worker_config(config, model, total_steps=10))
     worker.reset()
     return worker
 
 
-def train_once(worker: Any, case: Case, rank: int, world: int) -> dict[str, Any]:
+def train_once(worker: Any, case: Case, rank: int) -> dict[str, Any]:
     """One `train_batch` of the worker; gradients are taken where the optimizer would take its step."""
     from verl.utils import tensordict_utils as tu
 
