@@ -21,6 +21,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest:
         options.overrides = [*options.overrides, *rest]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault(
+        "OMP_WAIT_POLICY", "passive"
+    )  # threads that spin while they wait starve whoever they wait for
     try:
         return options.run(options) or 0
     except (ConfigError, DataError, RunError) as error:

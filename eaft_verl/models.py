@@ -133,7 +133,10 @@ def _convert_smollm2(gguf: Path, out: Path) -> None:
     rounding is then part of the base model that every arm, in whatever dtype it trains, starts from."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
+    print(f"converting {gguf.name} into {cache_dir() / SMOLLM2_FOLDER}, once", flush=True)
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).to(torch.bfloat16)
     tokenizer = _repair_smollm2(AutoTokenizer.from_pretrained(**source))

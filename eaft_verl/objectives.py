@@ -258,6 +258,8 @@ def _known_objective(name: str) -> tuple[type[Objective], dict[str, Any]]:
 
 def _import_objective(name: str) -> tuple[type[Objective], dict[str, Any]]:
     module, _, attribute = name.partition(":")
+    if not module or module.startswith("."):
+        raise ValueError(f"objective.name={name!r} must be 'package.module:Class', with the whole module path")
     try:
         cls = vars(importlib.import_module(module))[attribute]
     except (ImportError, KeyError) as error:
@@ -271,7 +273,7 @@ def normalized_entropy(stats: TokenStats, normalizer: str = "ln_k") -> Tensor:
     """Top-K entropy on a scale of one, [T]. 'ln_k': in [0, 1]; '3.0': the paper's rounding of ln 20; 'none': nats."""
     if normalizer == "none":
         return stats.entropy_T
-    if str(normalizer) == "3.0":  # YAML reads 3.0 as a number
+    if normalizer != "ln_k":  # "3.0", which YAML reads as a number
         return stats.entropy_T / 3.0
     return (stats.entropy_T / math.log(max(stats.k, 2))).clamp(0.0, 1.0)  # rounding may leave 1 + 1e-7
 

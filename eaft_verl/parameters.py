@@ -10,7 +10,8 @@ def choice(default: str, allowed: Sequence[str]) -> Any:
     """A parameter that is one of a few words."""
 
     def check(value: Any) -> str | None:
-        return None if str(value) in allowed else f"one of {', '.join(allowed)}"
+        written = str(float(value)) if type(value) is int else str(value)  # YAML reads 3.0 and 3 as numbers
+        return None if written in allowed else f"one of {', '.join(allowed)}"
 
     return field(default=default, metadata={"check": check})
 
@@ -26,7 +27,9 @@ def number(
         finite = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         if finite and low <= value <= high and not (positive and value == low):
             return None
-        return f"a number in {'(' if positive else '['}{low:g}, {high:g}]" + "".join(f" or {word}" for word in words)
+        return f"a number in {'(' if positive else '['}{low:g}, {high:g}{')' if high == math.inf else ']'}" + "".join(
+            f" or {word}" for word in words
+        )
 
     return field(default=default, metadata={"check": check})
 

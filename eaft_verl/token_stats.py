@@ -128,12 +128,15 @@ def _chunk(logits_RV: Tensor, labels_R: Tensor, k: int, sum_p2: bool, wants_grad
     best_RK = top.values.to(_accumulator(logits_RV))
     entropy20_R = topk_entropy(best_RK[:, :TOPK])
     entropy_R = entropy20_R if k == TOPK else topk_entropy(best_RK[:, :k])
-    wide_RV = logits_RV.to(_accumulator(logits_RV))
-    logsumexp_R = wide_RV.logsumexp(dim=-1)
-    nll_R = logsumexp_R - wide_RV.gather(-1, labels_R[:, None]).squeeze(-1)
+    # relative to the largest logit, so that a confident token's small nll is no difference of two large numbers
+    wide_RV = logits_RV.to(_accumulator(logits_RV)) - best_RK[:, :1]
+    label_R = wide_RV.gather(-1, labels_R[:, None]).squeeze(-1)
+    prob_RV = wide_RV.exp_()
+    total_R = prob_RV.sum(dim=-1)
+    nll_R = total_R.log() - label_R
     sum_p2_R, grad_RV = torch.zeros_like(nll_R), None
     if wants_grad or sum_p2:
-        prob_RV = (wide_RV - logsumexp_R[:, None]).exp_()
+        prob_RV.div_(total_R[:, None])
         if sum_p2:
             sum_p2_R = prob_RV.square().sum(dim=-1)
         prob_RV.scatter_add_(-1, labels_R[:, None], torch.full_like(nll_R, -1.0)[:, None])

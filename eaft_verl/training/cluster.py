@@ -49,7 +49,7 @@ def ray_session(device: str, workers: int) -> Iterator[None]:
         return
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the coming default; silences a warning
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    logging.getLogger("ray").setLevel(logging.ERROR)  # a note on tokens, at every start
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # a note on tokens at every start
     if address := os.environ.get("RAY_ADDRESS"):
         ray.init(address=address, log_to_driver=False)
     else:

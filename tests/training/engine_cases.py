@@ -27,6 +27,7 @@ class Case:
 ENGINES: dict[str, list[str]] = {  # overrides of the recipe
     "fp32": [],
     "padded": ["verl.model.use_remove_padding=false"],
+    "eager": ["verl.model.override_config.attn_implementation=eager"],
     "no_sync": ["verl.engine.use_no_sync_for_gradient_accumulation=true"],
     "bf16": ["verl.engine.mixed_precision.param_dtype=bf16"],
     # an adapter whose B matrices are not zero, so that A has a gradient
@@ -59,6 +60,7 @@ def cases(world: int) -> list[Case]:
         made.append(Case(f"{objective}-no_sync-micro1", objective, engine="no_sync", layout=_one(1)))
         made.append(Case(f"{objective}-bf16-micro2", objective, engine="bf16"))
         made.append(Case(f"{objective}-lora-micro2", objective, engine="lora"))
+    made.append(Case("eaft-eager-dynamic", "eaft", engine="eager", layout=DYNAMIC))
     made.append(Case("eaft-no_sync-dynamic", "eaft", engine="no_sync", layout=DYNAMIC))
     made.append(Case("talr-batch_tau", "talr", {"floor": 0.01}, state={"tau": 1.5}))
     made.append(Case("eaft-weight_scale", "eaft", {"weight_norm": "batch_mean"}, state={"weight_scale": 1.7}))
@@ -129,7 +131,10 @@ def run_cases(rank: int, folder: str, recipe: str, model: str) -> None:
 
 
 def _run_world(world: int, rank: int, engines: list[str], folder: str, recipe: str, model: str) -> dict[str, Any]:
-    results: dict[str, Any] = {}
+    import verl  # noqa: F401 - first of all: its entry points must bring the platform
+    from verl.plugin.platform.platform_manager import get_platform
+
+    results: dict[str, Any] = {"platform": type(get_platform()).__name__}
     for engine in engines:
         worker = build_worker(recipe, model, [item.format(folder=folder) for item in ENGINES[engine]])
         for case in cases(world):
@@ -214,9 +219,7 @@ def register_ulysses_sdpa() -> None:
 
     def attention(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> tuple[Any, None]:
         """[1, heads, T / sp, D] -> [1, T / sp, heads, D]; sequences are told apart by their position ids."""
-        query, key, value = (
-            gather_seq_scatter_heads(part, seq_dim=2, head_dim=1) for part in (query, key, value)
-        )
+        query, key, value = (gather_seq_scatter_heads(part, seq_dim=2, head_dim=1) for part in (query, key, value))
         positions = kwargs["position_ids"]
         parts = [torch.empty_like(positions) for _ in range(get_ulysses_sequence_parallel_world_size())]
         dist.all_gather(parts, positions.contiguous(), group=get_ulysses_sequence_parallel_group())

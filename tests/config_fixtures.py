@@ -1,0 +1,23 @@
+"""verl's configuration tree, composed once per test process: that is most of the time `resolve` takes."""
+
+import copy
+import functools
+import json
+from typing import Any
+
+import pytest
+
+from eaft_verl import config
+
+_compose = config._verl_tree
+
+
+@functools.cache
+def _composed(ours: str) -> dict[str, Any]:
+    return _compose(json.loads(ours))
+
+
+@pytest.fixture(autouse=True)
+def composed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every `resolve` of a test gets its own copy of the tree."""
+    monkeypatch.setattr(config, "_verl_tree", lambda ours: copy.deepcopy(_composed(json.dumps(ours))))
