@@ -46,9 +46,8 @@ def compare(
     if dry_run:
         for stage in (base, *(stage for pair in stages for stage in pair)):
             print(f"{'done' if stage.done else 'todo'}  {stage.label:32} eaft {' '.join(stage.arguments)}")
-        print(
-            f"todo  {'report':32} eaft report {' '.join(str(stage.run) for stage in (base, *(pair[0] for pair in stages)))}"
-        )
+        runs = " ".join(str(stage.run) for stage in (base, *(pair[0] for pair in stages)))
+        print(f"todo  {'report':32} eaft report {runs}")
         return 0
     started = time.monotonic()
     if not _run(base):
