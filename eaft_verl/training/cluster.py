@@ -91,8 +91,6 @@ def worker_config(config: DictConfig, model_path: str, total_steps: int) -> Any:
     tree = OmegaConf.create(OmegaConf.to_container(config.verl))
     OmegaConf.set_struct(tree, False)
     tree.model.update(path=model_path, hf_config_path=model_path, tokenizer_path=model_path)
-    if tree.model.lora_rank > 0:
-        tree.model.lora.merge = True  # exports are whole models
     tree.engine.seed = config.seed
     tree.optim.total_training_steps = total_steps
     data = tree.data

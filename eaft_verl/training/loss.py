@@ -80,7 +80,7 @@ class TokenLoss:
         loss = weighted_nll(values["nll"], weight_T, mask_T, num_tokens)
         if not self.guarded:
             check_loss(loss, values["nll"], weight_T, mask_T, num_tokens)
-            self.guarded = True
+            self.guarded = bool(mask_T.any())  # nothing was compared on padding
         self.table.add(mask_T, lengths_B, weight_T, **values)
         return loss
 

@@ -64,7 +64,8 @@ class Trainer:
         """A TensorDict of these rows for the workers, balanced over them."""
         ranks = self.group.world_size // self.config.verl.engine.ulysses_sequence_parallel_size
         if self.config.verl.trainer.balance_batch and not flags.get("ordered"):
-            indices = balanced(indices, [len(example.input_ids) for example in examples], ranks)
+            lengths = [len(example.input_ids) for example in examples]
+            indices = balanced(indices, [*lengths, min(lengths)], ranks)  # PADDING = -1 is the shortest row
         flags.pop("ordered", None)
         weights = self.sample_weights if examples is self.examples else None
         return make_batch(examples, indices, {**BATCH_FLAGS, **flags}, weights)

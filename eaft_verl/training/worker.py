@@ -1,14 +1,17 @@
 """One Ray actor per device: verl's TrainingWorker with our loss, our statistics and an export."""
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from tensordict import TensorDict
+from torch.distributed.tensor import DTensor
 from verl.single_controller.base.decorator import Dispatch, make_nd_compute_dataproto_dispatch_fn, register
-from verl.utils.device import get_device_name
+from verl.utils.device import get_device_id, get_device_name
 from verl.utils.distributed import initialize_global_process_group_ray
+from verl.utils.fsdp_utils import merged_lora_context, normalize_peft_param_name
 from verl.workers.engine_workers import TrainingWorker, TrainingWorkerConfig
 
 from eaft_verl.training.export import export_weights
@@ -56,6 +59,17 @@ class EaftWorker(TrainingWorker):
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def export(self, folder: str, base_model: str, dtype: str) -> None:
         """Write the model as a Hugging Face folder that transformers and vLLM load; collective, rank 0 writes."""
-        weights, _ = self.engine.get_per_tensor_param()
-        export_weights(weights, Path(folder), base_model, dtype, write=dist.get_rank() == 0)
+        if self.model_config.lora_rank > 0:
+            with merged_lora_context(self.engine.module, backup_adapters=True):
+                self._export(self._merged_weights(), folder, base_model, dtype)
+        else:
+            self._export(self.engine.get_per_tensor_param()[0], folder, base_model, dtype)
         dist.barrier()
+
+    def _merged_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Base plus adapters; verl's own iterator rounds them to bfloat16 on the way to a rollout."""
+        for name, weight in normalize_peft_param_name(self.engine.module.state_dict()).items():
+            yield name, weight.to(get_device_id()).full_tensor() if isinstance(weight, DTensor) else weight
+
+    def _export(self, weights: Iterable[tuple[str, torch.Tensor]], folder: str, base_model: str, dtype: str) -> None:
+        export_weights(weights, Path(folder), base_model, dtype, write=dist.get_rank() == 0)

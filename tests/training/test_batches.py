@@ -1,21 +1,17 @@
-"""Order of the data, batches, the base pass, checkpoints and the guard of the loss: no engine, no Ray."""
+"""Order of the data, batches, schedule and the base pass: no engine, no Ray."""
 
-import io
 import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from batch_examples import EXAMPLES
 from omegaconf import OmegaConf
 from verl.utils import tensordict_utils as tu
 
 from eaft_verl.data.prepare import Example
 from eaft_verl.errors import RunError
-from eaft_verl.objectives import build_objective
-from eaft_verl.runs import Run, write_json
-from eaft_verl.training import checkpoint, loss
 from eaft_verl.training.base_pass import base_stats
 from eaft_verl.training.batches import (
     PADDING,
@@ -25,18 +21,8 @@ from eaft_verl.training.batches import (
     sequential_batches,
     steps_per_epoch,
 )
-from eaft_verl.training.cluster import worker_environment
-from eaft_verl.training.loss import BATCH_FLAGS, TokenLoss, shifted
-from eaft_verl.training.progress import Progress
+from eaft_verl.training.loss import BATCH_FLAGS, shifted
 from eaft_verl.training.trainer import evaluation_points, total_steps
-
-
-def example(number: int, length: int, first: int = 1) -> Example:
-    ids = [(number * 7 + t) % 50 for t in range(length)]
-    return Example(id=str(number), messages=[], input_ids=ids, loss_mask=[int(t >= first) for t in range(length)])
-
-
-EXAMPLES = [example(number, length, first) for number, (length, first) in enumerate(((5, 2), (3, 1), (9, 4), (4, 1)))]
 
 # order
 
@@ -210,215 +196,3 @@ def test_base_stats_are_those_of_the_trained_tokens_and_are_kept(tmp_path: Path)
     with pytest.raises(RunError, match=r"computed for another model.*key key, now other.*delete it"):
         base_stats(path, "other", EXAMPLES, 20, fake_infer({}, asked, 20), batch_size=3)
     assert [file.name for file in path.parent.iterdir()] == ["base.safetensors"]
-
-
-# checkpoints
-
-
-class FakeGroup:
-    """A worker group whose state is one file."""
-
-    def __init__(self, world_size: int = 2) -> None:
-        self.world_size, self.loaded = world_size, ""
-
-    def save_checkpoint(self, path: str, hdfs: None, step: int, keep: None) -> None:
-        Path(path).mkdir(parents=True)
-        (Path(path) / "model.pt").write_text(str(step), encoding="utf-8")
-
-    def load_checkpoint(self, path: str) -> None:
-        self.loaded = (Path(path) / "model.pt").read_text(encoding="utf-8")
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Run:
-    return Run.create(tmp_path / "run", info={"kind": "arm"}, config="{}", env={})
-
-
-def folders(run: Run) -> list[str]:
-    return sorted(folder.name for folder in (run.path / "resume").iterdir())
-
-
-def test_the_newest_checkpoint_is_loaded_with_its_state(run: Run) -> None:
-    group = FakeGroup()
-    assert checkpoint.load(run, group) is None
-    for step in (2, 4, 1000000):
-        checkpoint.save(run, group, step, {"tokens": step * 10, "tau": None}, keep=None)
-    assert checkpoint.load(run, group) == {"step": 1000000, "world_size": 2, "tokens": 10000000, "tau": None}
-    assert group.loaded == "1000000"
-
-
-def test_older_checkpoints_go_after_the_new_one_is_complete(run: Run) -> None:
-    for step in (2, 4, 6):
-        checkpoint.save(run, FakeGroup(), step, {}, keep=2)
-    assert folders(run) == ["step_000004", "step_000006"]
-    checkpoint.remove(run)
-    assert not (run.path / "resume").exists()
-
-
-def test_partial_folders_are_not_checkpoints(run: Run) -> None:
-    group = FakeGroup()
-    checkpoint.save(run, group, 2, {}, keep=2)
-    (run.path / "resume" / "step_000008").mkdir()  # without its description
-    write_json(run.path / "resume" / ".step_000009.partial" / checkpoint.STATE_FILE, {"step": 9, "world_size": 2})
-    (run.path / "resume" / "step_x").mkdir()
-    assert checkpoint.load(run, group)["step"] == 2
-    assert group.loaded == "2"
-
-
-def test_a_save_that_dies_leaves_the_previous_checkpoint(run: Run) -> None:
-    class Dies(FakeGroup):
-        def save_checkpoint(self, path: str, hdfs: None, step: int, keep: None) -> None:
-            super().save_checkpoint(path, hdfs, step, keep)
-            raise OSError("disk full")
-
-    checkpoint.save(run, FakeGroup(), 2, {}, keep=1)
-    with pytest.raises(OSError, match="disk full"):
-        checkpoint.save(run, Dies(), 4, {}, keep=1)
-    assert checkpoint.load(run, FakeGroup())["step"] == 2
-    checkpoint.save(run, FakeGroup(), 4, {}, keep=1)
-    assert folders(run) == ["step_000004"]
-
-
-def test_a_checkpoint_of_another_world_size_is_refused(run: Run) -> None:
-    checkpoint.save(run, FakeGroup(2), 2, {}, keep=2)
-    with pytest.raises(RunError, match=r"saved by 2 worker\(s\) and cannot be loaded by 4"):
-        checkpoint.load(run, FakeGroup(4))
-
-
-# progress and environment
-
-ROW = {"loss": 1.0, "nll": 2.0, "weight_mean": 0.5, "grad_norm": 3.0, "tokens_per_s": 100.0}
-
-
-def test_progress_writes_plain_lines_where_there_is_no_terminal() -> None:
-    stream = io.StringIO()
-    progress = Progress("eaft", total=4, start=2, stream=stream)
-    progress.update(3, ROW)
-    progress.update(3, ROW)  # within the interval
-    progress.update(4, ROW)  # the last step is always told
-    progress.close()
-    lines = stream.getvalue().splitlines()
-    assert [line.split(" loss")[0] for line in lines] == ["eaft step 3/4", "eaft step 4/4"]
-    assert "loss 1.000 nll 2.000 weight 0.50 grad 3.00 100 tok/s eta 0s" in lines[1]
-
-
-def test_workers_on_a_cpu_get_the_platform_and_their_share_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "PYTHONPATH", "VERL_PLATFORM", "VERL_ENGINE_DEVICE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("os.cpu_count", lambda: 8)
-    found = worker_environment("cpu", workers=3)
-    assert (found["VERL_PLATFORM"], found["VERL_ENGINE_DEVICE"], found["OMP_NUM_THREADS"]) == ("cpu", "cuda", "2")
-    assert worker_environment("cpu", workers=64)["OMP_NUM_THREADS"] == "1"
-    assert "PYTHONPATH" not in found
-    assert not {"VERL_PLATFORM", "VERL_ENGINE_DEVICE", "OMP_NUM_THREADS"} & worker_environment("cuda", 8).keys()
-
-
-def test_values_already_set_win_and_the_python_path_travels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    monkeypatch.setenv("PYTHONPATH", "/somewhere")
-    found = worker_environment("cpu", workers=2)
-    assert (found["OMP_NUM_THREADS"], found["PYTHONPATH"]) == ("7", "/somewhere")
-
-
-# the loss and its guard
-
-
-def micro_batch(rows: tuple[int, ...] = (0, 1, 2), **flags: Any) -> Any:
-    batch = make_batch(EXAMPLES, list(rows), {**BATCH_FLAGS, "dp_size": 1, **flags}, None)
-    tu.assign_non_tensor(batch, batch_num_tokens=max(1, int(batch["loss_mask"].values().sum())))
-    return batch
-
-
-def logits_of(batch: Any) -> torch.Tensor:
-    torch.manual_seed(0)
-    return (torch.randn(1, len(batch["input_ids"].values()), 50) * 3).requires_grad_()
-
-
-def both_calls(token_loss: TokenLoss, batch: Any, logits: torch.Tensor) -> torch.Tensor:
-    """As the engine does: the hook, then the loss."""
-    hook = token_loss(student_logits=logits, data=batch)
-    offsets = batch["input_ids"].offsets()
-    output = {name: torch.nested.nested_tensor_from_jagged(part[0], offsets) for name, part in hook.items()}
-    return token_loss(model_output=output, data=batch)[0]
-
-
-def test_the_guard_passes_once_and_the_table_keeps_the_trained_tokens() -> None:
-    batch = micro_batch()
-    token_loss = TokenLoss(build_objective("eaft"))
-    both_calls(token_loss, batch, logits_of(batch)).backward()
-    assert token_loss.guarded
-    assert len(token_loss.table.gather(None)) == sum(sum(EXAMPLES[row].loss_mask) for row in (0, 1, 2))
-
-
-@pytest.mark.parametrize("name", ["nll_T", "entropy_T", "entropy20_T", "sum_p2_T"])
-def test_the_guard_refuses_a_wrong_statistic(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = loss.logit_stats
-
-    def wrong(*args: Any, **kwargs: Any) -> Any:
-        stats = right(*args, **kwargs)
-        return stats._replace(**{name: getattr(stats, name) * 1.1})
-
-    monkeypatch.setattr(loss, "logit_stats", wrong)
-    batch = micro_batch()
-    with pytest.raises(RuntimeError, match=rf"objective guard: {name} differs from its definition"):
-        both_calls(TokenLoss(build_objective("deft")), batch, logits_of(batch))
-
-
-def test_the_guard_refuses_a_wrong_sum(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "weighted_nll", lambda nll, weight, mask, count: nll.where(mask, 0.0).sum() / count)
-    batch = micro_batch()
-    with pytest.raises(RuntimeError, match="objective guard: loss differs from its definition"):
-        both_calls(TokenLoss(build_objective("eaft")), batch, logits_of(batch))
-
-
-def test_a_missing_hook_output_is_an_error() -> None:
-    batch = micro_batch()
-    with pytest.raises(RuntimeError, match="verl did not call the logits hook"):
-        TokenLoss(build_objective("sft"))(model_output={"log_probs": batch["loss_mask"]}, data=batch)
-
-
-@pytest.mark.parametrize(("name", "statistic"), [("talr", "talr.tau")])
-def test_a_missing_batch_statistic_is_an_error(name: str, statistic: str) -> None:
-    batch = micro_batch()
-    with pytest.raises(ValueError, match=f"{statistic} is not set"):
-        both_calls(TokenLoss(build_objective(name)), batch, logits_of(batch))
-
-
-def test_a_masked_micro_batch_has_a_connected_zero_loss() -> None:
-    batch = micro_batch((PADDING, PADDING))
-    logits = logits_of(batch)
-    value = both_calls(TokenLoss(build_objective("eaft")), batch, logits)
-    value.backward()
-    assert value.item() == 0.0
-    assert logits.grad is not None and not logits.grad.any()
-
-
-def test_nan_logits_of_untrained_tokens_do_not_leak() -> None:
-    batch = micro_batch()
-    logits = logits_of(batch).detach()
-    mask = shifted(batch)[1]
-    logits[0, ~mask] = math.nan
-    logits.requires_grad_()
-    value = both_calls(TokenLoss(build_objective("eaft")), batch, logits)
-    value.backward()
-    assert math.isfinite(value.item()) and torch.isfinite(logits.grad).all()
-
-
-@pytest.mark.xfail(
-    strict=True, reason="TokenLoss counts as guarded after a micro-batch of padding rows, on which nothing was compared"
-)
-def test_the_guard_waits_for_a_trained_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    token_loss = TokenLoss(build_objective("eaft"))
-    padding, batch = micro_batch((PADDING, PADDING)), micro_batch()
-    both_calls(token_loss, padding, logits_of(padding))
-    monkeypatch.setattr(loss, "weighted_nll", lambda nll, weight, mask, count: nll.where(mask, 0.0).sum() / count)
-    with pytest.raises(RuntimeError, match="objective guard"):
-        both_calls(token_loss, batch, logits_of(batch))
-
-
-def test_the_loss_can_be_sent_to_the_workers() -> None:
-    import pickle
-
-    sent = pickle.loads(pickle.dumps(TokenLoss(build_objective("eaft", k=7))))
-    assert isinstance(sent, TokenLoss) and sent.objective == build_objective("eaft", k=7)
-    assert SimpleNamespace(**vars(sent)).guarded is False

@@ -191,13 +191,8 @@ def test_export_is_the_whole_model_to_bfloat16(world: int, engine: str, exported
         torch.testing.assert_close(weight.double(), truth[name], rtol=2**-8, atol=1e-6)
 
 
-BFLOAT16_MERGE = pytest.mark.xfail(
-    strict=True, reason="verl's get_per_tensor_param rounds merged adapters to bfloat16, whatever dtype is asked for"
-)
-
-
 @pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("engine", ["fp32", pytest.param("lora", marks=BFLOAT16_MERGE)])
+@pytest.mark.parametrize("engine", ["fp32", "lora"])
 def test_float32_export_keeps_float32(world: int, engine: str, exported: Any) -> None:
     found, truth = exported(world, engine)
     for name, weight in found.items():

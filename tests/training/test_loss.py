@@ -1,0 +1,116 @@
+"""The two calls of the loss and its guard, without an engine."""
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from batch_examples import EXAMPLES
+from verl.utils import tensordict_utils as tu
+
+from eaft_verl.objectives import build_objective
+from eaft_verl.training import loss
+from eaft_verl.training.batches import (
+    PADDING,
+    make_batch,
+)
+from eaft_verl.training.loss import BATCH_FLAGS, TokenLoss, shifted
+
+
+def micro_batch(rows: tuple[int, ...] = (0, 1, 2), **flags: Any) -> Any:
+    batch = make_batch(EXAMPLES, list(rows), {**BATCH_FLAGS, "dp_size": 1, **flags}, None)
+    tu.assign_non_tensor(batch, batch_num_tokens=max(1, int(batch["loss_mask"].values().sum())))
+    return batch
+
+
+def logits_of(batch: Any) -> torch.Tensor:
+    torch.manual_seed(0)
+    return (torch.randn(1, len(batch["input_ids"].values()), 50) * 3).requires_grad_()
+
+
+def both_calls(token_loss: TokenLoss, batch: Any, logits: torch.Tensor) -> torch.Tensor:
+    """As the engine does: the hook, then the loss."""
+    hook = token_loss(student_logits=logits, data=batch)
+    offsets = batch["input_ids"].offsets()
+    output = {name: torch.nested.nested_tensor_from_jagged(part[0], offsets) for name, part in hook.items()}
+    return token_loss(model_output=output, data=batch)[0]
+
+
+def test_the_guard_passes_once_and_the_table_keeps_the_trained_tokens() -> None:
+    batch = micro_batch()
+    token_loss = TokenLoss(build_objective("eaft"))
+    both_calls(token_loss, batch, logits_of(batch)).backward()
+    assert token_loss.guarded
+    assert len(token_loss.table.gather(None)) == sum(sum(EXAMPLES[row].loss_mask) for row in (0, 1, 2))
+
+
+@pytest.mark.parametrize("name", ["nll_T", "entropy_T", "entropy20_T", "sum_p2_T"])
+def test_the_guard_refuses_a_wrong_statistic(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = loss.logit_stats
+
+    def wrong(*args: Any, **kwargs: Any) -> Any:
+        stats = right(*args, **kwargs)
+        return stats._replace(**{name: getattr(stats, name) * 1.1})
+
+    monkeypatch.setattr(loss, "logit_stats", wrong)
+    batch = micro_batch()
+    with pytest.raises(RuntimeError, match=rf"objective guard: {name} differs from its definition"):
+        both_calls(TokenLoss(build_objective("deft")), batch, logits_of(batch))
+
+
+def test_the_guard_refuses_a_wrong_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "weighted_nll", lambda nll, weight, mask, count: nll.where(mask, 0.0).sum() / count)
+    batch = micro_batch()
+    with pytest.raises(RuntimeError, match="objective guard: loss differs from its definition"):
+        both_calls(TokenLoss(build_objective("eaft")), batch, logits_of(batch))
+
+
+def test_a_missing_hook_output_is_an_error() -> None:
+    batch = micro_batch()
+    with pytest.raises(RuntimeError, match="verl did not call the logits hook"):
+        TokenLoss(build_objective("sft"))(model_output={"log_probs": batch["loss_mask"]}, data=batch)
+
+
+@pytest.mark.parametrize(("name", "statistic"), [("talr", "talr.tau")])
+def test_a_missing_batch_statistic_is_an_error(name: str, statistic: str) -> None:
+    batch = micro_batch()
+    with pytest.raises(ValueError, match=f"{statistic} is not set"):
+        both_calls(TokenLoss(build_objective(name)), batch, logits_of(batch))
+
+
+def test_a_masked_micro_batch_has_a_connected_zero_loss() -> None:
+    batch = micro_batch((PADDING, PADDING))
+    logits = logits_of(batch)
+    value = both_calls(TokenLoss(build_objective("eaft")), batch, logits)
+    value.backward()
+    assert value.item() == 0.0
+    assert logits.grad is not None and not logits.grad.any()
+
+
+def test_nan_logits_of_untrained_tokens_do_not_leak() -> None:
+    batch = micro_batch()
+    logits = logits_of(batch).detach()
+    mask = shifted(batch)[1]
+    logits[0, ~mask] = math.nan
+    logits.requires_grad_()
+    value = both_calls(TokenLoss(build_objective("eaft")), batch, logits)
+    value.backward()
+    assert math.isfinite(value.item()) and torch.isfinite(logits.grad).all()
+
+
+def test_the_guard_waits_for_a_trained_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    token_loss = TokenLoss(build_objective("eaft"))
+    padding, batch = micro_batch((PADDING, PADDING)), micro_batch()
+    both_calls(token_loss, padding, logits_of(padding))
+    monkeypatch.setattr(loss, "weighted_nll", lambda nll, weight, mask, count: nll.where(mask, 0.0).sum() / count)
+    with pytest.raises(RuntimeError, match="objective guard"):
+        both_calls(token_loss, batch, logits_of(batch))
+
+
+def test_the_loss_can_be_sent_to_the_workers() -> None:
+    import pickle
+
+    sent = pickle.loads(pickle.dumps(TokenLoss(build_objective("eaft", k=7))))
+    assert isinstance(sent, TokenLoss) and sent.objective == build_objective("eaft", k=7)
+    assert SimpleNamespace(**vars(sent)).guarded is False
