@@ -42,6 +42,8 @@ def _summary(prepared: Prepared) -> str:
         f"{tokens['trained']:,} trained; manifest {manifest_path(prepared.path)}"
     ]
     lines += [f"rejected row {entry['row']}: {entry['reason']}" for entry in prepared.manifest["rejected"][:5]]
+    if counts.get("open_turns"):
+        lines.append(f"{counts['open_turns']} turns train no end-of-turn token: the chat template writes none")
     if (more := len(prepared.manifest["rejected"]) - 5) > 0:
         lines.append(f"... and {more} more rejected rows, listed in the manifest")
     return "\n".join(lines)
