@@ -1,0 +1,73 @@
+"""Run directories: never overwritten, atomic, readable after a kill, held by one process."""
+
+from pathlib import Path
+
+import pytest
+
+from eaft_verl.errors import RunError
+from eaft_verl.runs import Run, read_json, read_jsonl, write_json, write_jsonl
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run.create(tmp_path / "run", info={"kind": "arm"}, config="a: 1\n", env={"python": "3"})
+
+
+def test_a_run_is_created_once(run: Run) -> None:
+    assert run.info["status"] == "created" and run.config == {"a": 1} and run.env == {"python": "3"}
+    with pytest.raises(RunError, match="never overwritten"):
+        Run.create(run.path, info={}, config="", env={})
+    with pytest.raises(RunError, match="not a run directory"):
+        Run(run.path.parent)
+
+
+def test_metrics_survive_a_torn_line_and_are_rewound(run: Run) -> None:
+    for step in (1, 2, 3):
+        run.log({"split": "train", "step": step, "loss": float("nan") if step == 2 else 1.0})
+    with (run.path / "metrics.jsonl").open("a") as stream:
+        stream.write('{"split": "train", "st')
+    assert [row["step"] for row in run.metrics()] == [1, 2, 3] and run.metrics()[1]["loss"] == "nan"
+    run.rewind_metrics(2)
+    run.log({"split": "train", "step": 3, "loss": 5.0})
+    assert [row["step"] for row in run.metrics()] == [1, 2, 3] and run.metrics()[2]["loss"] == 5.0
+
+
+def test_broken_files_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("{")
+    (tmp_path / "a.jsonl").write_text('{"a": 1}\n{\n{"a": 2}\n')
+    for read, name in ((read_json, "a.json"), (read_jsonl, "a.jsonl")):
+        with pytest.raises(RunError, match=name):
+            read(tmp_path / name)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"a": object()})
+    with pytest.raises(TypeError):
+        write_jsonl(tmp_path / "b.jsonl", [{"a": object()}])
+    assert read_json(tmp_path / "a.json") == {"a": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_evaluations_and_checkpoints_are_found_by_step(run: Run) -> None:
+    run.write_eval(16, "sums", {"n": 1}, [{"id": "a", "scores": {"accuracy": 1.0}}])
+    run.write_eval(4, "sums", {"n": 1}, [])
+    assert list(run.evals()) == [4, 16] and run.samples(16, "sums")[0]["id"] == "a"
+    for name, files in (
+        ("step_000016", ["config.json"]),
+        ("step_000004", []),
+        (".step_000020.partial", ["config.json"]),
+    ):
+        folder = run.path / "checkpoints" / name
+        folder.mkdir(parents=True)
+        for file in files:
+            (folder / file).touch()
+    assert list(run.checkpoints()) == [16]
+
+
+def test_a_run_is_held_by_one_process(run: Run) -> None:
+    with run.locked(), pytest.raises(RunError, match="in use by another process"), Run(run.path).locked():
+        pass
+    with run.locked():
+        pass
