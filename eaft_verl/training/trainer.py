@@ -60,19 +60,18 @@ class Trainer:
         self.nonfinite = 0
         self.board: Any = None
 
-    def batch(self, examples: Sequence[Example], indices: list[int], **flags: Any) -> Any:
-        """A TensorDict of these rows for the workers, balanced over them."""
-        ranks = self.group.world_size // self.config.verl.engine.ulysses_sequence_parallel_size
-        if self.config.verl.trainer.balance_batch and not flags.get("ordered"):
-            lengths = [len(example.input_ids) for example in examples]
-            indices = balanced(indices, [*lengths, min(lengths)], ranks)  # PADDING = -1 is the shortest row
-        flags.pop("ordered", None)
-        weights = self.sample_weights if examples is self.examples else None
-        return make_batch(examples, indices, {**BATCH_FLAGS, **flags}, weights)
-
     def infer(self, examples: Sequence[Example], indices: list[int], **flags: Any) -> Any:
         """Forward pass over these rows, in their order; the worker's answer with per-token outputs and metrics."""
-        return self.group.infer_batch(self.batch(examples, indices, ordered=True, **flags)).get()
+        weights = self.sample_weights if examples is self.examples else None
+        return self.group.infer_batch(make_batch(examples, indices, {**BATCH_FLAGS, **flags}, weights)).get()
+
+    def _balanced(self, rows: list[int]) -> list[int]:
+        """The rows in an order that gives every worker about the same work."""
+        if not self.config.verl.trainer.balance_batch:
+            return rows
+        lengths = [len(example.input_ids) for example in self.examples]
+        ranks = self.group.world_size // self.config.verl.engine.ulysses_sequence_parallel_size
+        return balanced(rows, [*lengths, min(lengths)], ranks)  # PADDING = -1 is the shortest row
 
     def fit(self, objective: Objective) -> None:
         """Train from `state` to the end; raises RunError when the loss stays non-finite."""
@@ -99,7 +98,8 @@ class Trainer:
         started = time.monotonic()
         rows = batch_indices(step, len(self.examples), self.batch_size, self.config.seed)
         batch_state = self._batch_state(rows, objective)
-        batch = self.batch(self.examples, rows, objective_state=batch_state, update_lr_scheduler=True)
+        flags = {**BATCH_FLAGS, "objective_state": batch_state, "update_lr_scheduler": True}
+        batch = make_batch(self.examples, self._balanced(rows), flags, self.sample_weights)
         metrics = metrics_of(self.group.train_batch(batch).get())
         seconds = time.monotonic() - started
         self.state.update(
