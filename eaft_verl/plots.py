@@ -18,7 +18,7 @@ from eaft_verl.reporting.labels import Label, place
 from eaft_verl.reporting.wording import arm_name
 
 Row = dict[str, Any]
-INK, FAINT = "#1f2933", "#d5dae0"
+INK = "#1f2933"
 _STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 10.5,

@@ -77,11 +77,6 @@ def parse_entries(entries: list[Any], key: str = "evaluate") -> list[Entry]:
     return parsed
 
 
-def check_tasks(entries: list[Any], key: str = "evaluate") -> None:
-    """Raise ConfigError if an entry cannot be evaluated; a name that is not ours must only look like a task's name."""
-    parse_entries(entries, key)
-
-
 def _parse(entry: Any, key: str) -> Entry:
     if isinstance(entry, str):
         entry = {"task": entry}

@@ -9,7 +9,7 @@ import pytest
 
 from eaft_verl.errors import ConfigError
 from eaft_verl.evaluation.settings import EvaluateSettings, evaluation_key
-from eaft_verl.evaluation.tasks import LOCAL_VARIANTS, OWN_TASKS, TASK_FILES, Entry, check_tasks, parse_entries
+from eaft_verl.evaluation.tasks import LOCAL_VARIANTS, OWN_TASKS, TASK_FILES, Entry, parse_entries
 
 
 def test_names_and_mappings():
@@ -47,17 +47,17 @@ def test_data_selects_the_local_variant(tmp_path: Path):
 )
 def test_what_cannot_be_evaluated_is_refused(entry: object, message: str):
     with pytest.raises(ConfigError, match=message):
-        check_tasks([entry])
+        parse_entries([entry])
 
 
 def test_the_message_names_the_place_and_the_choices():
     with pytest.raises(ConfigError, match=r"evaluate.target\[1\].*products.*letter_counting"):
-        check_tasks(["sums", "product"], "evaluate.target")
+        parse_entries(["sums", "product"], "evaluate.target")
 
 
 def test_a_task_may_stand_once_only():
     with pytest.raises(ConfigError, match="sums more than once"):
-        check_tasks(["sums", {"task": "sums", "limit": 3}])
+        parse_entries(["sums", {"task": "sums", "limit": 3}])
     with pytest.raises(ConfigError, match="both name gcd"):
         EvaluateSettings(target=["gcd"], general=["gcd"]).check()
 
