@@ -13,7 +13,8 @@ from eaft_verl.errors import ConfigError, require
 from eaft_verl.evaluation.settings import EvaluateSettings
 from eaft_verl.grading.graders import absent_package, check_reward
 from eaft_verl.models import check_model
-from eaft_verl.objectives import Objective, build_objective
+from eaft_verl.objectives import Objective
+from eaft_verl.recipe.objective import build_objective
 
 TRAINERS = ("sft", "grpo")
 PRECISIONS = ("fp32", "bf16", "fp16", "float32", "bfloat16", "float16")

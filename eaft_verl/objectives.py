@@ -5,6 +5,16 @@ with m the loss mask, N the trained tokens of the *global* batch and w detached.
 (arXiv 2601.02151, Eq. 2-3). Only `weighted_nll` masks and normalises, so that a token's loss never depends on the
 micro-batch, rank or packing it landed in.
 
+An anchor adds a penalty towards a frozen reference, coef / N * sum_t m_t * KL_t; with r the reference's and p the
+model's distribution at a token, over the vocabulary V (arXiv 2509.23753, Eq. 5 for the forward direction):
+
+forward_kl       KL(r || p) = sum_v r_v ln(r_v / p_v)                        d / d logits = p - r
+reverse_kl       KL(p || r) = sum_v p_v ln(p_v / r_v)                        d / d logits = p * (ln(p / r) - KL)
+forward_kl_topk  forward over the reference's K best tokens and one bucket for all others, so that it is a true KL:
+                 >= 0 and at most forward_kl; K = V gives forward_kl. Its reference values are computed once and kept.
+
+All three are zero, with zero gradient, where p = r.
+
 Adding an objective: one class here (or anywhere importable, named `my_pkg.my_mod:MyObjective`), one line in OBJECTIVES.
 Dimension letters: T tokens of a micro-batch, B examples. Tensors are used through their methods only: nothing here
 imports torch, so a recipe is checked in a second on a laptop by building its objectives.
@@ -12,24 +22,74 @@ imports torch, so a recipe is checked in a second on a laptop by building its ob
 
 from __future__ import annotations
 
-import importlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from eaft_verl.anchors import Anchor, build_anchor
 from eaft_verl.parameters import candidates, choice, count, number
-from eaft_verl.weighting import normalized_entropy, present
+from eaft_verl.tokens.stats import FULL_KINDS, TOPK
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from eaft_verl.token_stats import BaseStats, TokenStats
+    from eaft_verl.tokens.stats import BaseStats, TokenStats
 
-TOPK = 20  # arXiv 2601.02151, Sec. 5.2: at K = 20 the top-K entropy tracks the full one with r = 0.999
 NORMALIZERS = ("ln_k", "3.0", "none")
 WEIGHT_NORMS = ("none", "batch_mean")
 TAU_MODES = ("previous_step", "batch")
+TOPK_KIND = "forward_kl_topk"
+KINDS = (*FULL_KINDS, TOPK_KIND)
+# of the label token alone; RL frameworks call them KL, which holds for tokens drawn from the model only
+LABEL_ESTIMATORS = ("k1", "kl", "k2", "mse", "k3", "low_var_kl", "abs", "full")
+
+
+def normalized_entropy(stats: TokenStats, normalizer: str = "ln_k") -> Tensor:
+    """Top-K entropy on a scale of one, [T]. 'ln_k': in [0, 1]; '3.0': the paper's rounding of ln 20; 'none': nats."""
+    if normalizer == "none":
+        return stats.entropy_T
+    if normalizer != "ln_k":  # "3.0", which YAML reads as a number
+        return stats.entropy_T / 3.0
+    return (stats.entropy_T / math.log(max(stats.k, 2))).clamp(0.0, 1.0)  # rounding may leave 1 + 1e-7
+
+
+def weighted_nll(nll_T: Tensor, weight_T: Tensor, mask_T: Tensor, num_tokens: float) -> Tensor:
+    """Sum over trained tokens of w * nll, divided by the trained tokens of the global batch; scalar.
+
+    `where`, not a product, so that NaN on masked tokens cannot leak; with an empty mask the result is a zero that is
+    still connected to the graph, because a rank that skips backward makes the others wait for ever.
+    """
+    return (weight_T.where(mask_T, 0.0).detach() * nll_T.where(mask_T, 0.0)).sum() / num_tokens
+
+
+def present(name: str, value: Any) -> Any:
+    """A statistic the objective stands on; silently training without it would be plain SFT under another name."""
+    if value is None:
+        raise ValueError(f"{name} is not set: the objective cannot run without it")
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Anchor:
+    """How strongly, and to what, the model is held. `reference` None: the model that training starts from."""
+
+    kind: str = choice("forward_kl", KINDS)
+    coef: float = number(0.5, 0, positive=True)  # arXiv 2601.02151, Table 4: SFT-KL 0.5
+    k: int = candidates(64)  # of forward_kl_topk: 8 bytes per token and candidate on disk, and > 0.97 of the mass
+    reference: str | None = None
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            check = item.metadata.get("check")
+            if check and (allowed := check(vars(self)[item.name])):
+                raise ValueError(f"anchor.{item.name}={vars(self)[item.name]!r} must be {allowed}")
+        if self.reference is not None and not isinstance(self.reference, str):
+            raise ValueError(f"anchor.reference={self.reference!r} must be a model (folder or hub id) or null")
+
+    @property
+    def full(self) -> bool:
+        """Whether every step needs the reference's logits."""
+        return self.kind in FULL_KINDS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,41 +319,3 @@ OBJECTIVES: dict[str, tuple[type[Objective], dict[str, Any]]] = {
     "sft_kl": (Sft, {"anchor": Anchor(kind="forward_kl", coef=0.5)}),
     "asft": (Dft, {"anchor": Anchor(kind="forward_kl", coef=0.05)}),
 }
-
-
-def build_objective(name: str, **params: Any) -> Objective:
-    """The named objective (or `module:Class`) with its parameters.
-
-    Raises ValueError that lists what exists for an unknown name or parameter, or says which value is out of range.
-    """
-    cls, preset = _import_objective(name) if ":" in name else _known_objective(name)
-    known = sorted(item.name for item in fields(cls))
-    if unknown := sorted(params.keys() - set(known)):
-        raise ValueError(f"objective.{unknown[0]} is unknown for {name!r}; it takes {', '.join(known)}")
-    try:
-        if params.get("anchor") is not None:
-            params["anchor"] = build_anchor(params["anchor"])
-        return cls(**{**preset, **params})
-    except ValueError as error:
-        raise ValueError(f"objective {name!r}: {error}") from None
-
-
-def _known_objective(name: str) -> tuple[type[Objective], dict[str, Any]]:
-    if name not in OBJECTIVES:
-        raise ValueError(
-            f"objective.name={name!r} is unknown; choose one of {', '.join(OBJECTIVES)}, or 'module:Class' for your own"
-        )
-    return OBJECTIVES[name]
-
-
-def _import_objective(name: str) -> tuple[type[Objective], dict[str, Any]]:
-    module, _, attribute = name.partition(":")
-    if not module or module.startswith("."):
-        raise ValueError(f"objective.name={name!r} must be 'package.module:Class', with the whole module path")
-    try:
-        cls = vars(importlib.import_module(module))[attribute]
-    except (ImportError, KeyError) as error:
-        raise ValueError(f"objective.name={name!r} cannot be imported ({error!r}); is it on PYTHONPATH?") from None
-    if not (isinstance(cls, type) and issubclass(cls, Objective)):
-        raise ValueError(f"objective.name={name!r} must be a subclass of eaft_verl.objectives.Objective")
-    return cls, {}

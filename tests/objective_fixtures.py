@@ -6,9 +6,10 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
-from eaft_verl.objectives import Objective, build_objective
-from eaft_verl.token_stats import BaseStats, LogitStats, TokenStats, logit_stats
-from eaft_verl.weighting import weighted_nll
+from eaft_verl.objectives import Objective, weighted_nll
+from eaft_verl.recipe.objective import build_objective
+from eaft_verl.tokens.logits import LogitStats, logit_stats
+from eaft_verl.tokens.stats import BaseStats, TokenStats
 
 few = settings(max_examples=6, deadline=None, derandomize=True, database=None)
 EXACT = {"rtol": 0.0, "atol": 1e-12}  # for float64

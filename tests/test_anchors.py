@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from eaft_verl.anchors import LABEL_ESTIMATORS, Anchor
-from eaft_verl.objectives import OBJECTIVES, Dft, Eaft, Sft, build_objective
+from eaft_verl.objectives import LABEL_ESTIMATORS, OBJECTIVES, Anchor, Dft, Eaft, Sft
+from eaft_verl.recipe.objective import build_objective
 
 
 def refused(name: str = "sft", **params: Any) -> str:

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from objective_fixtures import BASE, EXACT, few, gradient, random_tokens, ready, shipped
 from torch.testing import assert_close
 
-from eaft_verl.objectives import build_objective
-from eaft_verl.token_stats import BaseStats, TokenStats
-from eaft_verl.weighting import normalized_entropy
+from eaft_verl.objectives import normalized_entropy
+from eaft_verl.recipe.objective import build_objective
+from eaft_verl.tokens.stats import BaseStats, TokenStats
 
 
 def stats_of(entropy: float = 1.0, prob: float = 0.5, k: int = 20, **more) -> TokenStats:

@@ -9,8 +9,9 @@ from dataclasses import dataclass, fields
 import pytest
 import torch
 
-from eaft_verl.objectives import OBJECTIVES, Objective, Sft, build_objective
-from eaft_verl.token_stats import TokenStats
+from eaft_verl.objectives import OBJECTIVES, Objective, Sft
+from eaft_verl.recipe.objective import build_objective
+from eaft_verl.tokens.stats import TokenStats
 
 STATS = TokenStats(torch.tensor([-1.0]), torch.tensor([1.5]), 20)
 

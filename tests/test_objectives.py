@@ -12,9 +12,10 @@ from torch.autograd import gradcheck
 from torch.nn.functional import one_hot
 from torch.testing import assert_close
 
-from eaft_verl.objectives import OBJECTIVES, build_objective
-from eaft_verl.token_stats import TokenStats, logit_stats
-from eaft_verl.weighting import weighted_nll
+from eaft_verl.objectives import OBJECTIVES, weighted_nll
+from eaft_verl.recipe.objective import build_objective
+from eaft_verl.tokens.logits import logit_stats
+from eaft_verl.tokens.stats import TokenStats
 
 EVERY = pytest.mark.parametrize("name", sorted(OBJECTIVES))
 SEEDS = st.integers(0, 2**31)

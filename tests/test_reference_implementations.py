@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 from torch.testing import assert_close
 
-from eaft_verl.objectives import build_objective
-from eaft_verl.token_stats import TokenStats, logit_stats
-from eaft_verl.weighting import weighted_nll
+from eaft_verl.objectives import weighted_nll
+from eaft_verl.recipe.objective import build_objective
+from eaft_verl.tokens.logits import logit_stats
+from eaft_verl.tokens.stats import TokenStats
 
 IGNORE = -100
 PARITY = {"rtol": 2e-5, "atol": 1e-6}

@@ -6,9 +6,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from eaft_verl.anchors import Anchor
 from eaft_verl.models import model_key, resolve_model
-from eaft_verl.objectives import Objective
+from eaft_verl.objectives import Anchor, Objective
 from eaft_verl.training.reference_cache import EmitTop, ReferenceCache, reference_cache
 
 

@@ -11,10 +11,10 @@ from verl.utils import tensordict_utils as tu
 
 from eaft_verl.data.prepare import Example
 from eaft_verl.errors import RunError
-from eaft_verl.token_stats import BaseStats, TokenStats
+from eaft_verl.objectives import normalized_entropy
+from eaft_verl.tokens.stats import BaseStats, TokenStats
 from eaft_verl.training.batches import sequential_batches
 from eaft_verl.training.order import PADDING
-from eaft_verl.weighting import normalized_entropy
 
 FIELDS = ("entropy", "prob", "mean_nll")
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from eaft_verl.objectives import Objective, Psft
-from eaft_verl.reference_kl import TopReference, plain_kl
-from eaft_verl.token_stats import LogitStats, reference_stats
+from eaft_verl.tokens.logits import LogitStats, reference_stats
+from eaft_verl.tokens.reference_kl import TopReference, plain_kl
 
 TOKENS = 256  # rows recomputed: a whole micro-batch in float32 may not fit beside the model
 TOLERANCE = 1e-3  # relative; the two paths differ by rounding only, a wrong objective differs by its weights

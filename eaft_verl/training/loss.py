@@ -17,13 +17,12 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.dataset.dataset_utils import DatasetPadMode
 from verl.utils.ulysses import slice_input_tensor
 
-from eaft_verl.anchors import Anchor
-from eaft_verl.objectives import Objective, Psft
-from eaft_verl.reference_kl import TopReference, reference_kl
-from eaft_verl.token_stats import TokenStats, logit_stats
+from eaft_verl.objectives import Anchor, Objective, Psft, present, weighted_nll
+from eaft_verl.tokens.logits import logit_stats
+from eaft_verl.tokens.reference_kl import TopReference, reference_kl
+from eaft_verl.tokens.stats import TokenStats
 from eaft_verl.training.guard import check_anchor, check_loss, check_statistics
 from eaft_verl.training.step_metrics import TokenTable
-from eaft_verl.weighting import present, weighted_nll
 
 BATCH_FLAGS: dict[str, Any] = {
     "distillation_use_topk": True,

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from eaft_verl.data.prepare import Example
 from eaft_verl.errors import RunError
-from eaft_verl.reference_kl import TopReference, top_reference
 from eaft_verl.runs import read_json, write_json
+from eaft_verl.tokens.reference_kl import TopReference, top_reference
 from eaft_verl.training.batches import sequential_batches
 from eaft_verl.training.loss import LogitsHook
 from eaft_verl.training.order import PADDING

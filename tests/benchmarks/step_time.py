@@ -77,7 +77,7 @@ def main() -> None:
     from verl.workers.engine_workers import TrainingWorker
     from verl.workers.utils.losses import sft_loss
 
-    from eaft_verl.objectives import build_objective
+    from eaft_verl.recipe.objective import build_objective
     from eaft_verl.training.batches import make_batch
     from eaft_verl.training.loss import BATCH_FLAGS, TokenLoss
 

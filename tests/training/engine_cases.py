@@ -194,7 +194,7 @@ def train_once(worker: Any, case: Case, rank: int) -> dict[str, Any]:
     """One `train_batch` of the worker; gradients are taken where the optimizer would take its step."""
     from verl.utils import tensordict_utils as tu
 
-    from eaft_verl.objectives import build_objective
+    from eaft_verl.recipe.objective import build_objective
     from eaft_verl.training.batches import make_batch
     from eaft_verl.training.loss import BATCH_FLAGS, TokenLoss
 

@@ -9,7 +9,7 @@ import torch
 from batch_examples import EXAMPLES
 from verl.utils import tensordict_utils as tu
 
-from eaft_verl.objectives import build_objective
+from eaft_verl.recipe.objective import build_objective
 from eaft_verl.training import loss
 from eaft_verl.training.batches import make_batch
 from eaft_verl.training.loss import BATCH_FLAGS, TokenLoss, shifted

@@ -10,7 +10,7 @@ import torch
 from batch_examples import EXAMPLES
 
 from eaft_verl.errors import RunError
-from eaft_verl.reference_kl import top_reference
+from eaft_verl.tokens.reference_kl import top_reference
 from eaft_verl.training.batches import make_batch
 from eaft_verl.training.loss import BATCH_FLAGS
 from eaft_verl.training.old_policy import OldPolicy

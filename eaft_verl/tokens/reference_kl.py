@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from eaft_verl.anchors import FULL_KINDS
-from eaft_verl.token_stats import CHUNK_TOKENS, accumulator
+from eaft_verl.tokens.logits import CHUNK_TOKENS, accumulator
+from eaft_verl.tokens.stats import FULL_KINDS
 
 TINY = 1e-30  # probability below which a bucket counts as empty
 

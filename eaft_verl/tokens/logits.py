@@ -5,28 +5,14 @@ All arithmetic is float32 (float64 for float64 logits), whatever the dtype of th
 wrong by more than its own size on the low-entropy tokens that the objectives are about.
 """
 
-import math
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from eaft_verl.objectives import TOPK
+from eaft_verl.tokens.stats import TOPK
 
 CHUNK_TOKENS = 1024  # rows upcast at a time: bounds the float32 copy to CHUNK_TOKENS * V
-
-
-class TokenStats(NamedTuple):
-    """What an objective may look at. Per-token tensors are detached, shape [T]; a field not asked for is None."""
-
-    logprob_T: Tensor  # log p(label), nats
-    entropy_T: Tensor  # entropy of the top-K renormalised distribution, nats, in [0, ln k]
-    k: int  # number of candidates behind entropy_T: min(K, V)
-    sum_p2_T: Tensor | None = None  # sum over the vocabulary of p^2
-    sample_weight_T: Tensor | None = None  # weight of the token's example, fixed before training
-    tau: float | None = None  # median over the global batch of the examples' mean loss, nats
-    old_logprob_T: Tensor | None = None  # log p(label) of the model a few updates ago, nats
 
 
 class LogitStats(NamedTuple):
@@ -37,23 +23,6 @@ class LogitStats(NamedTuple):
     entropy20_T: Tensor  # top-20 entropy, nats: the yardstick logged for every objective
     correct_T: Tensor  # 1.0 where the label is the most likely token
     sum_p2_T: Tensor | None
-
-
-@dataclass(frozen=True)
-class BaseStats:
-    """What the untrained model says of the prepared data: one forward pass before training."""
-
-    entropy: Tensor  # [tokens] top-K entropy normalised by ln K, in [0, 1]
-    prob: Tensor  # [tokens] p(label), in [0, 1]
-    mean_nll: Tensor  # [examples] mean of -log p(label) over the example's trained tokens, nats
-
-    def quantile(self, name: str, q: float) -> float:
-        """Linear-interpolated quantile of one field; sorted because torch.quantile stops at 16 million values."""
-        ordered = vars(self)[name].double().sort().values
-        position = q * (len(ordered) - 1)
-        low = math.floor(position)
-        high = min(low + 1, len(ordered) - 1)
-        return float(ordered[low] + (position - low) * (ordered[high] - ordered[low]))
 
 
 def topk_entropy(topk_TK: Tensor) -> Tensor:

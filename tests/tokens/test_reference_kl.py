@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from eaft_verl import reference_kl as module
-from eaft_verl.anchors import FULL_KINDS, KINDS, TOPK_KIND
-from eaft_verl.reference_kl import TopReference, plain_kl, reference_kl, top_reference
+from eaft_verl.objectives import KINDS, TOPK_KIND
+from eaft_verl.tokens import reference_kl as module
+from eaft_verl.tokens.reference_kl import TopReference, plain_kl, reference_kl, top_reference
+from eaft_verl.tokens.stats import FULL_KINDS
 
 TOKENS, VOCAB = 40, 23
 

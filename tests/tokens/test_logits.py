@@ -11,7 +11,8 @@ from objective_fixtures import EXACT, few, random_tokens
 from torch.nn.functional import one_hot
 from torch.testing import assert_close
 
-from eaft_verl.token_stats import CHUNK_TOKENS, BaseStats, LogitStats, logit_stats, reference_stats, topk_entropy
+from eaft_verl.tokens.logits import CHUNK_TOKENS, LogitStats, logit_stats, reference_stats, topk_entropy
+from eaft_verl.tokens.stats import BaseStats
 
 SEEDS = st.integers(0, 2**31)
 

@@ -1,0 +1,65 @@
+"""From an arm's `objective` mapping to the object: names, import paths, parameters, anchors."""
+
+import importlib
+from dataclasses import fields
+from typing import Any
+
+from eaft_verl.objectives import KINDS, LABEL_ESTIMATORS, OBJECTIVES, TOPK_KIND, Anchor, Objective
+
+
+def build_objective(name: str, **params: Any) -> Objective:
+    """The named objective (or `module:Class`) with its parameters.
+
+    Raises ValueError that lists what exists for an unknown name or parameter, or says which value is out of range.
+    """
+    cls, preset = _import_objective(name) if ":" in name else _known_objective(name)
+    known = sorted(item.name for item in fields(cls))
+    if unknown := sorted(params.keys() - set(known)):
+        raise ValueError(f"objective.{unknown[0]} is unknown for {name!r}; it takes {', '.join(known)}")
+    try:
+        if params.get("anchor") is not None:
+            params["anchor"] = build_anchor(params["anchor"])
+        return cls(**{**preset, **params})
+    except ValueError as error:
+        raise ValueError(f"objective {name!r}: {error}") from None
+
+
+def _known_objective(name: str) -> tuple[type[Objective], dict[str, Any]]:
+    if name not in OBJECTIVES:
+        raise ValueError(
+            f"objective.name={name!r} is unknown; choose one of {', '.join(OBJECTIVES)}, or 'module:Class' for your own"
+        )
+    return OBJECTIVES[name]
+
+
+def _import_objective(name: str) -> tuple[type[Objective], dict[str, Any]]:
+    module, _, attribute = name.partition(":")
+    if not module or module.startswith("."):
+        raise ValueError(f"objective.name={name!r} must be 'package.module:Class', with the whole module path")
+    try:
+        cls = vars(importlib.import_module(module))[attribute]
+    except (ImportError, KeyError) as error:
+        raise ValueError(f"objective.name={name!r} cannot be imported ({error!r}); is it on PYTHONPATH?") from None
+    if not (isinstance(cls, type) and issubclass(cls, Objective)):
+        raise ValueError(f"objective.name={name!r} must be a subclass of eaft_verl.objectives.Objective")
+    return cls, {}
+
+
+def build_anchor(params: Any) -> Anchor:
+    """The anchor of a recipe's `objective.anchor` mapping; ValueError says what is wrong and what is allowed."""
+    if isinstance(params, Anchor):
+        return params
+    if not isinstance(params, dict):
+        raise ValueError(f"objective.anchor={params!r} must be a mapping, e.g. {{kind: forward_kl, coef: 0.5}}")
+    known = [item.name for item in fields(Anchor)]
+    if unknown := sorted(map(str, params.keys() - set(known))):
+        raise ValueError(f"objective.anchor.{unknown[0]} is unknown; it takes {', '.join(known)}")
+    if (kind := params.get("kind")) in LABEL_ESTIMATORS:
+        raise ValueError(
+            f"objective.anchor.kind={kind!r} looks at the label token only. On given data that is no KL and no anchor: "
+            "with k1 = ln p(y) - ln r(y), cross-entropy + beta * k1 is plain SFT scaled by (1 - beta), and k2, k3 "
+            f"only reweight it. Use one of {', '.join(KINDS)}"
+        )
+    if "k" in params and params.get("kind") != TOPK_KIND:
+        raise ValueError(f"objective.anchor.k belongs to kind={TOPK_KIND}; {kind or 'forward_kl'} uses every token")
+    return Anchor(**params)
