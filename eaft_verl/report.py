@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from eaft_verl.files import write_json, write_text
 from eaft_verl.reporting import page, sections
 from eaft_verl.reporting.caveats import caveats
 from eaft_verl.reporting.collect import Arm, load
@@ -19,7 +20,6 @@ from eaft_verl.reporting.provenance import environment, sample_answers
 from eaft_verl.reporting.results import columns, pareto, results, versus
 from eaft_verl.reporting.spending import budgets
 from eaft_verl.reporting.wording import headline
-from eaft_verl.runs import write_json, write_text
 
 SCHEMA = 1
 RESAMPLES = 4000

@@ -152,7 +152,7 @@ def test_objectives_are_checked_without_torch():
     script = (
         "import sys; sys.modules['torch'] = None\n"
         "import eaft_verl.parameters\n"
-        "from eaft_verl.objectives import OBJECTIVES, build_objective\n"
+        "from eaft_verl.objectives import OBJECTIVES\nfrom eaft_verl.recipe.objective import build_objective\n"
         "print(len([build_objective(name) for name in OBJECTIVES]))\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)

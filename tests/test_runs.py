@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from eaft_verl.errors import RunError
-from eaft_verl.runs import Run, cause_of, read_json, read_jsonl, write_json, write_jsonl
+from eaft_verl.files import read_json, read_jsonl, write_json, write_jsonl
+from eaft_verl.runs import Run, cause_of
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from eaft_verl.data.sources import read_rows, source_hash
 from eaft_verl.data.spec import DataSpec, RowError
 from eaft_verl.data.validate import check_row
 from eaft_verl.errors import ConfigError, DataError, RunError
-from eaft_verl.runs import read_json, write_json
+from eaft_verl.files import read_json, write_json
 
 SCHEMA = 1
 _SHOWN = 5  # rows named in an error; the manifest lists all

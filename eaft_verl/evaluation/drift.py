@@ -24,7 +24,7 @@ from eaft_verl.evaluation.teacher_forced import (
     encode_examples,
     token_weighted,
 )
-from eaft_verl.runs import read_jsonl, write_jsonl
+from eaft_verl.files import read_jsonl, write_jsonl
 
 PROBE_BATCH = 32
 _CONVERSATION_KEYS = ("messages", "conversations", *RESPONSE_KEYS)

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from eaft_verl.errors import RunError
-from eaft_verl.runs import Run, read_json, step_name, write_json
+from eaft_verl.files import read_json, write_json
+from eaft_verl.runs import Run, step_name
 
 FOLDER = "resume"
 STATE_FILE = "trainer.json"

@@ -9,7 +9,8 @@ from safetensors import safe_open
 from torch import Tensor
 from verl.trainer.ppo.checkpoint_callback import CheckpointCallback
 
-from eaft_verl.runs import step_name, write_json
+from eaft_verl.files import write_json
+from eaft_verl.runs import step_name
 from eaft_verl.training.export import export_weights
 from eaft_verl.training.grpo_states import COMPLETE, next_save, tidy
 

@@ -5,7 +5,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from eaft_verl.runs import Run, read_jsonl, write_jsonl
+from eaft_verl.files import read_jsonl, write_jsonl
+from eaft_verl.runs import Run
 
 VERL_FILE = "metrics_verl.jsonl"
 NAMES = {  # ours: verl's

@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from eaft_verl.runs import write_text
+from eaft_verl.files import write_text
 
 LATEST = "latest_checkpointed_iteration.txt"
 COMPLETE = "complete.json"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from eaft_verl.data.prepare import Example
 from eaft_verl.errors import RunError
-from eaft_verl.runs import read_json, write_json
+from eaft_verl.files import read_json, write_json
 from eaft_verl.tokens.reference_kl import TopReference, top_reference
 from eaft_verl.training.batches import sequential_batches
 from eaft_verl.training.loss import LogitsHook

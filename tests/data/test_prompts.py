@@ -6,8 +6,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from eaft_verl.data.grpo import write_prompts
 from eaft_verl.data.prepare import manifest_path, prepare
+from eaft_verl.data.prompts import write_prompts
 from eaft_verl.data.spec import DataSpec
 from eaft_verl.errors import ConfigError, DataError
 

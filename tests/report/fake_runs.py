@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from eaft_verl.runs import Run, read_json, write_json
+from eaft_verl.files import read_json, write_json
+from eaft_verl.runs import Run
 
 STEPS = (3, 6, 9, 12)
 EXAMPLES = 40

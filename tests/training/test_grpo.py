@@ -14,7 +14,8 @@ import torch
 from eaft_verl.checks import check
 from eaft_verl.config import declared_keys, load_recipe, resolve
 from eaft_verl.errors import RunError
-from eaft_verl.runs import Run, read_jsonl
+from eaft_verl.files import read_jsonl
+from eaft_verl.runs import Run
 from eaft_verl.training.stage import train
 
 STEPS, PROMPTS, SAMPLES = 6, 8, 8

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from ray.exceptions import RayTaskError
 
-from eaft_verl.runs import Run, read_jsonl
+from eaft_verl.files import read_jsonl
+from eaft_verl.runs import Run
 from eaft_verl.training.agent_loop import response_seed
 from eaft_verl.training.grpo_metrics import Follower, rewind
 from eaft_verl.training.grpo_sampler import step_metrics

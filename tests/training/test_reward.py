@@ -89,8 +89,8 @@ def test_verl_calls_it_from_its_reward_manager():
 def test_verl_reads_the_prompts(tmp_path: Path):
     from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn
 
-    from eaft_verl.data.grpo import write_prompts
     from eaft_verl.data.prepare import prepare
+    from eaft_verl.data.prompts import write_prompts
     from eaft_verl.data.spec import DataSpec
 
     tokenizer = tiny.tiny_tokenizer()

@@ -15,9 +15,9 @@ from eaft_verl.data.parquet import Example, file_hash
 from eaft_verl.data.prepare import Prepared, manifest_path
 from eaft_verl.data.spec import RowError
 from eaft_verl.errors import DataError
+from eaft_verl.files import write_json
 from eaft_verl.grading.answers import marked_answer
 from eaft_verl.grading.process import Grade, GradingProcess
-from eaft_verl.runs import write_json
 
 DATA_SOURCE = "eaft_verl"
 SCHEMA = 1
