@@ -168,8 +168,8 @@ def _prepare(options: argparse.Namespace) -> None:
 def _train(options: argparse.Namespace) -> None:
     from omegaconf import OmegaConf
 
-    from eaft_verl.checks import check, pending, warn
-    from eaft_verl.config import declared_keys, load_recipe, resolve
+    from eaft_verl.recipe.checks import check, pending, warn
+    from eaft_verl.recipe.resolve import declared_keys, load_recipe, resolve
 
     path, overrides = _recipe_arguments(options)
     recipe = load_recipe(path)
@@ -209,9 +209,9 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from eaft_verl.checks import check
-    from eaft_verl.config import load_recipe, resolve
     from eaft_verl.doctor import doctor
+    from eaft_verl.recipe.checks import check
+    from eaft_verl.recipe.resolve import load_recipe, resolve
 
     path, overrides = _recipe_arguments(options)
     recipe = load_recipe(path)

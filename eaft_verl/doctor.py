@@ -8,14 +8,13 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from eaft_verl import findings as judge
-from eaft_verl.checks import pending
-from eaft_verl.data.experiment import load_tokenizer
 from eaft_verl.demand import Offer, demand_of
 from eaft_verl.errors import ConfigError
 from eaft_verl.files import read_json
 from eaft_verl.findings import Finding, verdict
-from eaft_verl.models import hub_arguments, resolve_model
+from eaft_verl.models import hub_arguments, load_tokenizer, resolve_model
 from eaft_verl.node_probe import NodeProbe, probe_node, reachable
+from eaft_verl.recipe.checks import pending
 
 CONNECT_TIMEOUT_S = 5.0
 LOCAL_ADDRESSES = ("auto", "local")

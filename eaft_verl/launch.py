@@ -16,13 +16,13 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from eaft_verl.checks import check, pending, warn
 from eaft_verl.compare import compare, parse_seeds
-from eaft_verl.config import Recipe, load_recipe, resolve
 from eaft_verl.demand import demand_of
 from eaft_verl.doctor import doctor
 from eaft_verl.errors import ConfigError
 from eaft_verl.launch_files import accelerator, kuberay_job, skypilot_job, slurm_job
+from eaft_verl.recipe.checks import check, pending, warn
+from eaft_verl.recipe.resolve import Recipe, load_recipe, resolve
 
 
 @dataclass(frozen=True)

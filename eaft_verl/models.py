@@ -8,6 +8,7 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from eaft_verl.errors import ConfigError
 
@@ -70,6 +71,13 @@ def hub_arguments(model: Path | str) -> dict[str, str]:
         return {"pretrained_model_name_or_path": str(model)}
     name, _, revision = model.partition("@")
     return {"pretrained_model_name_or_path": name, **({"revision": revision} if revision else {})}
+
+
+def load_tokenizer(model: Path | str) -> Any:
+    """The tokenizer of a resolved model."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(**hub_arguments(model))
 
 
 def check_same_vocabulary(model: Path | str, reference: Path | str) -> None:

@@ -14,8 +14,6 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from eaft_verl.checks import check
-from eaft_verl.config import load_recipe, resolve
 from eaft_verl.errors import ConfigError
 from eaft_verl.plan_formulas import (
     CONTEXT,
@@ -32,6 +30,8 @@ from eaft_verl.plan_formulas import (
 )
 from eaft_verl.plan_settings import Arm, arm_of
 from eaft_verl.plan_time import SPEED, Speed, concurrent, forward_flops, speed_of, update_seconds
+from eaft_verl.recipe.checks import check
+from eaft_verl.recipe.resolve import load_recipe, resolve
 
 NOT_FITTING = 3  # exit code
 MARGIN = 0.05  # of a device that must stay free

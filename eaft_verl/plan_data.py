@@ -6,10 +6,10 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from eaft_verl.checks import data_spec
 from eaft_verl.data.prepare import manifest_path, read_manifest
 from eaft_verl.data.synthesis import GENERATED
 from eaft_verl.errors import DataError
+from eaft_verl.recipe.views import data_spec
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from eaft_verl.checks import objective_of
 from eaft_verl.errors import ConfigError, RunError
 from eaft_verl.files import read_json, write_json
 from eaft_verl.models import resolve_model
 from eaft_verl.plan_formulas import Setup, training_phases
 from eaft_verl.plan_settings import GRPO, arm_of
 from eaft_verl.plan_time import update_flops
+from eaft_verl.recipe.views import objective_of
 
 TIMEOUT_S = 1800
 

@@ -6,12 +6,12 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from eaft_verl.checks import objective_of
 from eaft_verl.errors import ConfigError
 from eaft_verl.objectives import Objective
 from eaft_verl.plan_data import Amount, amount_of
 from eaft_verl.plan_formulas import OPTIMIZERS, Rollout, Setup
 from eaft_verl.plan_models import Architecture, architecture_of
+from eaft_verl.recipe.views import objective_of
 
 GRPO = "grpo"
 _BYTES = {"fp32": 4, "float32": 4, "bf16": 2, "bfloat16": 2, "fp16": 2, "float16": 2}

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from eaft_verl import config
+from eaft_verl.recipe import resolve as config
 
 _compose = config._verl_tree
 

@@ -13,9 +13,9 @@ from report.fake_runs import make_arm, make_base
 
 from eaft_verl.cli import main
 from eaft_verl.compare import in_order
-from eaft_verl.config import load_recipe, resolve
 from eaft_verl.errors import ConfigError
 from eaft_verl.processes import CAUSE_FILE
+from eaft_verl.recipe.resolve import load_recipe, resolve
 from eaft_verl.runs import Run
 
 RECIPE = """

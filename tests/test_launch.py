@@ -12,10 +12,10 @@ import yaml
 from config_fixtures import composed_once  # noqa: F401
 
 from eaft_verl.cli import main
-from eaft_verl.config import load_recipe, resolve
 from eaft_verl.errors import ConfigError
 from eaft_verl.launch import PLACES, Launch, job_id, launch
 from eaft_verl.launch_files import kuberay_job, skypilot_job, slurm_job
+from eaft_verl.recipe.resolve import load_recipe, resolve
 
 ROOT = Path(__file__).parent.parent
 LAUNCHERS = ROOT / "eaft_verl" / "launchers"

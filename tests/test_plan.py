@@ -9,16 +9,17 @@ from config_fixtures import composed_once  # noqa: F401
 from omegaconf import DictConfig
 from plan_setups import QWEN_32B, config, write_recipe
 
-from eaft_verl.checks import check
 from eaft_verl.cli import main
-from eaft_verl.data.experiment import load_tokenizer, prepare_data
 from eaft_verl.errors import ConfigError
+from eaft_verl.models import load_tokenizer
 from eaft_verl.plan import Machine, parse_gpus, plan_arm
 from eaft_verl.plan_data import amount_of
 from eaft_verl.plan_formulas import GIB
 from eaft_verl.plan_models import architecture_of
 from eaft_verl.plan_search import remedies
 from eaft_verl.plan_settings import arm_of, micro_batch
+from eaft_verl.recipe.checks import check
+from eaft_verl.recipe.datasets import prepare_data
 
 A100 = Machine(1, 8, 80.0, "A100", None)
 

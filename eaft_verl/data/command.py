@@ -4,14 +4,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from eaft_verl.config import load_recipe, resolve
-from eaft_verl.data.experiment import file_questions, load_tokenizer, recipe_questions
 from eaft_verl.data.leakage import Against, summary
 from eaft_verl.data.prepare import Prepared, check_leakage, load_prepared, manifest_path, prepare
 from eaft_verl.data.show import show
 from eaft_verl.data.spec import LEAKAGE, DataSpec
 from eaft_verl.errors import ConfigError
-from eaft_verl.models import resolve_model
+from eaft_verl.models import load_tokenizer, resolve_model
+from eaft_verl.recipe.datasets import file_questions, recipe_questions
+from eaft_verl.recipe.resolve import load_recipe, resolve
 
 
 def prepare_command(options: argparse.Namespace) -> None:

@@ -5,15 +5,16 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from eaft_verl.checks import check, evaluate_settings
-from eaft_verl.config import load_recipe, resolve
-from eaft_verl.data.experiment import load_tokenizer, prepare_data
 from eaft_verl.data.prepare import template_hash
 from eaft_verl.environment import describe
 from eaft_verl.errors import ConfigError, RunError
 from eaft_verl.evaluation.evaluate import evaluate_checkpoints
 from eaft_verl.evaluation.settings import EvaluateSettings, evaluation_key
-from eaft_verl.models import model_key, resolve_model
+from eaft_verl.models import load_tokenizer, model_key, resolve_model
+from eaft_verl.recipe.checks import check
+from eaft_verl.recipe.datasets import prepare_data
+from eaft_verl.recipe.resolve import load_recipe, resolve
+from eaft_verl.recipe.views import evaluate_settings
 from eaft_verl.runs import Run, cause_of
 
 

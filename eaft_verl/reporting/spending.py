@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from eaft_verl.budgets import TOLERANCE, UNITS, Spent, matches, spent
+from eaft_verl.recipe.budgets import TOLERANCE, UNITS, Spent, matches, spent
 from eaft_verl.reporting.collect import Arm, RunData
 
 Row = dict[str, Any]

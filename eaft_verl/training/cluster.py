@@ -12,8 +12,8 @@ import ray
 from omegaconf import DictConfig, OmegaConf
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
-from eaft_verl.checks import world_size
 from eaft_verl.demand import CPUS_PER_WORKER
+from eaft_verl.recipe.views import world_size
 from eaft_verl.runtime_env import build_runtime_env
 from eaft_verl.training.verl_private import require_version
 

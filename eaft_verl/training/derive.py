@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
-from eaft_verl import budgets
 from eaft_verl.data.parquet import Example
 from eaft_verl.errors import RunError
-from eaft_verl.matching import GRPO
+from eaft_verl.recipe import budgets
+from eaft_verl.recipe.matching import GRPO
 from eaft_verl.runs import Run
 from eaft_verl.training.grpo_config import updates_per_step
 from eaft_verl.training.order import PADDING, batch_indices

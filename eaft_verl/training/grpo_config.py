@@ -7,10 +7,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from eaft_verl.grpo_tree import PPO_TREE
+from eaft_verl.recipe.verl_keys import PPO_TREE, compose_verl
 from eaft_verl.training.grpo_states import server_name
 from eaft_verl.training.reward import reward_function
-from eaft_verl.verl_trees import compose_verl
 
 OURS = "eaft_verl.training"
 FLOAT32 = ("fp32", "float32")

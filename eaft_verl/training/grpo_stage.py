@@ -9,12 +9,12 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from eaft_verl.budgets import evaluation_points
-from eaft_verl.checks import world_size
 from eaft_verl.data.prepare import Prepared
 from eaft_verl.data.prompts import write_prompts
 from eaft_verl.errors import Interrupted, RunError
 from eaft_verl.files import write_text
+from eaft_verl.recipe.budgets import evaluation_points
+from eaft_verl.recipe.views import world_size
 from eaft_verl.runs import Run
 from eaft_verl.training.grpo_config import (
     RunFiles,

@@ -7,15 +7,15 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from eaft_verl.checks import evaluate_settings, objective_of, world_size
-from eaft_verl.data.experiment import load_tokenizer, prepare_data
 from eaft_verl.data.prepare import Prepared
 from eaft_verl.doctor import require_machine
 from eaft_verl.environment import describe
 from eaft_verl.errors import ConfigError, RunError
 from eaft_verl.evaluation.settings import evaluation_key
-from eaft_verl.models import check_same_vocabulary, model_key, resolve_model
+from eaft_verl.models import check_same_vocabulary, load_tokenizer, model_key, resolve_model
 from eaft_verl.objectives import Objective, Psft
+from eaft_verl.recipe.datasets import prepare_data
+from eaft_verl.recipe.views import evaluate_settings, objective_of, world_size
 from eaft_verl.runs import Run, cause_of
 from eaft_verl.training.derive import derive
 from eaft_verl.training.grpo_stage import train_grpo

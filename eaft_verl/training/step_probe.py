@@ -29,8 +29,8 @@ def main(job_path: str) -> None:
     import verl  # noqa: F401 - first of all: its entry points must bring the platform
     from omegaconf import OmegaConf
 
-    from eaft_verl.checks import objective_of
     from eaft_verl.objectives import Objective, Sft
+    from eaft_verl.recipe.views import objective_of
     from eaft_verl.training.cluster import worker_config
     from eaft_verl.training.loss import TokenLoss
     from eaft_verl.training.worker import EaftWorker

@@ -24,8 +24,8 @@ def make_worker(model: str, dtype: str) -> Any:
     """An EaftWorker in this process, initialised from the project's own defaults."""
     from pathlib import Path
 
-    from eaft_verl.config import Recipe, resolve
     from eaft_verl.models import resolve_model
+    from eaft_verl.recipe.resolve import Recipe, resolve
     from eaft_verl.training.cluster import worker_config
     from eaft_verl.training.worker import EaftWorker
 

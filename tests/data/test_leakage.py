@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from eaft_verl.data.experiment import file_questions, question_of, recipe_questions
 from eaft_verl.data.leakage import RUN, Against, summary, words
 from eaft_verl.data.prepare import check_leakage, load_prepared, manifest_path, prepare
 from eaft_verl.data.spec import DataSpec
 from eaft_verl.data.synthesis import generate
 from eaft_verl.errors import DataError
+from eaft_verl.recipe.datasets import file_questions, question_of, recipe_questions
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 LONG = " ".join(f"w{number}" for number in range(26))  # 26 words: 13 of them are half
@@ -159,7 +159,7 @@ def test_a_file_without_questions_is_refused(tmp_path):
 
 
 def test_the_quickstart_is_clean_and_its_own_test_set_is_not():
-    from eaft_verl.config import load_recipe, resolve
+    from eaft_verl.recipe.resolve import load_recipe, resolve
 
     recipe = load_recipe(Path(__file__).parents[2] / "recipes" / "quickstart.yaml")
     against = recipe_questions(resolve(recipe, "sft"))
@@ -206,8 +206,8 @@ def recipe(source, tmp_path: Path, tiny_model_path: Path) -> Path:
 def test_the_recipes_own_benchmarks_and_heldout_rows_are_looked_for(recipe: Path, capsys):
     import tiny
 
-    from eaft_verl.config import load_recipe, resolve
-    from eaft_verl.data.experiment import prepare_data
+    from eaft_verl.recipe.datasets import prepare_data
+    from eaft_verl.recipe.resolve import load_recipe, resolve
 
     def ids(*overrides: str) -> list[str]:
         config = resolve(load_recipe(recipe), "sft", [f"output={recipe.parent / str(len(overrides))}", *overrides])

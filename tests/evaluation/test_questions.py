@@ -52,6 +52,6 @@ def test_what_is_not_known_is_said(tmp_path: Path):
 
 
 def test_it_loads_neither_torch_nor_lm_eval():
-    script = "import sys, eaft_verl.evaluation.questions, eaft_verl.data.experiment as e\n"
+    script = "import sys, eaft_verl.evaluation.questions, eaft_verl.recipe.datasets as e\n"
     script += "assert not {'torch', 'lm_eval', 'transformers', 'datasets'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import tiny
 
-from eaft_verl.checks import check
-from eaft_verl.config import declared_keys, load_recipe, resolve
 from eaft_verl.errors import ConfigError, RunError
 from eaft_verl.files import read_json, write_json
+from eaft_verl.recipe.checks import check
+from eaft_verl.recipe.resolve import declared_keys, load_recipe, resolve
 from eaft_verl.runs import Run
 from eaft_verl.training.stage import train
 

@@ -7,10 +7,10 @@ import pytest
 from config_fixtures import composed_once  # noqa: F401
 from omegaconf import OmegaConf
 
-from eaft_verl.budgets import DeviceSeconds, FixedSteps, UntilNll
-from eaft_verl.config import load_recipe, resolve
 from eaft_verl.data.prepare import Example
 from eaft_verl.errors import RunError
+from eaft_verl.recipe.budgets import DeviceSeconds, FixedSteps, UntilNll
+from eaft_verl.recipe.resolve import load_recipe, resolve
 from eaft_verl.runs import Run
 from eaft_verl.training.derive import derive, training_plan
 from eaft_verl.training.order import PADDING, batch_indices

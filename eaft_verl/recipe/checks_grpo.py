@@ -3,7 +3,7 @@
 from omegaconf import DictConfig, OmegaConf
 
 from eaft_verl.errors import require
-from eaft_verl.grpo_tree import VLLM_ONLY, grpo_tree
+from eaft_verl.recipe.verl_keys import VLLM_ONLY, grpo_tree
 
 ROLLOUTS = ("hf", "vllm")
 

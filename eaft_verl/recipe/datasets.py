@@ -6,7 +6,6 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from eaft_verl.checks import data_spec, evaluate_settings
 from eaft_verl.data.formats import PROMPT_KEYS, to_messages
 from eaft_verl.data.leakage import Against, summary
 from eaft_verl.data.prepare import Prepared, check_leakage, load_prepared, manifest_path, prepare
@@ -14,16 +13,9 @@ from eaft_verl.data.sources import read_rows
 from eaft_verl.data.spec import RowError
 from eaft_verl.errors import DataError
 from eaft_verl.evaluation.questions import benchmark_questions
-from eaft_verl.models import hub_arguments
+from eaft_verl.recipe.views import data_spec, evaluate_settings
 
 _QUESTION_KEYS = (*PROMPT_KEYS, "text")
-
-
-def load_tokenizer(model: Path | str) -> Any:
-    """The tokenizer of a resolved model."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(**hub_arguments(model))
 
 
 def prepare_data(config: DictConfig, tokenizer: Any, which: str) -> Prepared:

@@ -6,9 +6,9 @@ import pytest
 from config_fixtures import composed_once  # noqa: F401
 from omegaconf import OmegaConf
 
-from eaft_verl.checks import check
-from eaft_verl.config import load_recipe, resolve
 from eaft_verl.errors import ConfigError
+from eaft_verl.recipe.checks import check
+from eaft_verl.recipe.resolve import load_recipe, resolve
 from eaft_verl.training.grpo_config import RunFiles, Schedule, ppo_config, save_steps, total_ppo_steps, updates_per_step
 
 RECIPE = """

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from eaft_verl.config import declared_keys, load_recipe
 from eaft_verl.errors import ConfigError
+from eaft_verl.recipe.resolve import declared_keys, load_recipe
 
 BASE = """
 name: parent
@@ -83,7 +83,7 @@ def test_several_levels_and_paths_relative_to_each_file(tmp_path: Path) -> None:
 )
 def test_refused(tmp_path: Path, text: str, base: str, message: str) -> None:
     if not message:  # an arm extends nothing: it is an unknown key when resolved
-        from eaft_verl.config import resolve
+        from eaft_verl.recipe.resolve import resolve
 
         with pytest.raises(ConfigError, match="unknown key extends"):
             resolve(recipe(tmp_path, text, base), "sft")

@@ -6,14 +6,14 @@ from typing import Any
 import pytest
 from config_fixtures import composed_once  # noqa: F401
 
-from eaft_verl.checks import check, pending
 from eaft_verl.cli import main
-from eaft_verl.config import load_recipe, resolve
 from eaft_verl.errors import ConfigError
 from eaft_verl.plan import Machine, plan_arm
-from eaft_verl.recipe_file import read_recipe
+from eaft_verl.recipe.checks import check, pending
+from eaft_verl.recipe.file import read_recipe
+from eaft_verl.recipe.resolve import load_recipe, resolve
 
-FOLDER = Path(__file__).parent.parent / "recipes"
+FOLDER = Path(__file__).parents[2] / "recipes"
 PAPER = sorted(path for path in FOLDER.glob("*.yaml") if "\nextends: " in path.read_text("utf-8"))
 ARMS = ["sft", "sft_kl", "flow", "dft", "talr", "masked", "eaft", "eaft_2", "eaft_3", "eaft_sigmoid", "grpo"]
 A100 = Machine(1, 8, 80, "A100", 1000)

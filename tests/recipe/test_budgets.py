@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from eaft_verl.budgets import (
+from eaft_verl.recipe.budgets import (
     DeviceSeconds,
     FixedSteps,
     Moment,

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 from config_fixtures import composed_once  # noqa: F401
 
-from eaft_verl.checks import check, data_spec, evaluate_settings, objective_of, world_size
-from eaft_verl.config import Recipe, load_recipe, resolve
 from eaft_verl.errors import ConfigError
 from eaft_verl.models import SMOLLM2_FOLDER
 from eaft_verl.objectives import OBJECTIVES
+from eaft_verl.recipe.checks import check
+from eaft_verl.recipe.resolve import Recipe, load_recipe, resolve
+from eaft_verl.recipe.views import data_spec, evaluate_settings, objective_of, world_size
 
-FOLDER = Path(__file__).parent.parent / "recipes"
+FOLDER = Path(__file__).parents[2] / "recipes"
 RECIPES = sorted(
     path for path in FOLDER.glob("*.yaml") if "package:" in path.read_text("utf-8")
 )  # others: test_recipes
@@ -289,7 +290,8 @@ def test_every_arm_of_a_shipped_recipe_is_accepted(path: Path) -> None:
 def test_resolving_and_checking_load_no_torch() -> None:
     heavy = ("torch", "verl", "ray", "lm_eval", "transformers", "datasets", "matplotlib", "numpy", "pyarrow")
     code = (
-        "import sys\nfrom eaft_verl.checks import check\nfrom eaft_verl.config import load_recipe, resolve\n"
+        "import sys\nfrom eaft_verl.recipe.checks import check\n"
+        "from eaft_verl.recipe.resolve import load_recipe, resolve\n"
         f"check(resolve(load_recipe({str(RECIPES[-1])!r}), 'eaft', ['objective.name=talr']))\n"
         f"print([name for name in {heavy!r} if name in sys.modules])"
     )

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from eaft_verl.budgets import MATCHES
 from eaft_verl.errors import ConfigError
+from eaft_verl.recipe.budgets import MATCHES
 
 GRPO = "grpo"
 CONTROLS = ("weight", "nll")

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 from config_fixtures import composed_once  # noqa: F401
 
-from eaft_verl.checks import check
-from eaft_verl.config import load_recipe, resolve
 from eaft_verl.errors import ConfigError
-from eaft_verl.matching import budget_source
+from eaft_verl.recipe.checks import check
+from eaft_verl.recipe.matching import budget_source
+from eaft_verl.recipe.resolve import load_recipe, resolve
 
 SHARED = (
     "model: {folder}\ndevice: cpu\ndata: {{train: generate:sums_train, max_length: 64}}\nevaluate: {{target: [sums]}}"

@@ -9,9 +9,9 @@ from config_fixtures import composed_once  # noqa: F401
 from omegaconf import OmegaConf
 from omegaconf.errors import ReadonlyConfigError
 
-from eaft_verl.config import OURS_INSTEAD, declared_keys, load_recipe, resolve
 from eaft_verl.errors import ConfigError
-from eaft_verl.grpo_tree import OURS_INSTEAD as GRPO_INSTEAD
+from eaft_verl.recipe.resolve import OURS_INSTEAD, declared_keys, load_recipe, resolve
+from eaft_verl.recipe.verl_keys import OURS_INSTEAD as GRPO_INSTEAD
 
 RECIPE = """
 model: some/model

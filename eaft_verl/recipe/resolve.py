@@ -18,11 +18,10 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from eaft_verl.errors import ConfigError
-from eaft_verl.grpo_tree import OURS_INSTEAD as GRPO_INSTEAD
-from eaft_verl.grpo_tree import grpo_tree, lay
-from eaft_verl.matching import budget_source, check_control
-from eaft_verl.recipe_file import read_recipe
-from eaft_verl.verl_trees import compose_verl
+from eaft_verl.recipe.file import read_recipe
+from eaft_verl.recipe.matching import budget_source, check_control
+from eaft_verl.recipe.verl_keys import OURS_INSTEAD as GRPO_INSTEAD
+from eaft_verl.recipe.verl_keys import compose_verl, grpo_tree, lay
 
 VERL_TREE = "sft_trainer_engine"
 # verl's keys this trainer reads; the others of its SFT tree would be accepted and ignored, so they are not in ours.

@@ -4,50 +4,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from eaft_verl.checks_grpo import check_grpo
 from eaft_verl.data.sources import GENERATED, SUFFIXES
-from eaft_verl.data.spec import LEAKAGE, DataSpec
+from eaft_verl.data.spec import LEAKAGE
 from eaft_verl.errors import ConfigError, require
-from eaft_verl.evaluation.settings import EvaluateSettings
 from eaft_verl.grading.graders import absent_package, check_reward
 from eaft_verl.models import check_model
-from eaft_verl.objectives import Objective
-from eaft_verl.recipe.objective import build_objective
+from eaft_verl.recipe.checks_grpo import check_grpo
+from eaft_verl.recipe.views import data_spec, evaluate_settings, objective_of, world_size
 
 TRAINERS = ("sft", "grpo")
 PRECISIONS = ("fp32", "bf16", "fp16", "float32", "bfloat16", "float16")
 SCHEDULES = ("constant", "cosine")
-
-
-def objective_of(config: DictConfig) -> Objective:
-    """The arm's objective object; ConfigError lists what exists for an unknown name or parameter."""
-    params = dict(OmegaConf.to_container(config.objective) if config.objective else {})
-    if not isinstance(name := params.pop("name", None), str):
-        raise ConfigError("objective.name is missing, e.g. objective: {name: eaft}")
-    try:
-        return build_objective(name, **params)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-
-
-def data_spec(config: DictConfig, which: str = "train") -> DataSpec:
-    """How one of the recipe's data sets ('train' or 'heldout') is to be prepared."""
-    data = config.data
-    return DataSpec(
-        source=str(data[which]),
-        max_length=data.max_length,
-        over_long=data.over_long,
-        control_tokens=data.control_tokens,
-        turns=data.turns,
-        rows=data.rows if which == "train" else data.heldout_rows,
-    )
-
-
-def world_size(config: DictConfig) -> int:
-    """Workers of the arm's training."""
-    return config.verl.trainer.nnodes * config.verl.trainer.n_gpus_per_node
 
 
 def check(config: DictConfig, *, elsewhere: bool = False, dry_run: bool = False) -> None:
@@ -204,16 +173,6 @@ def _check_batch(config: DictConfig) -> None:
         data.train_batch_size % unit == 0 and data.train_batch_size > 0,
         f"verl.data.train_batch_size={data.train_batch_size} must be a positive multiple of {needed} = {unit}",
     )
-
-
-def evaluate_settings(config: DictConfig, heldout: Path | None = None) -> EvaluateSettings:
-    """The `evaluate` block as the evaluation package takes it; `heldout`: the prepared file, once there is one."""
-    block = OmegaConf.to_container(config.evaluate)
-    block.pop("points")
-    block["backend_args"] = block["backend_args"] or {}
-    source = str(heldout) if heldout else config.data.heldout
-    turns = "last" if config.data.turns == "last" else "split"
-    return EvaluateSettings(**block, heldout=source, max_length=config.data.max_length, turns=turns)
 
 
 def _check_evaluation(config: DictConfig) -> None:

@@ -5,11 +5,13 @@ would have to ignore is not in the tree, and OURS_INSTEAD says where it is set.
 """
 
 import copy
+import importlib.util
+from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
-from eaft_verl.verl_trees import compose_verl
+from eaft_verl.errors import ConfigError
 
 PPO_TREE = "ppo_trainer"
 KEYS: dict[str, tuple[str, ...]] = {
@@ -90,6 +92,19 @@ OURS_INSTEAD = {
     "verl.algorithm.adv_estimator": "trainer",
     "verl.data.seed": "seed",
 }
+
+
+def compose_verl(name: str) -> DictConfig:
+    """The tree of verl's `trainer/config/NAME.yaml`, references not yet resolved."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    found = importlib.util.find_spec("verl")
+    if found is None or found.origin is None:
+        raise ConfigError("verl is not installed in this environment; run `pip install verl==0.9.1`")
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(config_dir=str(Path(found.origin).parent / "trainer" / "config"), version_base=None):
+        return compose(name)
 
 
 def extension(ppo: dict[str, Any], device: str) -> dict[str, Any]:

@@ -1,0 +1,50 @@
+"""What the rooms below take from a resolved configuration, each in its own terms."""
+
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from eaft_verl.data.spec import DataSpec
+from eaft_verl.errors import ConfigError
+from eaft_verl.evaluation.settings import EvaluateSettings
+from eaft_verl.objectives import Objective
+from eaft_verl.recipe.objective import build_objective
+
+
+def objective_of(config: DictConfig) -> Objective:
+    """The arm's objective object; ConfigError lists what exists for an unknown name or parameter."""
+    params = dict(OmegaConf.to_container(config.objective) if config.objective else {})
+    if not isinstance(name := params.pop("name", None), str):
+        raise ConfigError("objective.name is missing, e.g. objective: {name: eaft}")
+    try:
+        return build_objective(name, **params)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def data_spec(config: DictConfig, which: str = "train") -> DataSpec:
+    """How one of the recipe's data sets ('train' or 'heldout') is to be prepared."""
+    data = config.data
+    return DataSpec(
+        source=str(data[which]),
+        max_length=data.max_length,
+        over_long=data.over_long,
+        control_tokens=data.control_tokens,
+        turns=data.turns,
+        rows=data.rows if which == "train" else data.heldout_rows,
+    )
+
+
+def world_size(config: DictConfig) -> int:
+    """Workers of the arm's training."""
+    return config.verl.trainer.nnodes * config.verl.trainer.n_gpus_per_node
+
+
+def evaluate_settings(config: DictConfig, heldout: Path | None = None) -> EvaluateSettings:
+    """The `evaluate` block as the evaluation package takes it; `heldout`: the prepared file, once there is one."""
+    block = OmegaConf.to_container(config.evaluate)
+    block.pop("points")
+    block["backend_args"] = block["backend_args"] or {}
+    source = str(heldout) if heldout else config.data.heldout
+    turns = "last" if config.data.turns == "last" else "split"
+    return EvaluateSettings(**block, heldout=source, max_length=config.data.max_length, turns=turns)
