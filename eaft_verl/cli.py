@@ -221,7 +221,7 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from eaft_verl.plan import plan_command
+    from eaft_verl.planning.command import plan_command
 
     return plan_command(options, *_recipe_arguments(options))
 

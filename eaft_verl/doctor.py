@@ -64,7 +64,7 @@ def machine_findings(config: DictConfig) -> list[Finding]:
 
 def disk_needed(config: DictConfig) -> float | None:
     """Bytes the planner says the arm has yet to write; None for a model whose sizes it does not know."""
-    from eaft_verl.plan import disk_at_once
+    from eaft_verl.planning.arm_plan import disk_at_once
 
     run = Path(config.output) / f"{config.arm}-seed{config.seed}"
     written = sum(file.stat().st_size for file in run.rglob("*") if file.is_file()) if run.is_dir() else 0

@@ -5,8 +5,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from eaft_verl.plan_formulas import GIB, Setup, training_phases
-from eaft_verl.plan_models import KNOWN
+from eaft_verl.planning.architectures import KNOWN
+from eaft_verl.planning.formulas import GIB, Setup, training_phases
 from eaft_verl.recipe.resolve import load_recipe, resolve
 
 QWEN_32B = KNOWN["qwen2.5-32b-instruct"]

@@ -72,7 +72,11 @@ def test_engines_are_imported_in_their_folder_only(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    [path for path in FILES if name_of(path) in LIGHT or name_of(path).startswith(("reporting/", "recipe/"))],
+    [
+        path
+        for path in FILES
+        if name_of(path) in LIGHT or name_of(path).startswith(("reporting/", "recipe/", "planning/"))
+    ],
     ids=name_of,
 )
 def test_light_modules_import_no_torch_even_lazily(path: Path) -> None:

@@ -50,6 +50,15 @@ def check(config: DictConfig, *, elsewhere: bool = False, dry_run: bool = False)
         raise ConfigError(missing[0])
 
 
+def start_problem(config: DictConfig, *, elsewhere: bool) -> str | None:
+    """What `eaft train` would say of the configuration; a plan is made all the same."""
+    try:
+        check(config, elsewhere=elsewhere)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
 def pending(config: DictConfig, *, elsewhere: bool = False) -> list[str]:
     """What a sound configuration still needs before it can run: files to be supplied, benchmarks without a runner."""
     sources = {f"data.{which}": config.data[which] for which in ("train", "heldout") if config.data[which]}

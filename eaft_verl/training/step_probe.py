@@ -2,7 +2,8 @@
 
 `python -m eaft_verl.training.step_probe JOB.json` is what `eaft plan --probe` starts. The job holds a configuration, a
 model folder and the lengths of the sequences; {"peak", "step_s", "tokens"} goes to the job's `out`.
-Resident memory of a CPU process is its live tensors only where glibc gives every large block back: see ENVIRONMENT.
+Resident memory of a CPU process is its live tensors only where glibc gives every large block back: the caller sets the
+variables for it (planning/probe.py).
 """
 
 import ctypes
@@ -17,7 +18,6 @@ from typing import Any
 
 from eaft_verl.files import read_json, write_json
 
-ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "2"}
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
 _CLEAR_PEAK = "5"  # proc(5): resets VmHWM of the process to its current resident size
 

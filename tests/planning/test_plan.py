@@ -12,12 +12,13 @@ from plan_setups import QWEN_32B, config, write_recipe
 from eaft_verl.cli import main
 from eaft_verl.errors import ConfigError
 from eaft_verl.models import load_tokenizer
-from eaft_verl.plan import Machine, parse_gpus, plan_arm
-from eaft_verl.plan_data import amount_of
-from eaft_verl.plan_formulas import GIB
-from eaft_verl.plan_models import architecture_of
-from eaft_verl.plan_search import remedies
-from eaft_verl.plan_settings import arm_of, micro_batch
+from eaft_verl.planning.amount import amount_of
+from eaft_verl.planning.architectures import architecture_of
+from eaft_verl.planning.arm_plan import Machine, plan_arm
+from eaft_verl.planning.command import parse_gpus
+from eaft_verl.planning.formulas import GIB
+from eaft_verl.planning.remedies import remedies
+from eaft_verl.planning.setup import arm_of, micro_batch
 from eaft_verl.recipe.checks import check
 from eaft_verl.recipe.datasets import prepare_data
 

@@ -1,21 +1,16 @@
-"""`eaft plan`: what every arm of a recipe needs on each device, host and disk, how long it takes, and what would fit.
+"""The plan of one arm on one machine: bytes per device, host and disk, seconds of an update, and the verdict.
 
-Planning loads no model. Verdicts are given on numbers that are right to about five percent, so an arm that fills the
-last five percent of a device is called marginal and counts as not fitting.
+Verdicts are given on numbers that are right to about five percent, so an arm that fills the last five percent of a
+device is called marginal and counts as not fitting.
 """
 
-import argparse
-import os
-import re
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import DictConfig
 
-from eaft_verl.errors import ConfigError
-from eaft_verl.plan_formulas import (
+from eaft_verl.planning.formulas import (
     CONTEXT,
     FRAGMENTATION,
     GIB,
@@ -28,16 +23,12 @@ from eaft_verl.plan_formulas import (
     rollout_phase,
     training_phases,
 )
-from eaft_verl.plan_settings import Arm, arm_of
-from eaft_verl.plan_time import SPEED, Speed, concurrent, forward_flops, speed_of, update_seconds
-from eaft_verl.recipe.checks import check
-from eaft_verl.recipe.resolve import load_recipe, resolve
+from eaft_verl.planning.setup import Arm, arm_of
+from eaft_verl.planning.speed import SPEED, Speed, concurrent, forward_flops, update_seconds
 
-NOT_FITTING = 3  # exit code
 MARGIN = 0.05  # of a device that must stay free
 EXPORT_BYTES = 2  # per parameter: bfloat16, the dtype of every model planned so far
 ASLEEP = 2 * GIB  # a sleeping vLLM: its CUDA context, graphs and buffers; an assumption
-_GPUS = re.compile(r"^(\d+)x(?:([A-Za-z]+\d+)-)?(\d+(?:\.\d+)?)$")
 
 
 @dataclass(frozen=True)
@@ -87,34 +78,6 @@ class ArmPlan:
     def step_s(self) -> float:
         """Seconds of an update."""
         return sum(self.seconds.values())
-
-
-def machine_of(config: DictConfig, gpus: str | None, host_gib: float | None) -> Machine:
-    """The machine of --gpus, else this one; ConfigError where this one has no GPU and the recipe wants one."""
-    trainer = config.verl.trainer
-    if gpus:
-        _, kind, gib = parse_gpus(gpus)
-        speed_of(kind)
-        return Machine(trainer.nnodes, trainer.n_gpus_per_node, gib, kind, host_gib)
-    here = host_gib or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
-    if config.device == "cpu":
-        return Machine(1, trainer.n_gpus_per_node, here / trainer.n_gpus_per_node, "CPU", here)
-    found = _nvidia()
-    if found is None:
-        raise ConfigError("device=cuda and no GPU is visible here: say what to plan for, e.g. --gpus 8x80 --nodes 2")
-    kind = next((name for name in SPEED if name in found[0].upper()), "A100")
-    return Machine(trainer.nnodes, trainer.n_gpus_per_node, found[1], kind, here)
-
-
-def parse_gpus(text: str) -> tuple[int, str, float]:
-    """(GPUs per node, kind, GiB of each) of '8x80' or '8xH100-80'; ConfigError otherwise."""
-    match = _GPUS.match(text)
-    if not match or int(match[1]) < 1 or float(match[3]) <= 0:
-        raise ConfigError(
-            f"--gpus {text!r} must be GPUs per node x GiB of each, e.g. 8x80 or, with the kind, 8xH100-80 "
-            f"(kinds: {', '.join(name for name in SPEED if name != 'CPU')})"
-        )
-    return int(match[1]), (match[2] or "A100").upper(), float(match[3])
 
 
 def plan_arm(config: DictConfig, machine: Machine, measured: dict[str, Any] | None = None) -> ArmPlan:
@@ -203,66 +166,3 @@ def _judge(plan: ArmPlan, machine: Machine, phases: Mapping[str, Mapping[str, fl
             plan.reasons.append("vLLM's share holds its weights but not the cache of one response")
         else:
             plan.facts.append(f"vLLM holds {concurrent(setup, setup.rollout, cache)} responses at once per replica")
-
-
-def configs_of(options: argparse.Namespace, path: str, overrides: list[str]) -> list[DictConfig]:
-    """The configuration of every planned arm, on the machine of --gpus and --nodes."""
-    recipe = load_recipe(path)
-    asked = [options.arm] if options.arm else list(recipe.arms)
-    placed: list[str] = []
-    if options.gpus:
-        placed += ["device=cuda", f"verl.trainer.n_gpus_per_node={parse_gpus(options.gpus)[0]}"]
-    if options.nodes:
-        placed.append(f"verl.trainer.nnodes={options.nodes}")
-    return [resolve(recipe, arm, [*placed, *overrides]) for arm in asked]
-
-
-def plan_command(options: argparse.Namespace, path: str, overrides: list[str]) -> int:
-    """Plan every arm and print it; 0 when all fit, NOT_FITTING when one does not."""
-    from eaft_verl.plan_search import remedies
-    from eaft_verl.plan_text import as_json, print_plans
-
-    if options.nodes is not None and options.nodes < 1:
-        raise ConfigError(f"--nodes {options.nodes} must be at least 1")
-    configs = configs_of(options, path, overrides)
-    machine = machine_of(configs[0], options.gpus, options.host)
-    plans = []
-    for config in configs:
-        measured = None
-        if options.probe:
-            from eaft_verl.plan_probe import probe
-
-            measured = probe(config)
-        plan = plan_arm(config, machine, measured)
-        if problem := start_problem(config, elsewhere=options.gpus is not None):
-            plan.reasons.append(f"would not start: {problem}")
-        if plan.verdict != "fits":
-            plan.remedies = remedies(config, machine)
-        plans.append(plan)
-    if options.json:
-        print(as_json(plans, machine))
-    else:
-        print_plans(plans, machine)
-    return 0 if all(plan.verdict == "fits" for plan in plans) else NOT_FITTING
-
-
-def start_problem(config: DictConfig, *, elsewhere: bool) -> str | None:
-    """What `eaft train` would say of the configuration; a plan is made all the same."""
-    try:
-        check(config, elsewhere=elsewhere)
-    except ConfigError as error:
-        return str(error)
-    return None
-
-
-def _nvidia() -> tuple[str, float] | None:
-    """(name, GiB) of the first visible GPU."""
-    try:
-        command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    if done.returncode or not done.stdout.strip():
-        return None
-    name, mib = done.stdout.splitlines()[0].rsplit(",", 1)
-    return name, float(mib) / 1024

@@ -6,9 +6,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from eaft_verl.errors import ConfigError
-from eaft_verl.plan import ArmPlan, Machine, plan_arm, start_problem
-from eaft_verl.plan_data import amount_of
-from eaft_verl.plan_settings import GRPO
+from eaft_verl.planning.amount import amount_of
+from eaft_verl.planning.arm_plan import ArmPlan, Machine, plan_arm
+from eaft_verl.planning.setup import GRPO
+from eaft_verl.recipe.checks import start_problem
 
 LORA_RANK = 32
 SPLITS = (1, 2, 4, 8)
@@ -83,7 +84,7 @@ def _layouts(config: DictConfig) -> Iterator[Overrides]:
 
 def _can_split(config: DictConfig, split: int) -> bool:
     """Ulysses cuts heads: query heads must divide, and key heads divide or be repeated evenly."""
-    from eaft_verl.plan_models import architecture_of
+    from eaft_verl.planning.architectures import architecture_of
 
     model = architecture_of(config.model)
     even = model.heads % split == 0 and (model.kv_heads % split == 0 or split % model.kv_heads == 0)

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plan_setups import QWEN_32B, paper_setup, peak_gib
 
-from eaft_verl.plan_formulas import (
+from eaft_verl.planning.architectures import KNOWN, Architecture, from_config
+from eaft_verl.planning.formulas import (
     GIB,
     Rollout,
     Setup,
@@ -19,8 +20,7 @@ from eaft_verl.plan_formulas import (
     rollout_phase,
     training_phases,
 )
-from eaft_verl.plan_models import KNOWN, Architecture, from_config
-from eaft_verl.plan_time import SPEED, forward_flops, update_flops, update_seconds
+from eaft_verl.planning.speed import SPEED, forward_flops, update_flops, update_seconds
 
 LLAMA_8B = Architecture("llama", 128256, 4096, 14336, 32, 32, 8, 128, tied=False)
 FUSED, LLAMA_FACTORY = "fused head, 2048 rows at a time", "LLaMA-Factory's EAFT"

@@ -13,12 +13,14 @@ from omegaconf import DictConfig, OmegaConf
 from eaft_verl.errors import ConfigError, RunError
 from eaft_verl.files import read_json, write_json
 from eaft_verl.models import resolve_model
-from eaft_verl.plan_formulas import Setup, training_phases
-from eaft_verl.plan_settings import GRPO, arm_of
-from eaft_verl.plan_time import update_flops
+from eaft_verl.planning.formulas import Setup, training_phases
+from eaft_verl.planning.setup import GRPO, arm_of
+from eaft_verl.planning.speed import update_flops
 from eaft_verl.recipe.views import objective_of
 
 TIMEOUT_S = 1800
+# resident memory of a CPU process is its live tensors only where glibc gives every large block back
+RESIDENT_IS_LIVE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "2"}
 
 
 def probe(config: DictConfig) -> dict[str, Any]:
@@ -89,9 +91,7 @@ def _reference(config: DictConfig) -> str | None:
 
 def _environment(device: str) -> dict[str, str]:
     """The child's: on a CPU one that lets resident memory be read as live tensors."""
-    from eaft_verl.training import step_probe
-
     wanted = {"VERL_LOGGING_LEVEL": "ERROR", "TOKENIZERS_PARALLELISM": "false"}
     if device == "cpu":
-        wanted |= {"VERL_PLATFORM": "cpu", "VERL_ENGINE_DEVICE": "cuda", **step_probe.ENVIRONMENT}
-    return {**wanted, **os.environ, **(step_probe.ENVIRONMENT if device == "cpu" else {})}
+        wanted |= {"VERL_PLATFORM": "cpu", "VERL_ENGINE_DEVICE": "cuda", **RESIDENT_IS_LIVE}
+    return {**wanted, **os.environ, **(RESIDENT_IS_LIVE if device == "cpu" else {})}

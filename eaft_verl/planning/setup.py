@@ -8,9 +8,9 @@ from omegaconf import DictConfig
 
 from eaft_verl.errors import ConfigError
 from eaft_verl.objectives import Objective
-from eaft_verl.plan_data import Amount, amount_of
-from eaft_verl.plan_formulas import OPTIMIZERS, Rollout, Setup
-from eaft_verl.plan_models import Architecture, architecture_of
+from eaft_verl.planning.amount import Amount, amount_of
+from eaft_verl.planning.architectures import Architecture, architecture_of
+from eaft_verl.planning.formulas import OPTIMIZERS, Rollout, Setup
 from eaft_verl.recipe.views import objective_of
 
 GRPO = "grpo"

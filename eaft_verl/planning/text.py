@@ -5,8 +5,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from eaft_verl.plan import ArmPlan, Machine
-from eaft_verl.plan_formulas import GIB
+from eaft_verl.planning.arm_plan import ArmPlan, Machine
+from eaft_verl.planning.formulas import GIB
 
 PIPE_WIDTH = 200  # columns where no terminal says otherwise
 Column = tuple[dict[str, str], dict[str, str]]  # the parts of one arm's section, and what sums them up

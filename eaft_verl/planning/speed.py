@@ -7,8 +7,8 @@ replaces it by a measurement.
 from dataclasses import dataclass
 
 from eaft_verl.errors import ConfigError
-from eaft_verl.plan_formulas import Rollout, Setup, kv_bytes
-from eaft_verl.plan_models import Architecture
+from eaft_verl.planning.architectures import Architecture
+from eaft_verl.planning.formulas import Rollout, Setup, kv_bytes
 
 HOST_LINK = 25e9  # bytes/s of PCIe 4 x16, one way, pinned memory
 HOST_MEMORY = 200e9  # bytes/s that Adam on the host's cores reaches

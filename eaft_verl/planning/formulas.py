@@ -14,7 +14,7 @@ measured peaks by `eaft plan --probe`.
 
 from dataclasses import dataclass
 
-from eaft_verl.plan_models import Architecture
+from eaft_verl.planning.architectures import Architecture
 
 GIB = 1 << 30
 CHUNK_TOKENS = 1024  # [C] rows upcast at a time
