@@ -209,7 +209,7 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from eaft_verl.doctor import doctor
+    from eaft_verl.cluster.doctor import doctor
     from eaft_verl.recipe.checks import check
     from eaft_verl.recipe.resolve import load_recipe, resolve
 

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from eaft_verl.cluster.demand import demand_of
+from eaft_verl.cluster.doctor import doctor
 from eaft_verl.compare import compare, parse_seeds
-from eaft_verl.demand import demand_of
-from eaft_verl.doctor import doctor
 from eaft_verl.errors import ConfigError
 from eaft_verl.launch_files import accelerator, kuberay_job, skypilot_job, slurm_job
 from eaft_verl.recipe.checks import check, pending, warn

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import yaml
 from omegaconf import DictConfig
 
-from eaft_verl.demand import demand_of
-from eaft_verl.runtime_env import JOB_ENV, build_runtime_env
+from eaft_verl.cluster.demand import demand_of
+from eaft_verl.cluster.runtime_env import JOB_ENV, build_runtime_env
 
 if TYPE_CHECKING:
     from eaft_verl.launch import Launch

@@ -48,9 +48,9 @@ def train_grpo(config: DictConfig, run: Run, data: Prepared, model: str, tokeniz
 
     Raises RunError with the cause when the trainer, a worker, the rollout or the reward failed, Interrupted on SIGTERM.
     """
-    from eaft_verl.training.grpo_cluster import grpo_session
+    from eaft_verl.cluster.preflight import require_cluster
+    from eaft_verl.training.grpo.session import grpo_session
     from eaft_verl.training.interruption import sigterm_as_request
-    from eaft_verl.training.preflight import require_cluster
 
     plan = _plan(config, run, data, model, tokenizer)
     metrics_file = run.path / ".verl_metrics.jsonl"

@@ -14,13 +14,13 @@ from omegaconf import DictConfig
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from ray.util.state import list_nodes
 
-from eaft_verl.demand import Offer, demand_of
-from eaft_verl.doctor import CONNECT_TIMEOUT_S, token_finding
+from eaft_verl.cluster.demand import Offer, demand_of
+from eaft_verl.cluster.doctor import CONNECT_TIMEOUT_S
+from eaft_verl.cluster.findings import require, token_finding
+from eaft_verl.cluster.node_probe import reachable
+from eaft_verl.cluster.runtime_env import JOB_ENV, asked_variables, build_runtime_env, package
 from eaft_verl.errors import ConfigError, RunError
-from eaft_verl.findings import require
-from eaft_verl.node_probe import reachable
 from eaft_verl.processes import INTERRUPTED
-from eaft_verl.runtime_env import JOB_ENV, asked_variables, build_runtime_env, package
 
 if TYPE_CHECKING:
     from eaft_verl.launch import Launch

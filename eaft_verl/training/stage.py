@@ -7,8 +7,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from eaft_verl.cluster.doctor import require_machine
 from eaft_verl.data.prepare import Prepared
-from eaft_verl.doctor import require_machine
 from eaft_verl.environment import describe
 from eaft_verl.errors import ConfigError, RunError
 from eaft_verl.evaluation.settings import evaluation_key
@@ -92,10 +92,13 @@ def _check_lengths(config: DictConfig, data: Prepared) -> None:
 
 
 def _train(config: DictConfig, run: Run, data: Prepared, heldout: list[Any], model: str, keys: dict[str, str]) -> None:
-    from eaft_verl.training.cluster import ray_session, start_workers, stop_workers
+    from eaft_verl.cluster.preflight import require_cluster
+    from eaft_verl.cluster.session import ray_session
     from eaft_verl.training.interruption import sigterm_as_request
-    from eaft_verl.training.preflight import require_cluster
+    from eaft_verl.training.sft.workers import start_workers, stop_workers
+    from eaft_verl.training.verl_private import require_version
 
+    require_version()
     with ray_session(config.device, world_size(config)), sigterm_as_request() as stop:
         require_cluster(config)
         from eaft_verl.training import checkpoint

@@ -31,8 +31,8 @@ def main(job_path: str) -> None:
 
     from eaft_verl.objectives import Objective, Sft
     from eaft_verl.recipe.views import objective_of
-    from eaft_verl.training.cluster import worker_config
     from eaft_verl.training.loss import TokenLoss
+    from eaft_verl.training.sft.workers import worker_config
     from eaft_verl.training.worker import EaftWorker
 
     config = OmegaConf.load(job["config"])

@@ -26,7 +26,7 @@ def make_worker(model: str, dtype: str) -> Any:
 
     from eaft_verl.models import resolve_model
     from eaft_verl.recipe.resolve import Recipe, resolve
-    from eaft_verl.training.cluster import worker_config
+    from eaft_verl.training.sft.workers import worker_config
     from eaft_verl.training.worker import EaftWorker
 
     shared = {"model": model, "verl": {"engine": {"mixed_precision": {"param_dtype": dtype, "reduce_dtype": "fp32"}}}}

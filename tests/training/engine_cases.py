@@ -180,7 +180,7 @@ def _run_world(world: int, rank: int, engines: list[str], folder: str, recipe: s
 def build_worker(recipe: str, model: str, overrides: list[str]) -> Any:
     """Our worker as Ray would build it, from a recipe."""
     from eaft_verl.recipe.resolve import load_recipe, resolve
-    from eaft_verl.training.cluster import worker_config
+    from eaft_verl.training.sft.workers import worker_config
     from eaft_verl.training.worker import EaftWorker
 
     config = resolve(load_recipe(recipe), "sft", overrides)

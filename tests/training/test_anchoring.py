@@ -43,7 +43,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
     import ray
 
-    from eaft_verl.training.cluster import ray_session
+    from eaft_verl.cluster.session import ray_session
 
     folder = tmp_path_factory.mktemp("anchoring")
     tiny.tiny_model(folder / "model")

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from eaft_verl.cluster.session import worker_environment
 from eaft_verl.errors import RunError
 from eaft_verl.files import write_json
 from eaft_verl.runs import Run
 from eaft_verl.training import checkpoint
-from eaft_verl.training.cluster import worker_environment
 from eaft_verl.training.progress import Progress
 
 

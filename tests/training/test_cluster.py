@@ -146,7 +146,7 @@ def test_doctor_asks_every_node(cluster: Cluster, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_grpo_connects_inside_a_job_that_sets_its_variables(cluster: Cluster) -> None:
     code = (
-        "import ray, os; from eaft_verl.training.grpo_cluster import grpo_session\n"
+        "import ray, os; from eaft_verl.training.grpo.session import grpo_session\n"
         "@ray.remote\n"
         "def seen(): return [os.environ[name] for name in ('NCCL_DEBUG', 'TOKENIZERS_PARALLELISM', 'VERL_PLATFORM')]\n"
         "with grpo_session('cpu', 2, '/dev/null'): print('worker:', *ray.get(seen.remote()))"

@@ -38,7 +38,7 @@ TIMED = ["compare.match=device_seconds", "verl.optim.lr_scheduler_type=constant"
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny_model_path: Path) -> dict[str, Run]:
     """Finished runs of every arm; the reference was missing when its control was first asked for."""
-    from eaft_verl.training.cluster import ray_session
+    from eaft_verl.cluster.session import ray_session
     from eaft_verl.training.stage import train
 
     folder = tmp_path_factory.mktemp("matched")

@@ -58,7 +58,7 @@ def marked(cases: list[Any]) -> list[Any]:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Run]]:
     """All of them in one Ray session."""
-    from eaft_verl.training.cluster import ray_session
+    from eaft_verl.cluster.session import ray_session
 
     folder = tmp_path_factory.mktemp("recipes")
     before = dict(os.environ)

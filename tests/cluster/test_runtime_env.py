@@ -6,9 +6,9 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
-from eaft_verl import runtime_env
+from eaft_verl.cluster import runtime_env
+from eaft_verl.cluster.runtime_env import JOB_ENV, asked_variables, build_runtime_env, excluded, package
 from eaft_verl.errors import ConfigError
-from eaft_verl.runtime_env import JOB_ENV, asked_variables, build_runtime_env, excluded, package
 
 
 def variables(environ: dict[str, str], **how: object) -> dict[str, str]:

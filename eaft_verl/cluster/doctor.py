@@ -7,18 +7,18 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from eaft_verl import findings as judge
-from eaft_verl.demand import Offer, demand_of
+from eaft_verl.cluster import findings as judge
+from eaft_verl.cluster.demand import Offer, demand_of
+from eaft_verl.cluster.findings import Finding, node_findings, token_finding, verdict
+from eaft_verl.cluster.node_probe import NodeProbe, probe_node, reachable
 from eaft_verl.errors import ConfigError
 from eaft_verl.files import read_json
-from eaft_verl.findings import Finding, verdict
 from eaft_verl.models import hub_arguments, load_tokenizer, resolve_model
-from eaft_verl.node_probe import NodeProbe, probe_node, reachable
+from eaft_verl.planning.arm_plan import disk_at_once
 from eaft_verl.recipe.checks import pending
 
 CONNECT_TIMEOUT_S = 5.0
 LOCAL_ADDRESSES = ("auto", "local")
-LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
 
 
 def doctor(config: DictConfig, *, wait_s: float = 0, say: Callable[[str], object] = print) -> int:
@@ -30,7 +30,7 @@ def doctor(config: DictConfig, *, wait_s: float = 0, say: Callable[[str], object
     if _failed(found, "ray address") or _failed(found, "ray token"):
         say("skip  cluster              not asked: it cannot be reached")
     elif cluster_address():
-        from eaft_verl.training.preflight import connected_findings
+        from eaft_verl.cluster.preflight import connected_findings  # Ray takes a second to import
 
         cluster = connected_findings(config, wait_s)
         found += cluster
@@ -64,8 +64,6 @@ def machine_findings(config: DictConfig) -> list[Finding]:
 
 def disk_needed(config: DictConfig) -> float | None:
     """Bytes the planner says the arm has yet to write; None for a model whose sizes it does not know."""
-    from eaft_verl.planning.arm_plan import disk_at_once
-
     run = Path(config.output) / f"{config.arm}-seed{config.seed}"
     written = sum(file.stat().st_size for file in run.rglob("*") if file.is_file()) if run.is_dir() else 0
     try:
@@ -91,19 +89,6 @@ def local_findings(config: DictConfig, probe: NodeProbe) -> list[Finding]:
         )
     ]
     return found + node_findings(config, probe)
-
-
-def node_findings(config: DictConfig, probe: NodeProbe) -> list[Finding]:
-    """What a node that will hold workers must have on a CUDA cluster."""
-    if config.device != "cuda":
-        return []
-    attention = (config.verl.model.override_config or {}).get("attn_implementation", "flash_attention_2")
-    gpus = config.verl.trainer.n_gpus_per_node
-    return [
-        judge.gpu_driver(probe),
-        judge.flash_attention(probe, attention),
-        judge.shared_memory(probe, gpus, rollout=config.trainer == "grpo"),
-    ]
 
 
 def output_finding(config: DictConfig) -> Finding:
@@ -163,28 +148,6 @@ def address_findings(environ: dict[str, str]) -> list[Finding]:
     problem = None if good else f"RAY_ADDRESS={address} does not answer within {CONNECT_TIMEOUT_S:.0f} s"
     remedy = "start the cluster (`ray start --head`), correct RAY_ADDRESS, or open an SSH tunnel"
     return [verdict("ray address", problem, address, remedy), token_finding(environ, host)]
-
-
-def token_finding(environ: dict[str, str], host: str) -> Finding:
-    """Whether this machine holds a token for a Ray that is not its own: whoever reaches one without can run code."""
-    mode = environ.get("RAY_AUTH_MODE", "").lower()
-    if mode == "disabled":
-        return Finding("ray token", "skip", "RAY_AUTH_MODE=disabled: whoever reaches the cluster can run code on it")
-    if token_source(environ) is None and (mode == "token" or host not in LOOPBACK):
-        remedy = (
-            "`ray get-auth-token --generate` on the head and give it to every machine by RAY_AUTH_TOKEN_PATH, or, in a "
-            "network that nobody else reaches, set RAY_AUTH_MODE=disabled everywhere"
-        )
-        return Finding("ray token", "fail", f"no token for {host}: neither RAY_AUTH_TOKEN, its path nor a file", remedy)
-    return Finding("ray token", "pass", token_source(environ) or "none needed on this machine")
-
-
-def token_source(environ: dict[str, str]) -> str | None:
-    """Where Ray will find the token, in its own order; None where there is none."""
-    if environ.get("RAY_AUTH_TOKEN"):
-        return "RAY_AUTH_TOKEN"
-    path = environ.get("RAY_AUTH_TOKEN_PATH") or str(Path(environ.get("HOME", "~")).expanduser() / ".ray/auth_token")
-    return path if Path(path).is_file() else None
 
 
 def _failed(found: list[Finding], check: str) -> bool:

@@ -1,67 +1,14 @@
-"""Ray and the worker group: from a resolved configuration to workers that hold the model."""
+"""The worker group: from a resolved configuration to Ray workers that hold the model."""
 
-import contextlib
-import json
-import logging
-import os
 import socket
-from collections.abc import Iterator
 from typing import Any
 
 import ray
 from omegaconf import DictConfig, OmegaConf
-from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
-from eaft_verl.demand import CPUS_PER_WORKER
+from eaft_verl.cluster.demand import CPUS_PER_WORKER
+from eaft_verl.cluster.session import worker_environment
 from eaft_verl.recipe.views import world_size
-from eaft_verl.runtime_env import build_runtime_env
-from eaft_verl.training.verl_private import require_version
-
-
-def worker_environment(device: str, workers: int) -> dict[str, str]:
-    """Environment of the workers (and, on CPU, of the driver before it imports verl). Values already set win."""
-    wanted = {"TOKENIZERS_PARALLELISM": "false"}
-    if device == "cpu":
-        wanted |= {
-            "VERL_PLATFORM": "cpu",
-            "VERL_ENGINE_DEVICE": "cuda",  # verl registers its FSDP engine under this name; it runs on CPU as it is
-            # threads beyond the cores spin against each other: 200 times slower was measured
-            "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers)),
-            "OMP_WAIT_POLICY": "passive",
-        }
-    chosen = {key: os.environ.get(key, value) for key, value in wanted.items()}
-    if path := os.environ.get("PYTHONPATH"):
-        chosen["PYTHONPATH"] = path  # a user's own objective must be importable in the workers
-    return chosen
-
-
-def submitted_with() -> dict[str, Any]:
-    """The runtime_env of the Ray job that this process belongs to; empty outside a job."""
-    return json.loads(os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR, "{}")).get("runtime_env") or {}
-
-
-@contextlib.contextmanager
-def ray_session(device: str, workers: int) -> Iterator[None]:
-    """A Ray connection: the cluster of RAY_ADDRESS where one is set, else a local one that ends with the block."""
-    require_version()
-    if device == "cpu":
-        os.environ.update({k: v for k, v in worker_environment(device, workers).items() if k.startswith("VERL_")})
-    os.environ.setdefault("VERL_LOGGING_LEVEL", "WARNING")
-    if ray.is_initialized():
-        yield
-        return
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the coming default; silences a warning
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # a note on tokens at every start
-    if address := os.environ.get("RAY_ADDRESS"):
-        ray.init(address=address, log_to_driver=False, runtime_env=build_runtime_env(os.environ, job=submitted_with()))
-    else:
-        cpus = max(os.cpu_count() or 1, workers * CPUS_PER_WORKER["sft"])
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="warning")
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def start_workers(config: DictConfig, model_path: str, total_steps: int, loss: Any, reference: str | None) -> Any:

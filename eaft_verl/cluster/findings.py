@@ -3,18 +3,21 @@
 import importlib.metadata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
+from omegaconf import DictConfig
 from packaging.requirements import Requirement
 
+from eaft_verl.cluster.node_probe import PACKAGES, NodeProbe
 from eaft_verl.errors import ConfigError
-from eaft_verl.node_probe import PACKAGES, NodeProbe
 
 Status = Literal["pass", "fail", "skip"]
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}  # NVIDIA: minor version compatibility of CUDA 11, 12 and 13
 SHM_PER_GPU = 1 << 30  # bytes: NCCL's and the data loaders' segments
 SHM_WEIGHTS = 8 << 30  # bytes: two of verl's buckets of weights on their way to the rollout, 4 GiB each
 GIB = 1 << 30
+LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
 
 
 @dataclass(frozen=True)
@@ -160,3 +163,38 @@ def ports(probes: Sequence[NodeProbe]) -> Finding:
         f"{len(probes)} node(s) reach the driver's node",
         "open the TCP ports 1024-65535 between the nodes; gloo and NCCL choose among them",
     )
+
+
+def node_findings(config: DictConfig, probe: NodeProbe) -> list[Finding]:
+    """What a node that will hold workers must have on a CUDA cluster."""
+    if config.device != "cuda":
+        return []
+    attention = (config.verl.model.override_config or {}).get("attn_implementation", "flash_attention_2")
+    gpus = config.verl.trainer.n_gpus_per_node
+    return [
+        gpu_driver(probe),
+        flash_attention(probe, attention),
+        shared_memory(probe, gpus, rollout=config.trainer == "grpo"),
+    ]
+
+
+def token_finding(environ: dict[str, str], host: str) -> Finding:
+    """Whether this machine holds a token for a Ray that is not its own: whoever reaches one without can run code."""
+    mode = environ.get("RAY_AUTH_MODE", "").lower()
+    if mode == "disabled":
+        return Finding("ray token", "skip", "RAY_AUTH_MODE=disabled: whoever reaches the cluster can run code on it")
+    if token_source(environ) is None and (mode == "token" or host not in LOOPBACK):
+        remedy = (
+            "`ray get-auth-token --generate` on the head and give it to every machine by RAY_AUTH_TOKEN_PATH, or, in a "
+            "network that nobody else reaches, set RAY_AUTH_MODE=disabled everywhere"
+        )
+        return Finding("ray token", "fail", f"no token for {host}: neither RAY_AUTH_TOKEN, its path nor a file", remedy)
+    return Finding("ray token", "pass", token_source(environ) or "none needed on this machine")
+
+
+def token_source(environ: dict[str, str]) -> str | None:
+    """Where Ray will find the token, in its own order; None where there is none."""
+    if environ.get("RAY_AUTH_TOKEN"):
+        return "RAY_AUTH_TOKEN"
+    path = environ.get("RAY_AUTH_TOKEN_PATH") or str(Path(environ.get("HOME", "~")).expanduser() / ".ray/auth_token")
+    return path if Path(path).is_file() else None

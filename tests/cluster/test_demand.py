@@ -6,7 +6,7 @@ import pytest
 from config_fixtures import composed_once  # noqa: F401
 from plan_setups import config, write_recipe
 
-from eaft_verl.demand import Demand, Offer, demand_of
+from eaft_verl.cluster.demand import Demand, Offer, demand_of
 
 
 def nodes(*offers: tuple[float, float]) -> list[Offer]:

@@ -15,13 +15,12 @@ from ray.exceptions import RayError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from eaft_verl import findings as judge
-from eaft_verl.demand import Demand, Offer, demand_of
-from eaft_verl.doctor import node_findings
-from eaft_verl.findings import Finding, verdict
-from eaft_verl.node_probe import NodeProbe, probe_node
+from eaft_verl.cluster import findings as judge
+from eaft_verl.cluster.demand import Demand, Offer, demand_of
+from eaft_verl.cluster.findings import Finding, node_findings, verdict
+from eaft_verl.cluster.node_probe import NodeProbe, probe_node
+from eaft_verl.cluster.session import ray_session
 from eaft_verl.recipe.views import world_size
-from eaft_verl.training.cluster import ray_session
 
 PLACEMENT_TIMEOUT_S = 20.0
 PROBE_TIMEOUT_S = 60.0

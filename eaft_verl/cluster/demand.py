@@ -11,6 +11,7 @@ CPUS_PER_WORKER = {  # logical CPUs in a worker's bundle
     "sft": 1,  # ours; verl's own SFT pool asks for 10 and waits for ever where a node has fewer
     "grpo": 3,  # verl 0.9.1 single_controller/ray/base.py: ResourcePoolManager.max_colocate_count
 }
+HELPERS = {"sft": 0, "grpo": 16}  # CPUs for the trainer, queue, storage, reward, agent-loop and server actors
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,13 @@ import tiny
 from config_fixtures import composed_once  # noqa: F401
 from omegaconf import DictConfig
 
-from eaft_verl import doctor as doctor_module
-from eaft_verl import findings as judge
 from eaft_verl.cli import main
-from eaft_verl.doctor import address_findings, doctor, local_findings, node_findings, output_finding, require_machine
+from eaft_verl.cluster import doctor as doctor_module
+from eaft_verl.cluster import findings as judge
+from eaft_verl.cluster.doctor import address_findings, doctor, local_findings, output_finding, require_machine
+from eaft_verl.cluster.findings import node_findings
+from eaft_verl.cluster.node_probe import NodeProbe, cuda_of_torch, free_bytes, probe_node
 from eaft_verl.errors import ConfigError
-from eaft_verl.node_probe import NodeProbe, cuda_of_torch, free_bytes, probe_node
 from eaft_verl.recipe.resolve import load_recipe, resolve
 
 GIB = 1 << 30
@@ -80,7 +81,7 @@ def test_the_drivers_part_takes_less_than_a_second(recipe: Path) -> None:
 def test_what_training_asks_before_it_starts_loads_nothing_heavy(recipe: Path) -> None:
     code = (
         "import sys; from eaft_verl.recipe.resolve import load_recipe, resolve; "
-        "from eaft_verl.doctor import require_machine;"
+        "from eaft_verl.cluster.doctor import require_machine;"
         f"require_machine(resolve(load_recipe({str(recipe)!r}), 'sft'));"
         "sys.exit(bool({'torch', 'ray', 'verl', 'transformers'} & sys.modules.keys()))"
     )

@@ -1,0 +1,103 @@
+"""One connection to Ray for both trainers: a cluster's, or a local one that ends with the block."""
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import ray
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+
+from eaft_verl.cluster.demand import CPUS_PER_WORKER, HELPERS
+from eaft_verl.cluster.runtime_env import build_runtime_env
+from eaft_verl.errors import ConfigError
+
+
+def worker_environment(device: str, workers: int) -> dict[str, str]:
+    """Environment of the workers (and, on CPU, of the driver before it imports verl). Values already set win."""
+    wanted = {"TOKENIZERS_PARALLELISM": "false"}
+    if device == "cpu":
+        wanted |= {
+            "VERL_PLATFORM": "cpu",
+            "VERL_ENGINE_DEVICE": "cuda",  # verl registers its FSDP engine under this name; it runs on CPU as it is
+            # threads beyond the cores spin against each other: 200 times slower was measured
+            "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers)),
+            "OMP_WAIT_POLICY": "passive",
+        }
+    chosen = {key: os.environ.get(key, value) for key, value in wanted.items()}
+    if path := os.environ.get("PYTHONPATH"):
+        chosen["PYTHONPATH"] = path  # a user's own objective must be importable in the workers
+    return chosen
+
+
+def submitted_with() -> dict[str, Any]:
+    """The runtime_env of the Ray job that this process belongs to; empty outside a job."""
+    return json.loads(os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR, "{}")).get("runtime_env") or {}
+
+
+@contextlib.contextmanager
+def ray_session(
+    device: str,
+    workers: int,
+    *,
+    trainer: str = "sft",
+    variables: Mapping[str, str] | None = None,
+    runtime: Mapping[str, Any] | None = None,
+) -> Iterator[None]:
+    """A Ray connection: the cluster of RAY_ADDRESS where one is set, else a local one that ends with the block.
+
+    Args: variables: set in this process until the block ends, and in the processes of the cluster. runtime: what the
+    trainer wants of every process besides. One that is open already is used as it is.
+    ConfigError for a CPU cluster whose nodes were not started with the slots that main_ppo counts.
+    """
+    verl = {name: value for name, value in worker_environment(device, workers).items() if name.startswith("VERL_")}
+    with _variables({"VERL_LOGGING_LEVEL": "WARNING", **os.environ, **verl, **(variables or {})}):
+        if ray.is_initialized():
+            yield
+            return
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the coming default; silences a warning
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # a note on tokens at every start
+        try:
+            _connect(device, workers, trainer, variables or {}, dict(runtime or {}))
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def _variables(wanted: Mapping[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name in wanted.keys() - before.keys():
+            os.environ.pop(name, None)
+        os.environ.update(before)
+
+
+def _connect(device: str, workers: int, trainer: str, variables: Mapping[str, str], runtime: dict[str, Any]) -> None:
+    """main_ppo counts devices as Ray's resource 'GPU': on CPU a slot of that name is only a number."""
+    slots = workers if trainer == "grpo" else 0
+    if address := os.environ.get("RAY_ADDRESS"):
+        asked = {**runtime.pop("env_vars", {}), **variables}
+        # a trainer that names its variables takes no settings of this shell besides
+        runtime |= build_runtime_env({} if variables else os.environ, job=submitted_with(), asked=asked)
+        ray.init(address=address, log_to_driver=False, runtime_env=runtime)
+        if (offered := int(ray.cluster_resources().get("GPU", 0))) < slots:
+            raise ConfigError(
+                f"the Ray cluster at {address} offers {offered} GPUs and the arm asks for {slots}"
+                + ("; on CPU nodes these are numbers: start each with `ray start --num-gpus=N`" * (device == "cpu"))
+            )
+        return
+    ray.init(
+        address="local",
+        num_cpus=max(os.cpu_count() or 1, workers * CPUS_PER_WORKER[trainer] + HELPERS[trainer]),
+        num_gpus=slots if slots and device == "cpu" else None,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="warning",
+    )

@@ -1,0 +1,33 @@
+"""Ray for a GRPO run: verl's main_ppo starts its own workers and takes its settings from the environment."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+from eaft_verl.cluster.session import ray_session, worker_environment
+from eaft_verl.training.verl_private import SLOT_VARIABLE, require_version
+
+
+def environment(device: str, workers: int, metrics_file: str) -> dict[str, str]:
+    """Environment of every process of the run. On CPU a worker takes a slot that Ray calls GPU; it is only a number."""
+    chosen = {
+        **worker_environment(device, workers),
+        "VERL_FILE_LOGGER_PATH": metrics_file,
+        "TRANSFER_QUEUE_ENABLE": "1",
+        "VERL_LOGGING_LEVEL": os.environ.get("VERL_LOGGING_LEVEL", "WARNING"),
+    }
+    if device == "cpu":
+        chosen |= {"VERL_PLATFORM": "cpu", "VERL_ENGINE_DEVICE": "cpu", SLOT_VARIABLE: "GPU"}
+    return chosen
+
+
+@contextlib.contextmanager
+def grpo_session(device: str, workers: int, metrics_file: str) -> Iterator[None]:
+    """A Ray connection with that environment in driver and workers; ConfigError for another verl."""
+    require_version()
+    from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
+
+    variables = environment(device, workers, metrics_file)
+    runtime = get_ppo_ray_runtime_env()
+    with ray_session(device, workers, trainer="grpo", variables=variables, runtime=runtime):
+        yield
