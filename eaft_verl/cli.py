@@ -201,7 +201,7 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from eaft_verl.report import report
+    from eaft_verl.reporting.report import report
 
     out = options.out or options.runs[0].resolve().parent / "report"
     report(options.runs, out, force=options.force)

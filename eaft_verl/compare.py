@@ -17,7 +17,7 @@ from eaft_verl.errors import ConfigError
 from eaft_verl.processes import CAUSE_FILE, run_stage
 from eaft_verl.recipe.checks import check, pending, warn
 from eaft_verl.recipe.resolve import Recipe, load_recipe, resolve
-from eaft_verl.report import report
+from eaft_verl.reporting.report import report
 from eaft_verl.runs import Run
 
 

@@ -10,7 +10,7 @@ import tiny
 from eaft_verl.errors import RunError
 from eaft_verl.recipe.checks import check
 from eaft_verl.recipe.resolve import declared_keys, load_recipe, resolve
-from eaft_verl.report import report
+from eaft_verl.reporting.report import report
 from eaft_verl.runs import Run
 
 RECIPE = """

@@ -7,9 +7,9 @@ import pytest
 from report.fake_runs import edit, make_arm, make_base, make_runs
 
 from eaft_verl.errors import RunError
-from eaft_verl.report import measure, report
 from eaft_verl.reporting.collect import load
 from eaft_verl.reporting.comparability import check
+from eaft_verl.reporting.report import measure, report
 from eaft_verl.reporting.spending import budgets, unequal
 from eaft_verl.reporting.tables import budgets_table, config_table, cost_table, results_table
 
@@ -161,7 +161,7 @@ def test_controls_are_dashed_in_the_figures_and_do_not_lower_the_common_gain(eve
     found, _, runs = everything
     without = measured([run for run in runs if run.name != "stopped"], tmp_path)
     assert found["equal_gain"]["heldout"]["common_gain"] == without["equal_gain"]["heldout"]["common_gain"]
-    from eaft_verl.plots import _line
+    from eaft_verl.reporting.plots import _line
 
     assert [_line(found, arm) for arm in ("sft", "eaft", "slow", "stopped")] == ["-", "-", "--", "--"]
 
@@ -267,7 +267,7 @@ def test_an_arm_without_weights_and_nll_breaks_nothing(everything):
 
 
 def test_generation_has_its_own_panels_and_column_only_where_it_happened(everything, tmp_path):
-    from eaft_verl.plots import logged
+    from eaft_verl.reporting.plots import logged
 
     own = {"reward", "groups_equal_share", "generated_tokens", "generation_share"}
     assert own <= set(logged(everything[0], "step"))

@@ -36,7 +36,7 @@ def report(
     not among `runs`; runs whose status is 'failed' are added to them, or compared as far as they came with `force`.
     Raises RunError: no or two base runs, no arm, an (arm, seed) twice, or runs that are not comparable.
     """
-    from eaft_verl import plots
+    from eaft_verl.reporting import plots
 
     out = Path(out)
     good, broken = (list(runs), []) if force else split(runs)

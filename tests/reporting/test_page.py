@@ -8,9 +8,9 @@ import subprocess
 import pytest
 from report.fake_runs import HOSTILE, edit, edit_samples, make_arm, make_base, make_runs
 
-from eaft_verl.report import measure, report
 from eaft_verl.reporting.collect import load
 from eaft_verl.reporting.comparability import check
+from eaft_verl.reporting.report import measure, report
 from eaft_verl.reporting.wording import score, span
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from report.fake_runs import STEPS, make_runs
 
-from eaft_verl.report import measure, report
 from eaft_verl.reporting.collect import load
+from eaft_verl.reporting.report import measure, report
 
 
 @pytest.fixture(scope="module")
@@ -182,9 +182,7 @@ def test_the_same_seed_gives_the_same_report(made, tmp_path):
 
 
 def test_importing_the_report_needs_neither_torch_nor_matplotlib():
-    code = (
-        "import sys, eaft_verl.report; print([m for m in ('torch', 'matplotlib', 'verl', 'ray') if m in sys.modules])"
-    )
+    code = "import sys, eaft_verl.reporting.report; print([m for m in ('torch', 'matplotlib', 'verl', 'ray') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
