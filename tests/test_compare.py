@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from config_fixtures import composed_once  # noqa: F401
-from report.fake_runs import make_arm, make_base
+from reporting.fake_runs import make_arm, make_base
 
 from eaft_verl.cli import main
 from eaft_verl.compare import in_order

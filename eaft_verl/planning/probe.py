@@ -65,7 +65,7 @@ def _run(config: DictConfig, lengths: list[int], vocab: int) -> dict[str, Any]:
         job = {"folder": folder, "config": str(place / "config.yaml"), "out": str(place / "out.json")}
         job |= {"model": str(resolve_model(config.model)), "reference": _reference(config), "vocab": vocab}
         write_json(place / "job.json", {**job, "lengths": lengths})
-        command = [sys.executable, "-m", "eaft_verl.training.step_probe", str(place / "job.json")]
+        command = [sys.executable, "-m", "eaft_verl.training.sft.step_probe", str(place / "job.json")]
         done = subprocess.run(
             command, env=_environment(config.device), capture_output=True, text=True, timeout=TIMEOUT_S, check=False
         )

@@ -101,11 +101,11 @@ def _train(config: DictConfig, run: Run, data: Prepared, heldout: list[Any], mod
     require_version()
     with ray_session(config.device, world_size(config)), sigterm_as_request() as stop:
         require_cluster(config)
-        from eaft_verl.training import checkpoint
-        from eaft_verl.training.anchoring import anchor_sources, needs_second_model, reference_model
-        from eaft_verl.training.loss import TokenLoss
-        from eaft_verl.training.old_policy import OldPolicy
-        from eaft_verl.training.trainer import Trainer, total_steps
+        from eaft_verl.training.sft import checkpoint
+        from eaft_verl.training.sft.anchor import anchor_sources, needs_second_model, reference_model
+        from eaft_verl.training.sft.loss import TokenLoss
+        from eaft_verl.training.sft.old_policy import OldPolicy
+        from eaft_verl.training.sft.trainer import Trainer, total_steps
 
         steps = total_steps(config, len(data.examples))
         objective = objective_of(config)
@@ -151,7 +151,7 @@ def _calibrate(config: DictConfig, trainer: Any, objective: Objective, keys: dic
     """Thresholds and sample weights from the base model's pass over the data, where the objective takes them there."""
     if "base" not in objective.needs:
         return objective
-    from eaft_verl.training.base_pass import base_stats
+    from eaft_verl.training.sft.base_pass import base_stats
 
     path = Path(config.output) / "data" / f"base_stats_k{objective.k}.safetensors"
     key = "/".join(keys[name] for name in ("model", "data", "template"))

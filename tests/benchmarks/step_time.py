@@ -26,8 +26,8 @@ def make_worker(model: str, dtype: str) -> Any:
 
     from eaft_verl.models import resolve_model
     from eaft_verl.recipe.resolve import Recipe, resolve
+    from eaft_verl.training.sft.worker import EaftWorker
     from eaft_verl.training.sft.workers import worker_config
-    from eaft_verl.training.worker import EaftWorker
 
     shared = {"model": model, "verl": {"engine": {"mixed_precision": {"param_dtype": dtype, "reduce_dtype": "fp32"}}}}
     config = resolve(Recipe(Path("benchmark"), "benchmark", shared, {"sft": {}}), "sft", ["device=cpu"])
@@ -78,8 +78,8 @@ def main() -> None:
     from verl.workers.utils.losses import sft_loss
 
     from eaft_verl.recipe.objective import build_objective
-    from eaft_verl.training.batches import make_batch
-    from eaft_verl.training.loss import BATCH_FLAGS, TokenLoss
+    from eaft_verl.training.sft.batches import make_batch
+    from eaft_verl.training.sft.loss import BATCH_FLAGS, TokenLoss
 
     worker = make_worker(options.model, options.dtype)
     rows = make_rows(options.examples, options.tokens, worker.model_config.hf_config.vocab_size)

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from report.fake_runs import edit, make_arm, make_base, make_runs
+from reporting.fake_runs import edit, make_arm, make_base, make_runs
 
 from eaft_verl.errors import RunError
 from eaft_verl.reporting.collect import load

@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from report.fake_runs import edit, edit_samples, make_arm, make_base, make_runs
+from reporting.fake_runs import edit, edit_samples, make_arm, make_base, make_runs
 
 from eaft_verl.errors import RunError
 from eaft_verl.reporting.collect import load

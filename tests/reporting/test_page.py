@@ -6,7 +6,7 @@ import shutil
 import subprocess
 
 import pytest
-from report.fake_runs import HOSTILE, edit, edit_samples, make_arm, make_base, make_runs
+from reporting.fake_runs import HOSTILE, edit, edit_samples, make_arm, make_base, make_runs
 
 from eaft_verl.reporting.collect import load
 from eaft_verl.reporting.comparability import check

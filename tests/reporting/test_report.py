@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from report.fake_runs import STEPS, make_runs
+from reporting.fake_runs import STEPS, make_runs
 
 from eaft_verl.reporting.collect import load
 from eaft_verl.reporting.report import measure, report
@@ -182,7 +182,8 @@ def test_the_same_seed_gives_the_same_report(made, tmp_path):
 
 
 def test_importing_the_report_needs_neither_torch_nor_matplotlib():
-    code = "import sys, eaft_verl.reporting.report; print([m for m in ('torch', 'matplotlib', 'verl', 'ray') if m in sys.modules])"
+    heavy = "('torch', 'matplotlib', 'verl', 'ray')"
+    code = f"import sys, eaft_verl.reporting.report; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

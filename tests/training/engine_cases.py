@@ -180,8 +180,8 @@ def _run_world(world: int, rank: int, engines: list[str], folder: str, recipe: s
 def build_worker(recipe: str, model: str, overrides: list[str]) -> Any:
     """Our worker as Ray would build it, from a recipe."""
     from eaft_verl.recipe.resolve import load_recipe, resolve
+    from eaft_verl.training.sft.worker import EaftWorker
     from eaft_verl.training.sft.workers import worker_config
-    from eaft_verl.training.worker import EaftWorker
 
     config = resolve(load_recipe(recipe), "sft", overrides)
     reference = None if config.verl.model.lora_rank else f"{model}-reference"
@@ -195,8 +195,8 @@ def train_once(worker: Any, case: Case, rank: int) -> dict[str, Any]:
     from verl.utils import tensordict_utils as tu
 
     from eaft_verl.recipe.objective import build_objective
-    from eaft_verl.training.batches import make_batch
-    from eaft_verl.training.loss import BATCH_FLAGS, TokenLoss
+    from eaft_verl.training.sft.batches import make_batch
+    from eaft_verl.training.sft.loss import BATCH_FLAGS, TokenLoss
 
     weights = sample_weights() if case.objective == "flow" else None
     flags = {**BATCH_FLAGS, **case.layout, "objective_state": case.state}
@@ -253,9 +253,9 @@ def top_once(worker: Any, rank: int, world: int) -> list[Any]:
     import torch
     from verl.utils import tensordict_utils as tu
 
-    from eaft_verl.training.batches import make_batch
-    from eaft_verl.training.loss import BATCH_FLAGS
-    from eaft_verl.training.reference_cache import EmitTop, unpack
+    from eaft_verl.training.sft.anchor_cache import EmitTop, unpack
+    from eaft_verl.training.sft.batches import make_batch
+    from eaft_verl.training.sft.loss import BATCH_FLAGS
 
     batch = make_batch(examples(), list(ALL_ROWS), {**BATCH_FLAGS, **DYNAMIC}, None)
     mine = tu.chunk_tensordict(batch, world)[rank]
@@ -272,8 +272,8 @@ def infer_once(worker: Any, rank: int, world: int) -> dict[str, Any]:
     from verl.utils import tensordict_utils as tu
 
     from eaft_verl.objectives import Sft
-    from eaft_verl.training.batches import make_batch
-    from eaft_verl.training.loss import BATCH_FLAGS, TokenLoss
+    from eaft_verl.training.sft.batches import make_batch
+    from eaft_verl.training.sft.loss import BATCH_FLAGS, TokenLoss
 
     batch = make_batch(examples(), list(ALL_ROWS), {**BATCH_FLAGS, **DYNAMIC}, None)
     mine = tu.chunk_tensordict(batch, world)[rank]

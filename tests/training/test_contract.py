@@ -19,10 +19,10 @@ from verl.workers.engine import BaseEngine, EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngine, FSDPEngineWithLMHead
 from verl.workers.engine_workers import TrainingWorker
 
-from eaft_verl.training.loss import BATCH_FLAGS
 from eaft_verl.training.platform_cpu import PlatformCPU
+from eaft_verl.training.sft.loss import BATCH_FLAGS
+from eaft_verl.training.sft.worker import EaftWorker
 from eaft_verl.training.verl_private import VERL_VERSION
-from eaft_verl.training.worker import EaftWorker
 
 POSITIONAL, KEYWORD_ONLY = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
 

@@ -13,7 +13,7 @@ from eaft_verl.recipe.budgets import DeviceSeconds, FixedSteps, UntilNll
 from eaft_verl.recipe.resolve import load_recipe, resolve
 from eaft_verl.runs import Run
 from eaft_verl.training.derive import derive, training_plan
-from eaft_verl.training.order import PADDING, batch_indices
+from eaft_verl.training.sft.order import PADDING, batch_indices
 
 KEYS = {"model": "m", "data": "d", "template": "t", "evaluation": "e"}
 RECIPE = """

@@ -15,7 +15,7 @@ def start_workers(config: DictConfig, model_path: str, total_steps: int, loss: A
     """A RayWorkerGroup of EaftWorkers, model built, loss set; `reference`: a frozen model that they may open."""
     from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
 
-    from eaft_verl.training.worker import EaftWorker
+    from eaft_verl.training.sft.worker import EaftWorker
 
     trainer = config.verl.trainer
     pool = RayResourcePool([trainer.n_gpus_per_node] * trainer.nnodes, max_colocate_count=CPUS_PER_WORKER["sft"])

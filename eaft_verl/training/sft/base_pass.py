@@ -13,8 +13,8 @@ from eaft_verl.data.prepare import Example
 from eaft_verl.errors import RunError
 from eaft_verl.objectives import normalized_entropy
 from eaft_verl.tokens.stats import BaseStats, TokenStats
-from eaft_verl.training.batches import sequential_batches
-from eaft_verl.training.order import PADDING
+from eaft_verl.training.sft.batches import sequential_batches
+from eaft_verl.training.sft.order import PADDING
 
 FIELDS = ("entropy", "prob", "mean_nll")
 

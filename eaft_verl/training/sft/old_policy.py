@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eaft_verl.training.order import PADDING
+from eaft_verl.training.sft.order import PADDING
 
 
 class OldPolicy:

@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 
 from eaft_verl.models import model_key, resolve_model
 from eaft_verl.objectives import Anchor, Objective
-from eaft_verl.training.reference_cache import EmitTop, ReferenceCache, reference_cache
+from eaft_verl.training.sft.anchor_cache import EmitTop, ReferenceCache, reference_cache
 
 
 def reference_model(objective: Objective) -> str | None:

@@ -21,8 +21,8 @@ from eaft_verl.objectives import Anchor, Objective, Psft, present, weighted_nll
 from eaft_verl.tokens.logits import logit_stats
 from eaft_verl.tokens.reference_kl import TopReference, reference_kl
 from eaft_verl.tokens.stats import TokenStats
-from eaft_verl.training.guard import check_anchor, check_loss, check_statistics
-from eaft_verl.training.step_metrics import TokenTable
+from eaft_verl.training.sft.guard import check_anchor, check_loss, check_statistics
+from eaft_verl.training.sft.step_metrics import TokenTable
 
 BATCH_FLAGS: dict[str, Any] = {
     "distillation_use_topk": True,

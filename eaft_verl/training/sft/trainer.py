@@ -12,15 +12,15 @@ from eaft_verl.data.prepare import Example
 from eaft_verl.errors import Interrupted, RunError
 from eaft_verl.objectives import Objective
 from eaft_verl.runs import Run, step_name
-from eaft_verl.training import checkpoint
-from eaft_verl.training.base_pass import metrics_of
-from eaft_verl.training.batches import TokenSource, balanced, make_batch, sequential_batches
 from eaft_verl.training.derive import training_plan
 from eaft_verl.training.interruption import StopRequest
-from eaft_verl.training.loss import BATCH_FLAGS
-from eaft_verl.training.old_policy import OldPolicy
-from eaft_verl.training.order import PADDING, batch_indices, steps_per_epoch
 from eaft_verl.training.progress import Progress
+from eaft_verl.training.sft import checkpoint
+from eaft_verl.training.sft.base_pass import metrics_of
+from eaft_verl.training.sft.batches import TokenSource, balanced, make_batch, sequential_batches
+from eaft_verl.training.sft.loss import BATCH_FLAGS
+from eaft_verl.training.sft.old_policy import OldPolicy
+from eaft_verl.training.sft.order import PADDING, batch_indices, steps_per_epoch
 
 MAX_NONFINITE_STEPS = 5  # consecutive; verl skips such an update and goes on for ever
 LOGGED = (

@@ -15,8 +15,8 @@ from verl.utils.fsdp_utils import merged_lora_context, normalize_peft_param_name
 from verl.workers.engine_workers import TrainingWorker, TrainingWorkerConfig
 
 from eaft_verl.training.export import export_weights
-from eaft_verl.training.reference import AdapterOff, Reference
-from eaft_verl.training.step_metrics import summarize
+from eaft_verl.training.sft.anchor_model import AdapterOff, Reference
+from eaft_verl.training.sft.step_metrics import summarize
 
 _PER_DP_RANK = make_nd_compute_dataproto_dispatch_fn(mesh_name="train")
 COLLECTIVE_TIMEOUT_S = 1800  # verl waits 10 h for a rank that hangs

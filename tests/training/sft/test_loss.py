@@ -10,10 +10,10 @@ from batch_examples import EXAMPLES
 from verl.utils import tensordict_utils as tu
 
 from eaft_verl.recipe.objective import build_objective
-from eaft_verl.training import loss
-from eaft_verl.training.batches import make_batch
-from eaft_verl.training.loss import BATCH_FLAGS, TokenLoss, shifted
-from eaft_verl.training.order import PADDING
+from eaft_verl.training.sft import loss
+from eaft_verl.training.sft.batches import make_batch
+from eaft_verl.training.sft.loss import BATCH_FLAGS, TokenLoss, shifted
+from eaft_verl.training.sft.order import PADDING
 
 
 def micro_batch(rows: tuple[int, ...] = (0, 1, 2), **flags: Any) -> Any:

@@ -11,11 +11,11 @@ from batch_examples import EXAMPLES
 
 from eaft_verl.errors import RunError
 from eaft_verl.tokens.reference_kl import top_reference
-from eaft_verl.training.batches import make_batch
-from eaft_verl.training.loss import BATCH_FLAGS
-from eaft_verl.training.old_policy import OldPolicy
-from eaft_verl.training.order import PADDING
-from eaft_verl.training.reference_cache import EmitTop, reference_cache, unpack
+from eaft_verl.training.sft.anchor_cache import EmitTop, reference_cache, unpack
+from eaft_verl.training.sft.batches import make_batch
+from eaft_verl.training.sft.loss import BATCH_FLAGS
+from eaft_verl.training.sft.old_policy import OldPolicy
+from eaft_verl.training.sft.order import PADDING
 
 VOCAB, K = 50, 4
 

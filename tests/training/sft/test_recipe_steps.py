@@ -17,7 +17,7 @@ from eaft_verl.recipe.resolve import declared_keys, load_recipe, resolve
 from eaft_verl.runs import Run
 from eaft_verl.training.stage import train
 
-FOLDER = Path(__file__).parents[2] / "recipes"
+FOLDER = Path(__file__).parents[3] / "recipes"
 SMALL = [
     *("device=cpu", "data.max_length=1536", "evaluate.target=[sums]", "evaluate.general=[]", "evaluate.drift=null"),
     *("evaluate.backend=hf", "evaluate.backend_args=null", "evaluate.points=1", "verl.trainer.n_gpus_per_node=1"),

@@ -9,8 +9,8 @@ from eaft_verl.cluster.session import worker_environment
 from eaft_verl.errors import RunError
 from eaft_verl.files import write_json
 from eaft_verl.runs import Run
-from eaft_verl.training import checkpoint
 from eaft_verl.training.progress import Progress
+from eaft_verl.training.sft import checkpoint
 
 
 class FakeGroup:

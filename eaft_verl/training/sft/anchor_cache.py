@@ -19,9 +19,9 @@ from eaft_verl.data.prepare import Example
 from eaft_verl.errors import RunError
 from eaft_verl.files import read_json, write_json
 from eaft_verl.tokens.reference_kl import TopReference, top_reference
-from eaft_verl.training.batches import sequential_batches
-from eaft_verl.training.loss import LogitsHook
-from eaft_verl.training.order import PADDING
+from eaft_verl.training.sft.batches import sequential_batches
+from eaft_verl.training.sft.loss import LogitsHook
+from eaft_verl.training.sft.order import PADDING
 
 FIELDS = {"ids": np.int32, "logprob": np.float32, "tail": np.float32}
 _SHIFT = 32  # the engine's hook gives back one number per token: token id above, bits of a float32 below

@@ -11,7 +11,7 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.seqlen_balancing import calculate_workload, get_seqlen_balanced_partitions
 
 from eaft_verl.data.prepare import Example
-from eaft_verl.training.order import PADDING
+from eaft_verl.training.sft.order import PADDING
 
 
 def sequential_batches(examples: int, batch_size: int) -> Iterator[list[int]]:

@@ -12,11 +12,11 @@ from verl.utils import tensordict_utils as tu
 
 from eaft_verl.data.prepare import Example
 from eaft_verl.errors import RunError
-from eaft_verl.training.base_pass import base_stats
-from eaft_verl.training.batches import balanced, make_batch, sequential_batches
-from eaft_verl.training.loss import BATCH_FLAGS, shifted
-from eaft_verl.training.order import PADDING, batch_indices, steps_per_epoch
-from eaft_verl.training.trainer import total_steps
+from eaft_verl.training.sft.base_pass import base_stats
+from eaft_verl.training.sft.batches import balanced, make_batch, sequential_batches
+from eaft_verl.training.sft.loss import BATCH_FLAGS, shifted
+from eaft_verl.training.sft.order import PADDING, batch_indices, steps_per_epoch
+from eaft_verl.training.sft.trainer import total_steps
 
 # order
 

@@ -1,7 +1,7 @@
 """The longest micro-batch for real, in a process of its own: forward, backward, optimizer step; what it took.
 
-`python -m eaft_verl.training.step_probe JOB.json` is what `eaft plan --probe` starts. The job holds a configuration, a
-model folder and the lengths of the sequences; {"peak", "step_s", "tokens"} goes to the job's `out`.
+`python -m eaft_verl.training.sft.step_probe JOB.json` is what `eaft plan --probe` starts. The job holds a
+configuration, a model folder and the lengths of the sequences; {"peak", "step_s", "tokens"} goes to the job's `out`.
 Resident memory of a CPU process is its live tensors only where glibc gives every large block back: the caller sets the
 variables for it (planning/probe.py).
 """
@@ -31,9 +31,9 @@ def main(job_path: str) -> None:
 
     from eaft_verl.objectives import Objective, Sft
     from eaft_verl.recipe.views import objective_of
-    from eaft_verl.training.loss import TokenLoss
+    from eaft_verl.training.sft.loss import TokenLoss
+    from eaft_verl.training.sft.worker import EaftWorker
     from eaft_verl.training.sft.workers import worker_config
-    from eaft_verl.training.worker import EaftWorker
 
     config = OmegaConf.load(job["config"])
     objective: Objective = objective_of(config)
@@ -142,8 +142,8 @@ def _step(worker: Any, objective: Any, job: dict[str, Any]) -> None:
     from verl.utils import tensordict_utils as tu
 
     from eaft_verl.data.parquet import Example
-    from eaft_verl.training.batches import make_batch
-    from eaft_verl.training.loss import BATCH_FLAGS
+    from eaft_verl.training.sft.batches import make_batch
+    from eaft_verl.training.sft.loss import BATCH_FLAGS
 
     draw = torch.Generator().manual_seed(0)
     examples = []

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from eaft_verl.training.step_metrics import COLUMNS, TokenTable, summarize
+from eaft_verl.training.sft.step_metrics import COLUMNS, TokenTable, summarize
 
 LN5 = math.log(5.0)  # the nll at p = 0.2
 
