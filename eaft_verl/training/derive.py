@@ -12,7 +12,7 @@ from eaft_verl.errors import RunError
 from eaft_verl.recipe import budgets
 from eaft_verl.recipe.matching import GRPO
 from eaft_verl.runs import Run
-from eaft_verl.training.grpo_config import updates_per_step
+from eaft_verl.training.grpo.config import updates_per_step
 from eaft_verl.training.sft.order import PADDING, batch_indices
 
 Plan = budgets.FixedSteps | budgets.DeviceSeconds | budgets.UntilNll

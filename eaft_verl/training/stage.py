@@ -18,7 +18,7 @@ from eaft_verl.recipe.datasets import prepare_data
 from eaft_verl.recipe.views import evaluate_settings, objective_of, world_size
 from eaft_verl.runs import Run, cause_of
 from eaft_verl.training.derive import derive
-from eaft_verl.training.grpo_stage import train_grpo
+from eaft_verl.training.grpo.run import train_grpo
 
 
 def run_folder(config: DictConfig) -> Path:
@@ -96,7 +96,7 @@ def _train(config: DictConfig, run: Run, data: Prepared, heldout: list[Any], mod
     from eaft_verl.cluster.session import ray_session
     from eaft_verl.training.interruption import sigterm_as_request
     from eaft_verl.training.sft.workers import start_workers, stop_workers
-    from eaft_verl.training.verl_private import require_version
+    from eaft_verl.training.verl_cpu.private import require_version
 
     require_version()
     with ray_session(config.device, world_size(config)), sigterm_as_request() as stop:

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from eaft_verl.errors import ConfigError
 from eaft_verl.recipe.checks import check
 from eaft_verl.recipe.resolve import load_recipe, resolve
-from eaft_verl.training.grpo_config import RunFiles, Schedule, ppo_config, save_steps, total_ppo_steps, updates_per_step
+from eaft_verl.training.grpo.config import RunFiles, Schedule, ppo_config, save_steps, total_ppo_steps, updates_per_step
 
 RECIPE = """
 model: {folder}/model
@@ -95,7 +95,7 @@ def test_shared_keys_mean_the_same_to_main_ppo(recipe: Any) -> None:
     assert actor.ppo_max_token_len_per_gpu == 256 and rollout.log_prob_max_token_len_per_gpu == 256
     assert {tree.data.seed, rollout.seed, actor.data_loader_seed, tree.trainer.eaft.seed} == {3}
     assert tree.trainer.total_training_steps == 10 and tree.trainer.save_freq == 3
-    assert tree.reward.custom_reward_function.path == "pkg://eaft_verl.training.reward"
+    assert tree.reward.custom_reward_function.path == "pkg://eaft_verl.training.grpo.reward"
     assert tree.data.train_files == "/run/prompts.parquet" and tree.actor_rollout_ref.model.path == "/model"
     assert not OmegaConf.missing_keys(tree) - {key for key in OmegaConf.missing_keys(tree) if "reward_model" in key}
 

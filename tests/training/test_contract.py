@@ -19,10 +19,10 @@ from verl.workers.engine import BaseEngine, EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngine, FSDPEngineWithLMHead
 from verl.workers.engine_workers import TrainingWorker
 
-from eaft_verl.training.platform_cpu import PlatformCPU
 from eaft_verl.training.sft.loss import BATCH_FLAGS
 from eaft_verl.training.sft.worker import EaftWorker
-from eaft_verl.training.verl_private import VERL_VERSION
+from eaft_verl.training.verl_cpu.platform import PlatformCPU
+from eaft_verl.training.verl_cpu.private import VERL_VERSION
 
 POSITIONAL, KEYWORD_ONLY = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
 
@@ -187,5 +187,5 @@ def test_device_module_has_what_verl_calls(name: str) -> None:
 def test_the_platform_is_registered_through_the_entry_point() -> None:
     """That verl loads it from there is shown by test_exactness: its processes import nothing of ours before verl."""
     points = {point.name: point for point in importlib.metadata.entry_points(group="verl.plugins")}
-    assert points["eaft"].value == "eaft_verl.training.platform_cpu"
+    assert points["eaft"].value == "eaft_verl.training.verl_cpu.platform"
     assert points["eaft"].load().PlatformCPU is PlatformRegistry.get("cpu") is PlatformCPU

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 
 from eaft_verl.cluster.session import ray_session, worker_environment
-from eaft_verl.training.verl_private import SLOT_VARIABLE, require_version
+from eaft_verl.training.verl_cpu.private import SLOT_VARIABLE, require_version
 
 
 def environment(device: str, workers: int, metrics_file: str) -> dict[str, str]:

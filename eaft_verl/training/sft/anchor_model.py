@@ -14,7 +14,7 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.engine import EngineRegistry
 
-from eaft_verl.training.verl_private import frozen_engine
+from eaft_verl.training.verl_cpu.private import frozen_engine
 
 
 class Reference:

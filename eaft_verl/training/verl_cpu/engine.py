@@ -5,7 +5,7 @@ from typing import Any
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-from eaft_verl.training.verl_private import unpinned_offload
+from eaft_verl.training.verl_cpu.private import unpinned_offload
 
 
 @EngineRegistry.register(model_type="language_model", backend=["fsdp2"], device=["cpu"])

@@ -16,7 +16,7 @@ import torch
 from verl.plugin.platform.platform_base import PlatformBase
 from verl.plugin.platform.platform_manager import PlatformRegistry
 
-from eaft_verl.training.verl_private import SLOT_VARIABLE, name_cpu_backend_once
+from eaft_verl.training.verl_cpu.private import SLOT_VARIABLE, name_cpu_backend_once
 
 
 def _device_module() -> ModuleType:

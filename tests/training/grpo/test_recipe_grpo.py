@@ -12,7 +12,7 @@ from eaft_verl.recipe.checks import check
 from eaft_verl.recipe.resolve import declared_keys, load_recipe, resolve
 from eaft_verl.training.stage import train
 
-FOLDER = Path(__file__).parents[2] / "recipes"
+FOLDER = Path(__file__).parents[3] / "recipes"
 SMALL = [
     *("device=cpu", "data.max_length=256", "evaluate.target=[sums]", "evaluate.general=[]", "evaluate.drift=null"),
     *("evaluate.backend=hf", "evaluate.backend_args=null", "evaluate.points=1", "reward.grader=number"),

@@ -9,7 +9,7 @@ from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, register
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
 
 from eaft_verl.files import write_text
-from eaft_verl.training.grpo_states import CAUSE_FILE
+from eaft_verl.training.grpo.states import CAUSE_FILE
 
 NAME = "eaft_single_turn"
 

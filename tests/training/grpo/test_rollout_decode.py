@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from eaft_verl.training.rollout_decode import Decoder, Request, Sampling, sample
+from eaft_verl.training.grpo.rollout_decode import Decoder, Request, Sampling, sample
 
 PROMPTS = ((5, 6, 7, 8, 9, 10, 11), (20, 21), (5, 6, 7, 8, 9, 10, 11), (40, 41, 42, 43), (300,))
 

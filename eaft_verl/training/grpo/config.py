@@ -8,8 +8,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from eaft_verl.recipe.verl_keys import PPO_TREE, compose_verl
-from eaft_verl.training.grpo_states import server_name
-from eaft_verl.training.reward import reward_function
+from eaft_verl.training.grpo.reward import reward_function
+from eaft_verl.training.grpo.states import server_name
 
 OURS = "eaft_verl.training"
 FLOAT32 = ("fp32", "float32")
@@ -94,9 +94,9 @@ def _lay(base: DictConfig, layer: dict[str, Any]) -> None:
 
 def _set_model(tree: DictConfig, verl: dict[str, Any], files: RunFiles) -> None:
     own = verl["model"]["external_lib"]
-    libraries = [f"{OURS}.agent_loop"]
+    libraries = [f"{OURS}.grpo.agent_loop"]
     if verl["actor_rollout_ref"]["rollout"]["name"] == "hf":
-        libraries += [f"{OURS}.rollout_hf", f"{OURS}.engine_cpu"]
+        libraries += [f"{OURS}.grpo.rollout_server", f"{OURS}.verl_cpu.engine"]
     _lay(tree.model, verl["model"])
     tree.model.path = tree.model.hf_config_path = tree.model.tokenizer_path = files.model
     tree.model.external_lib = libraries + ([own] if isinstance(own, str) else list(own or []))
@@ -184,7 +184,7 @@ def _set_trainer(trainer: DictConfig, config: DictConfig, files: RunFiles, sched
         val_before_train=False,
         default_local_dir=str(files.resume),
         resume_mode="auto" if schedule.start else "disable",
-        checkpoint_callback_class=f"{OURS}.grpo_export.ExportCallback",
+        checkpoint_callback_class=f"{OURS}.grpo.export.ExportCallback",
         device=config.device,
         eaft={
             **asdict(schedule),
@@ -216,7 +216,7 @@ def _sampler(config: DictConfig, files: RunFiles, stop_ids: list[int]) -> dict[s
         "max_inflight_gen_batches": filtering.max_inflight_gen_batches,
     }
     return {
-        "custom_sampler": {"path": f"pkg://{OURS}.grpo_sampler", "name": "RolloutBuffer"},
+        "custom_sampler": {"path": f"pkg://{OURS}.grpo.sampler", "name": "RolloutBuffer"},
         "sampler_kwargs": {"ours": ours, "verl": theirs},
     }
 

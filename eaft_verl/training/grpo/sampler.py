@@ -14,8 +14,8 @@ from transformers import AutoTokenizer
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 
 from eaft_verl.errors import RunError
-from eaft_verl.training.grpo_states import CAUSE_FILE
-from eaft_verl.training.verl_private import group_of
+from eaft_verl.training.grpo.states import CAUSE_FILE
+from eaft_verl.training.verl_cpu.private import group_of
 
 POLL_S = 0.1  # verl looks every 2 s, which is most of a small model's step
 PREFIX = "eaft/"

@@ -12,7 +12,7 @@ from verl.trainer.ppo.checkpoint_callback import CheckpointCallback
 from eaft_verl.files import write_json
 from eaft_verl.runs import step_name
 from eaft_verl.training.export import export_weights
-from eaft_verl.training.grpo_states import COMPLETE, next_save, tidy
+from eaft_verl.training.grpo.states import COMPLETE, next_save, tidy
 
 
 class ExportCallback(CheckpointCallback):

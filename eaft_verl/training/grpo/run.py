@@ -16,7 +16,7 @@ from eaft_verl.files import write_text
 from eaft_verl.recipe.budgets import evaluation_points
 from eaft_verl.recipe.views import world_size
 from eaft_verl.runs import Run
-from eaft_verl.training.grpo_config import (
+from eaft_verl.training.grpo.config import (
     RunFiles,
     Schedule,
     ppo_config,
@@ -25,8 +25,8 @@ from eaft_verl.training.grpo_config import (
     total_ppo_steps,
     updates_per_step,
 )
-from eaft_verl.training.grpo_metrics import VERL_FILE, Follower, rewind
-from eaft_verl.training.grpo_states import CAUSE_FILE, tidy
+from eaft_verl.training.grpo.metrics import VERL_FILE, Follower, rewind
+from eaft_verl.training.grpo.states import CAUSE_FILE, tidy
 
 POLL_S = 0.2
 MAX_NONFINITE_STEPS = 5
@@ -121,7 +121,7 @@ def _follow(config: DictConfig, run: Run, plan: Plan, settings: DictConfig, foll
     from ray.exceptions import RayError
 
     from eaft_verl.training.progress import Progress
-    from eaft_verl.training.verl_private import trainer_actor
+    from eaft_verl.training.verl_cpu.private import trainer_actor
 
     trainer = trainer_actor().remote()
     running = trainer.run.remote(settings)

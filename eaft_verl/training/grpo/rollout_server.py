@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from verl.workers.rollout.base import BaseRollout
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry, TokenOutput
 
-from eaft_verl.training.grpo_states import server_name
-from eaft_verl.training.rollout_decode import Decoder, Request, Sampling
-from eaft_verl.training.verl_private import register_adapter
+from eaft_verl.training.grpo.rollout_decode import Decoder, Request, Sampling
+from eaft_verl.training.grpo.states import server_name
+from eaft_verl.training.verl_cpu.private import register_adapter
 
 NAME = "hf"
 BURST_S = 0.01  # the samples of a group arrive one by one; a short wait lets them share the first prefill

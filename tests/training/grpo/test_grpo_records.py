@@ -9,11 +9,11 @@ from ray.exceptions import RayTaskError
 
 from eaft_verl.files import read_jsonl
 from eaft_verl.runs import Run
-from eaft_verl.training.agent_loop import response_seed
-from eaft_verl.training.grpo_metrics import Follower, rewind
-from eaft_verl.training.grpo_sampler import step_metrics
-from eaft_verl.training.grpo_stage import CAUSE_FILE, cause_of
-from eaft_verl.training.grpo_states import COMPLETE, LATEST, next_save, tidy
+from eaft_verl.training.grpo.agent_loop import response_seed
+from eaft_verl.training.grpo.metrics import Follower, rewind
+from eaft_verl.training.grpo.run import CAUSE_FILE, cause_of
+from eaft_verl.training.grpo.sampler import step_metrics
+from eaft_verl.training.grpo.states import COMPLETE, LATEST, next_save, tidy
 
 
 def rollout(group: str, reward: float, length: int, finish: str = "stop", **faults: float) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pytest
 import tiny
 from omegaconf import OmegaConf
 
-from eaft_verl.training import reward
+from eaft_verl.training.grpo import reward
 
 KEYS = {"score", "acc", "format", "reward_timeouts", "reward_errors"}
 HANGING = "import time\n\ndef hang(response, answer):\n    time.sleep(600)\n"

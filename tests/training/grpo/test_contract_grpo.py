@@ -15,8 +15,8 @@ from verl.workers.engine.fsdp import transformer_impl
 from verl.workers.rollout import base
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry, TokenOutput
 
-from eaft_verl.training import rollout_hf
-from eaft_verl.training.verl_private import frozen_engine, group_of, trainer_actor, unpinned_offload
+from eaft_verl.training.grpo import rollout_server as rollout_hf
+from eaft_verl.training.verl_cpu.private import frozen_engine, group_of, trainer_actor, unpinned_offload
 
 
 def source(item: object) -> str:
@@ -30,7 +30,7 @@ def test_the_process_group_is_made_by_the_function_that_is_wrapped() -> None:
 
 
 def test_the_rollout_is_registered_where_verl_looks() -> None:
-    assert base._ROLLOUT_REGISTRY[(rollout_hf.NAME, "async")] == "eaft_verl.training.rollout_hf.HfAdapter"
+    assert base._ROLLOUT_REGISTRY[(rollout_hf.NAME, "async")] == "eaft_verl.training.grpo.rollout_server.HfAdapter"
     assert "_ROLLOUT_REGISTRY[(rollout_name, mode)]" in source(base)
     assert RolloutReplicaRegistry.get(rollout_hf.NAME) is rollout_hf.HfReplica
 
