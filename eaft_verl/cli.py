@@ -8,7 +8,7 @@ from pathlib import Path
 
 from eaft_verl import __version__
 from eaft_verl.errors import ConfigError, DataError, Interrupted, RunError
-from eaft_verl.processes import CAUSE_FILE, INTERRUPTED
+from eaft_verl.experiment.processes import CAUSE_FILE, INTERRUPTED
 
 DEFAULT_RECIPE = "recipes/quickstart.yaml"
 
@@ -160,7 +160,7 @@ def _recipe_arguments(options: argparse.Namespace) -> tuple[str, list[str]]:
 
 
 def _prepare(options: argparse.Namespace) -> None:
-    from eaft_verl.data.command import prepare_command
+    from eaft_verl.experiment.prepare import prepare_command
 
     prepare_command(options)
 
@@ -179,21 +179,21 @@ def _train(options: argparse.Namespace) -> None:
         print(OmegaConf.to_yaml(config), end="")
         warn(pending(config))
         return
-    from eaft_verl.training.stage import train
+    from eaft_verl.experiment.train import train
 
     run = train(config, declared_keys(recipe, options.arm))
     print(f"trained {run.path}")
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from eaft_verl.evaluation.stage import evaluate_command
+    from eaft_verl.experiment.evaluate import evaluate_command
 
     run = evaluate_command(options.what, options.recipe, options.out, options.overrides)
     print(f"evaluated {run.path}")
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from eaft_verl.compare import compare, parse_seeds
+    from eaft_verl.experiment.compare import compare, parse_seeds
 
     path, overrides = _recipe_arguments(options)
     arms = options.arms.split(",") if options.arms else None
@@ -227,7 +227,8 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _launch(options: argparse.Namespace) -> int:
-    from eaft_verl.launch import Launch, launch
+    from eaft_verl.launch.places import launch
+    from eaft_verl.launch.request import Launch
 
     path, overrides = _recipe_arguments(options)
     wanted = Launch(path, options.arm, options.seeds, tuple(overrides), options.wait, tuple(options.env))

@@ -12,6 +12,7 @@ RUN/samples/step_000016/NAME.jsonl  one row per example of that benchmark
 import contextlib
 import fcntl
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -137,3 +138,10 @@ class Run:
             if (match := _STEP_DIR.match(folder.name)) and (folder / "config.json").exists():
                 found[int(match[1])] = folder
         return dict(sorted(found.items()))
+
+
+def drop_checkpoints_after(run: Run, step: int) -> None:
+    """Exports of steps that are about to be trained again."""
+    for found, folder in run.checkpoints().items():
+        if found > step:
+            shutil.rmtree(folder)

@@ -9,7 +9,7 @@ import pytest
 from tiny import CHATML, tiny_model, write_sums
 
 from eaft_verl.errors import ConfigError, DataError, RunError
-from eaft_verl.evaluation.evaluate import EvaluateSettings, evaluate_checkpoints
+from eaft_verl.evaluation.checkpoints import EvaluateSettings, evaluate_checkpoints
 from eaft_verl.evaluation.tasks import Entry
 from eaft_verl.runs import Run
 

@@ -121,8 +121,8 @@ def test_evaluation_key_covers_settings_and_data_but_not_the_place_of_the_data(t
 
 def test_the_check_needs_neither_torch_nor_the_harness():
     code = (
-        "import sys; import eaft_verl.models; from eaft_verl.evaluation import evaluate; "
-        "evaluate.EvaluateSettings(target=['sums']).check(); "
+        "import sys; import eaft_verl.models; from eaft_verl.evaluation import settings; "
+        "settings.EvaluateSettings(target=['sums']).check(); "
         "assert not {'torch', 'lm_eval', 'transformers', 'datasets'} & set(sys.modules), sorted(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

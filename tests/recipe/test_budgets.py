@@ -4,19 +4,8 @@ import itertools
 
 import pytest
 
-from eaft_verl.recipe.budgets import (
-    DeviceSeconds,
-    FixedSteps,
-    Moment,
-    UntilNll,
-    evaluation_points,
-    matches,
-    mean_weight,
-    nll_window,
-    smoothed_nll,
-    spent,
-    steps_for,
-)
+from eaft_verl.recipe.budgets import matches, mean_weight, nll_window, smoothed_nll, spent, steps_for
+from eaft_verl.training.schedule import DeviceSeconds, FixedSteps, Moment, UntilNll, evaluation_points
 
 
 def test_what_a_run_has_spent_in_four_units() -> None:

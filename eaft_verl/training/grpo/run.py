@@ -13,7 +13,6 @@ from eaft_verl.data.prepare import Prepared
 from eaft_verl.data.prompts import write_prompts
 from eaft_verl.errors import Interrupted, RunError
 from eaft_verl.files import write_text
-from eaft_verl.recipe.budgets import evaluation_points
 from eaft_verl.recipe.views import world_size
 from eaft_verl.runs import Run
 from eaft_verl.training.grpo.config import (
@@ -27,6 +26,7 @@ from eaft_verl.training.grpo.config import (
 )
 from eaft_verl.training.grpo.metrics import VERL_FILE, Follower, rewind
 from eaft_verl.training.grpo.states import CAUSE_FILE, tidy
+from eaft_verl.training.schedule import evaluation_points
 
 POLL_S = 0.2
 MAX_NONFINITE_STEPS = 5
@@ -77,7 +77,7 @@ def _plan(config: DictConfig, run: Run, data: Prepared, model: str, tokenizer: A
     """Prompts written, and the run's files cut back to the newest state that can be resumed."""
     import pyarrow.parquet as pq
 
-    from eaft_verl.training.stage import drop_checkpoints_after
+    from eaft_verl.runs import drop_checkpoints_after
 
     prompts = write_prompts(
         data,

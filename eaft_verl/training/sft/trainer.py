@@ -12,9 +12,9 @@ from eaft_verl.data.prepare import Example
 from eaft_verl.errors import Interrupted, RunError
 from eaft_verl.objectives import Objective
 from eaft_verl.runs import Run, step_name
-from eaft_verl.training.derive import training_plan
 from eaft_verl.training.interruption import StopRequest
 from eaft_verl.training.progress import Progress
+from eaft_verl.training.schedule import training_plan
 from eaft_verl.training.sft import checkpoint
 from eaft_verl.training.sft.base_pass import metrics_of
 from eaft_verl.training.sft.batches import TokenSource, balanced, make_batch, sequential_batches

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from eaft_verl.errors import RunError
+from eaft_verl.experiment.train import train
 from eaft_verl.files import read_jsonl
 from eaft_verl.recipe.checks import check
 from eaft_verl.recipe.resolve import declared_keys, load_recipe, resolve
 from eaft_verl.runs import Run
-from eaft_verl.training.stage import train
 
 STEPS, PROMPTS, SAMPLES = 6, 8, 8
 RECIPE = """

@@ -7,10 +7,10 @@ import pytest
 from family_models import family_model
 from recipe_data import math_rows, write_rows
 
+from eaft_verl.experiment.train import train
 from eaft_verl.files import read_jsonl
 from eaft_verl.recipe.checks import check
 from eaft_verl.recipe.resolve import declared_keys, load_recipe, resolve
-from eaft_verl.training.stage import train
 
 FOLDER = Path(__file__).parents[3] / "recipes"
 SMALL = [

@@ -10,11 +10,11 @@ import pytest
 import tiny
 
 from eaft_verl.errors import ConfigError, RunError
+from eaft_verl.experiment.train import train
 from eaft_verl.files import read_json, write_json
 from eaft_verl.recipe.checks import check
 from eaft_verl.recipe.resolve import declared_keys, load_recipe, resolve
 from eaft_verl.runs import Run
-from eaft_verl.training.stage import train
 
 RECIPE = """
 model: {folder}/model

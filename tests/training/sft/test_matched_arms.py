@@ -39,7 +39,7 @@ TIMED = ["compare.match=device_seconds", "verl.optim.lr_scheduler_type=constant"
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny_model_path: Path) -> dict[str, Run]:
     """Finished runs of every arm; the reference was missing when its control was first asked for."""
     from eaft_verl.cluster.session import ray_session
-    from eaft_verl.training.stage import train
+    from eaft_verl.experiment.train import train
 
     folder = tmp_path_factory.mktemp("matched")
     tiny.write_sums(folder / "train.jsonl", 10, seed=1)
@@ -109,7 +109,7 @@ def test_time_ended_the_arm_that_was_given_some(runs: dict[str, Run]) -> None:
 def test_the_arms_are_evaluated_at_their_own_ends_and_reported_together(
     runs: dict[str, Run], tiny_model_path: Path, tmp_path: Path
 ) -> None:
-    from eaft_verl.evaluation.stage import evaluate_command
+    from eaft_verl.experiment.evaluate import evaluate_command
 
     folder = runs["eaft"].path.parent
     recipe = str(folder.parent / "r.yaml")

@@ -12,10 +12,10 @@ from recipe_data import agent_rows, math_rows, reasoned_rows, write_rows
 
 from eaft_verl.data.prepare import load_prepared
 from eaft_verl.data.show import bracketed
+from eaft_verl.experiment.train import train
 from eaft_verl.recipe.checks import check
 from eaft_verl.recipe.resolve import declared_keys, load_recipe, resolve
 from eaft_verl.runs import Run
-from eaft_verl.training.stage import train
 
 FOLDER = Path(__file__).parents[3] / "recipes"
 SMALL = [

@@ -9,10 +9,10 @@ from omegaconf import OmegaConf
 
 from eaft_verl.data.prepare import Example
 from eaft_verl.errors import RunError
-from eaft_verl.recipe.budgets import DeviceSeconds, FixedSteps, UntilNll
+from eaft_verl.experiment.derive import derive
 from eaft_verl.recipe.resolve import load_recipe, resolve
 from eaft_verl.runs import Run
-from eaft_verl.training.derive import derive, training_plan
+from eaft_verl.training.schedule import DeviceSeconds, FixedSteps, UntilNll, training_plan
 from eaft_verl.training.sft.order import PADDING, batch_indices
 
 KEYS = {"model": "m", "data": "d", "template": "t", "evaluation": "e"}

@@ -12,9 +12,9 @@ from config_fixtures import composed_once  # noqa: F401
 from reporting.fake_runs import make_arm, make_base
 
 from eaft_verl.cli import main
-from eaft_verl.compare import in_order
 from eaft_verl.errors import ConfigError
-from eaft_verl.processes import CAUSE_FILE
+from eaft_verl.experiment.compare import in_order
+from eaft_verl.experiment.processes import CAUSE_FILE
 from eaft_verl.recipe.resolve import load_recipe, resolve
 from eaft_verl.runs import Run
 
@@ -80,7 +80,7 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.delenv(CAUSE_FILE, raising=False)
 
-    monkeypatch.setattr("eaft_verl.compare.run_stage", broken)
+    monkeypatch.setattr("eaft_verl.experiment.compare.run_stage", broken)
     return started
 
 

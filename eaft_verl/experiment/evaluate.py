@@ -6,10 +6,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from eaft_verl.data.prepare import template_hash
-from eaft_verl.environment import describe
 from eaft_verl.errors import ConfigError, RunError
-from eaft_verl.evaluation.evaluate import evaluate_checkpoints
+from eaft_verl.evaluation.checkpoints import evaluate_checkpoints
 from eaft_verl.evaluation.settings import EvaluateSettings, evaluation_key
+from eaft_verl.experiment.environment import describe
 from eaft_verl.models import load_tokenizer, model_key, resolve_model
 from eaft_verl.recipe.checks import check
 from eaft_verl.recipe.datasets import prepare_data

@@ -4,23 +4,20 @@ import os
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import yaml
 from omegaconf import DictConfig
 
 from eaft_verl.cluster.demand import demand_of
 from eaft_verl.cluster.runtime_env import JOB_ENV, build_runtime_env
-
-if TYPE_CHECKING:
-    from eaft_verl.launch import Launch
+from eaft_verl.launch.request import Launch
 
 LAUNCHERS = Path(__file__).with_name("launchers")
 IMAGE = "eaft-verl:gpu"
 JOIN_S = 600  # seconds that nodes get to join
 
 
-def slurm_job(wanted: "Launch", config: DictConfig, name: str) -> tuple[str, str, list[str]]:
+def slurm_job(wanted: Launch, config: DictConfig, name: str) -> tuple[str, str, list[str]]:
     """(file name, text, command) of a batch script; what differs between jobs is said on sbatch's command line."""
     trainer = config.verl.trainer
     options = [f"--job-name={name}", f"--nodes={trainer.nnodes}", f"--output={config.output}/{name}-%j.log"]
@@ -29,7 +26,7 @@ def slurm_job(wanted: "Launch", config: DictConfig, name: str) -> tuple[str, str
     return f"{name}.sbatch", _template("slurm.sbatch"), ["sbatch", *options, "FILE", *wanted.words()]
 
 
-def kuberay_job(wanted: "Launch", config: DictConfig, name: str) -> tuple[str, str, list[str]]:
+def kuberay_job(wanted: Launch, config: DictConfig, name: str) -> tuple[str, str, list[str]]:
     """(file name, text, command) of a RayJob; EAFT_IMAGE names the image. The head has GPUs and holds workers too."""
     demand = demand_of(config)
     job = yaml.safe_load(_template("rayjob.yaml"))
@@ -51,7 +48,7 @@ def kuberay_job(wanted: "Launch", config: DictConfig, name: str) -> tuple[str, s
     return f"{name}.yaml", yaml.safe_dump(job, sort_keys=False, width=200), ["kubectl", "create", "-f", "FILE"]
 
 
-def skypilot_job(wanted: "Launch", config: DictConfig, name: str) -> tuple[str, str, list[str]]:
+def skypilot_job(wanted: Launch, config: DictConfig, name: str) -> tuple[str, str, list[str]]:
     """(file name, text, command) of a SkyPilot task; EAFT_GPU names the accelerator, A100-80GB where it does not."""
     demand = demand_of(config)
     command = ["sky", "launch", "-y", "-c", name, "--num-nodes", str(demand.nodes)]

@@ -11,37 +11,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import DictConfig
 
 from eaft_verl.cluster.demand import demand_of
 from eaft_verl.cluster.doctor import doctor
-from eaft_verl.compare import compare, parse_seeds
 from eaft_verl.errors import ConfigError
-from eaft_verl.launch_files import accelerator, kuberay_job, skypilot_job, slurm_job
+from eaft_verl.experiment.compare import compare, parse_seeds
+from eaft_verl.launch.files import accelerator, kuberay_job, skypilot_job, slurm_job
+from eaft_verl.launch.request import Launch
 from eaft_verl.recipe.checks import check, pending, warn
 from eaft_verl.recipe.resolve import Recipe, load_recipe, resolve
-
-
-@dataclass(frozen=True)
-class Launch:
-    """What to launch: a recipe with one arm or all of them (`arm` None), seeds, overrides, variables that travel."""
-
-    recipe: str
-    arm: str | None
-    seeds: str | None = None
-    overrides: tuple[str, ...] = ()
-    wait: float = 0.0
-    env: tuple[str, ...] = ()
-
-    def words(self) -> list[str]:
-        """Arguments of `eaft launch` but for where."""
-        what = ["--compare"] if self.arm is None else ["--arm", self.arm]
-        seeds = ["--seeds", self.seeds] if self.seeds else []
-        wait = ["--wait", f"{self.wait:g}"] if self.wait else []
-        return [self.recipe, *what, *seeds, *wait, *self.overrides]
 
 
 def launch(wanted: Launch, on: str, *, dry_run: bool) -> int:
@@ -127,7 +108,7 @@ def _plan(wanted: Launch, config: DictConfig, *, elsewhere: bool) -> None:
 
 
 def _ray(wanted: Launch, config: DictConfig, name: str, dry_run: bool) -> int:
-    from eaft_verl.training.ray_jobs import run_job
+    from eaft_verl.launch.ray_jobs import run_job
 
     return run_job(wanted, config, name, dry_run=dry_run)
 

@@ -13,12 +13,13 @@ from config_fixtures import composed_once  # noqa: F401
 
 from eaft_verl.cli import main
 from eaft_verl.errors import ConfigError
-from eaft_verl.launch import PLACES, Launch, job_id, launch
-from eaft_verl.launch_files import kuberay_job, skypilot_job, slurm_job
+from eaft_verl.launch.files import kuberay_job, skypilot_job, slurm_job
+from eaft_verl.launch.places import PLACES, job_id, launch
+from eaft_verl.launch.request import Launch
 from eaft_verl.recipe.resolve import load_recipe, resolve
 
-ROOT = Path(__file__).parent.parent
-LAUNCHERS = ROOT / "eaft_verl" / "launchers"
+ROOT = Path(__file__).parents[2]
+LAUNCHERS = ROOT / "eaft_verl" / "launch" / "launchers"
 RECIPE = """
 model: Qwen/Qwen2.5-32B-Instruct
 data: {train: org/data, max_length: 16384}
@@ -179,7 +180,7 @@ def test_an_unknown_arm_is_refused() -> None:
 
 def test_a_ray_that_does_not_answer_is_refused_within_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     code = (
-        "import sys; from eaft_verl.training import ray_jobs; from eaft_verl.errors import ConfigError\n"
+        "import sys; from eaft_verl.launch import ray_jobs; from eaft_verl.errors import ConfigError\n"
         "ray_jobs.CONNECT_TIMEOUT_S = 0.5\n"
         "for address in ('http://192.0.2.250:8265', 'head:8265'):\n"
         "    try: ray_jobs.connect(address)\n"

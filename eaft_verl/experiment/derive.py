@@ -15,7 +15,6 @@ from eaft_verl.runs import Run
 from eaft_verl.training.grpo.config import updates_per_step
 from eaft_verl.training.sft.order import PADDING, batch_indices
 
-Plan = budgets.FixedSteps | budgets.DeviceSeconds | budgets.UntilNll
 SAME_FOR_CONTROL = ("model", "data", "template")
 
 
@@ -45,16 +44,6 @@ def derive(config: DictConfig, declared: list[str], keys: dict[str, str], exampl
         OmegaConf.update(changed, key, value, force_add=True)
     OmegaConf.set_readonly(changed, True)
     return Derived(changed, sorted({*declared, *changes} - {"budget"}), record)
-
-
-def training_plan(config: DictConfig, steps: int, devices: int) -> Plan:
-    """When the arm is evaluated and ends; `steps`: updates its learning rate schedule is laid over."""
-    points = config.evaluate.points
-    if config.control and config.control.by == "nll":
-        return budgets.UntilNll(steps, points, config.control.level, config.control.window)
-    if config.budget and config.budget.unit == "device_seconds":
-        return budgets.DeviceSeconds(config.budget.amount, devices, points, steps)
-    return budgets.FixedSteps(steps, points)
 
 
 def _grpo_costs(unit: str, config: DictConfig) -> Iterator[float]:

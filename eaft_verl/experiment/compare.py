@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from eaft_verl.errors import ConfigError
-from eaft_verl.processes import CAUSE_FILE, run_stage
+from eaft_verl.experiment.processes import CAUSE_FILE, run_stage
 from eaft_verl.recipe.checks import check, pending, warn
 from eaft_verl.recipe.resolve import Recipe, load_recipe, resolve
 from eaft_verl.reporting.report import report

@@ -6,7 +6,6 @@ import shlex
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 from urllib.parse import urlparse
 
 import requests
@@ -20,10 +19,8 @@ from eaft_verl.cluster.findings import require, token_finding
 from eaft_verl.cluster.node_probe import reachable
 from eaft_verl.cluster.runtime_env import JOB_ENV, asked_variables, build_runtime_env, package
 from eaft_verl.errors import ConfigError, RunError
-from eaft_verl.processes import INTERRUPTED
-
-if TYPE_CHECKING:
-    from eaft_verl.launch import Launch
+from eaft_verl.experiment.processes import INTERRUPTED
+from eaft_verl.launch.request import Launch
 
 DASHBOARD = "http://127.0.0.1:8265"
 AGENT_TIMEOUT_S = 60.0  # the job agent answers some seconds after `ray start` has returned
@@ -31,7 +28,7 @@ LISTING_DELAY_S = 10.0  # a node is listed by the dashboard some seconds after i
 OUTPUT = "eaft_output"  # in a job's metadata
 
 
-def run_job(wanted: "Launch", config: DictConfig, name: str, *, dry_run: bool) -> int:
+def run_job(wanted: Launch, config: DictConfig, name: str, *, dry_run: bool) -> int:
     """Submit and follow; 0 when the job succeeded, 75 when it was stopped, 1 when it failed."""
     address = os.environ.get("RAY_API_SERVER_ADDRESS") or DASHBOARD
     command = shlex.join(["python", "-m", "eaft_verl.cli", "launch", *wanted.words(), "--on", "local"])

@@ -1,0 +1,78 @@
+"""`eaft train`: a resolved configuration -> a finished run directory, resumed where an earlier attempt stopped."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from eaft_verl.cluster.doctor import require_machine
+from eaft_verl.errors import RunError
+from eaft_verl.evaluation.settings import evaluation_key
+from eaft_verl.experiment.derive import derive
+from eaft_verl.experiment.environment import describe
+from eaft_verl.models import check_same_vocabulary, load_tokenizer, model_key, resolve_model
+from eaft_verl.recipe.datasets import prepare_data
+from eaft_verl.recipe.views import evaluate_settings, objective_of
+from eaft_verl.runs import Run, cause_of
+from eaft_verl.training.grpo.run import train_grpo
+from eaft_verl.training.sft.run import check_lengths, train_sft
+
+
+def run_folder(config: DictConfig) -> Path:
+    """Where an arm's run lives: OUTPUT/ARM-seedN."""
+    return Path(config.output) / f"{config.arm}-seed{config.seed}"
+
+
+def train(config: DictConfig, declared: list[str]) -> Run:
+    """Train one arm; the returned run is finished. A failure is written into run.json and raised."""
+    require_machine(config)
+    model = resolve_model(config.model)
+    if config.objective and (anchor := objective_of(config).anchor) and anchor.reference:
+        check_same_vocabulary(model, anchor.reference)
+    tokenizer = load_tokenizer(model)
+    data = prepare_data(config, tokenizer, "train")
+    heldout = prepare_data(config, tokenizer, "heldout") if config.data.heldout else None
+    if config.trainer == "sft":
+        check_lengths(config, data)
+    keys = {
+        "model": model_key(config.model),
+        "data": data.key,
+        "template": data.manifest["template_hash"],
+        "evaluation": evaluation_key(evaluate_settings(config, heldout and heldout.path)),
+    }
+    config, declared, derived = derive(config, declared, keys, data.examples)
+    run = _open(config, declared, keys, derived)
+    with run.locked():
+        run.update(status="running", attempt=run.info.get("attempt", 0) + 1, error=None)
+        try:
+            if config.trainer == "grpo":
+                run.update(**train_grpo(config, run, data, str(model), tokenizer))
+                run.update(status="finished", finished=time.time())
+            else:
+                train_sft(config, run, data, heldout.examples if heldout else [], str(model), keys)
+        except BaseException as error:
+            run.update(status="failed", error=cause_of(error))
+            raise
+    return run
+
+
+def _open(config: DictConfig, declared: list[str], keys: dict[str, str], derived: dict[str, Any]) -> Run:
+    """A new run directory, or the unfinished one of the same configuration, data and model."""
+    folder = run_folder(config)
+    if not (folder / "run.json").exists():
+        info = {"kind": "arm", "recipe": config.name, "arm": config.arm, "seed": config.seed, "model": config.model}
+        objective = config.objective and OmegaConf.to_container(config.objective)
+        info |= {"keys": keys, "declared": declared, "objective": objective, "derived": derived}
+        return Run.create(folder, info=info, config=OmegaConf.to_yaml(config), env=describe())
+    run = Run(folder)
+    if run.info["status"] == "finished":
+        raise RunError(
+            f"{folder} holds a finished run, which is never overwritten; choose another output= or remove it"
+        )
+    if run.config != OmegaConf.to_container(config) or run.info["keys"] != keys:
+        raise RunError(
+            f"{folder} holds an unfinished run of another configuration, model or data set; choose another output= or "
+            "remove it"
+        )
+    return run

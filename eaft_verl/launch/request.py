@@ -1,0 +1,22 @@
+"""What is to be launched, the same for every place."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What to launch: a recipe with one arm or all of them (`arm` None), seeds, overrides, variables that travel."""
+
+    recipe: str
+    arm: str | None
+    seeds: str | None = None
+    overrides: tuple[str, ...] = ()
+    wait: float = 0.0
+    env: tuple[str, ...] = ()
+
+    def words(self) -> list[str]:
+        """Arguments of `eaft launch` but for where."""
+        what = ["--compare"] if self.arm is None else ["--arm", self.arm]
+        seeds = ["--seeds", self.seeds] if self.seeds else []
+        wait = ["--wait", f"{self.wait:g}"] if self.wait else []
+        return [self.recipe, *what, *seeds, *wait, *self.overrides]

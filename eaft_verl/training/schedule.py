@@ -1,0 +1,98 @@
+"""When an arm is evaluated and when its training ends."""
+
+import math
+from collections import deque
+from typing import NamedTuple
+
+from omegaconf import DictConfig
+
+from eaft_verl.recipe.budgets import Row, smoothed_nll
+
+
+def evaluation_points(total: int, points: int) -> list[int]:
+    """Steps at which the arm is evaluated: evenly spaced, the last at the end; fewer where there are fewer steps."""
+    return sorted({max(1, round(total * point / points)) for point in range(1, points + 1)})
+
+
+class Moment(NamedTuple):
+    """What happens after a step: the model is exported for evaluation, training ends."""
+
+    evaluate: bool
+    last: bool
+
+
+class FixedSteps:
+    """A number of updates known beforehand, evaluated at evenly spaced ones. `expected`: updates in the end."""
+
+    def __init__(self, total: int, points: int) -> None:
+        self.expected = total
+        self.points = set(evaluation_points(total, points))
+
+    def after(self, row: Row) -> Moment:
+        """What happens after this training row; rows come in order, after a restart from the first one again."""
+        return Moment(row["step"] in self.points, row["step"] >= self.expected)
+
+    def outcome(self) -> Row:
+        """What run.json is to say of how training ended."""
+        return {}
+
+
+class DeviceSeconds:
+    """Training until a budget of device seconds is used, evaluated whenever another share of it is.
+
+    It ends with the step whose end is nearest to the budget, taking the next step to last as long as this one.
+    """
+
+    def __init__(self, amount: float, devices: int, points: int, expected: int) -> None:
+        self.amount, self.devices, self.points, self.expected = amount, devices, points, expected
+        self.evaluated = 0
+
+    def after(self, row: Row) -> Moment:
+        """As in FixedSteps."""
+        used = row["seconds"] * self.devices
+        reached = (used + row["step_s"] * self.devices / 2) / self.amount
+        shares = min(self.points, math.floor(reached * self.points + 1e-9))
+        moment = Moment(shares > self.evaluated, shares == self.points)
+        self.evaluated = max(self.evaluated, shares)
+        self.expected = row["step"] if moment.last else max(row["step"] + 1, round(row["step"] * self.amount / used))
+        return moment
+
+    def outcome(self) -> Row:
+        """As in FixedSteps."""
+        return {}
+
+
+class UntilNll(FixedSteps):
+    """At most `total` updates, ending with the first one at which the smoothed training NLL is down to `level`."""
+
+    def __init__(self, total: int, points: int, level: float, window: int) -> None:
+        super().__init__(total, points)
+        self.level, self.window = level, window
+        self.rows: deque[Row] = deque(maxlen=window)
+        self.reached = False
+
+    def after(self, row: Row) -> Moment:
+        """As in FixedSteps."""
+        self.rows.append(row)
+        full = len(self.rows) == self.window
+        self.reached = full and smoothed_nll(list(self.rows), self.window) <= self.level
+        if self.reached:
+            self.expected = row["step"]
+        return Moment(True, True) if self.reached else super().after(row)
+
+    def outcome(self) -> Row:
+        """Whether the level was reached: without that the run is no control of what it was meant to be."""
+        return {"nll_reached": self.reached}
+
+
+Plan = FixedSteps | DeviceSeconds | UntilNll
+
+
+def training_plan(config: DictConfig, steps: int, devices: int) -> Plan:
+    """When the arm is evaluated and ends; `steps`: updates its learning rate schedule is laid over."""
+    points = config.evaluate.points
+    if config.control and config.control.by == "nll":
+        return UntilNll(steps, points, config.control.level, config.control.window)
+    if config.budget and config.budget.unit == "device_seconds":
+        return DeviceSeconds(config.budget.amount, devices, points, steps)
+    return FixedSteps(steps, points)

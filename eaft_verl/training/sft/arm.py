@@ -1,0 +1,87 @@
+"""An SFT arm on its workers: passes before the first step, the loop, what run.json says in the end."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from eaft_verl.data.prepare import Example
+from eaft_verl.objectives import Objective, Psft, Sft
+from eaft_verl.recipe.views import objective_of
+from eaft_verl.runs import Run, drop_checkpoints_after
+from eaft_verl.training.interruption import StopRequest
+from eaft_verl.training.sft import checkpoint
+from eaft_verl.training.sft.anchor import anchor_sources, needs_second_model, reference_model
+from eaft_verl.training.sft.base_pass import base_stats
+from eaft_verl.training.sft.loss import TokenLoss
+from eaft_verl.training.sft.old_policy import OldPolicy
+from eaft_verl.training.sft.trainer import Trainer, total_steps
+from eaft_verl.training.sft.workers import start_workers, stop_workers
+
+
+def train_arm(
+    config: DictConfig,
+    run: Run,
+    examples: Sequence[Example],
+    heldout: Sequence[Example],
+    model: str,
+    keys: dict[str, str],
+    stop: StopRequest,
+) -> None:
+    """Start the workers, train to the end, and mark the run finished."""
+    objective = objective_of(config)
+    reference = (reference_model(objective) or model) if needs_second_model(config, objective) else None
+    plain = Sft(k=objective.k)  # for passes before the objective is complete
+    group = start_workers(config, model, total_steps(config, len(examples)), TokenLoss(plain), reference)
+    try:
+        trainer = Trainer(config, run, group, examples, heldout, model)
+        objective = _complete(config, trainer, objective, keys)
+        started = time.monotonic()
+        trainer.fit(objective, stop)
+        checkpoint.remove(run)
+        run.update(
+            status="finished",
+            finished=time.time(),
+            total_steps=trainer.state["step"],
+            train_seconds=trainer.state["seconds"],
+            wall_seconds=time.monotonic() - started,
+            workers=group.world_size,
+            **trainer.plan.outcome(),
+            memory_gib_per_worker=group.peak_memory(),
+        )
+    finally:
+        stop_workers(group)
+
+
+def _complete(config: DictConfig, trainer: Trainer, objective: Objective, keys: dict[str, str]) -> Objective:
+    """The objective with what it takes from the base model, its sources, and the state of an earlier attempt."""
+    objective = _calibrate(config, trainer, objective, keys)
+    trainer.sources.extend(anchor_sources(config, trainer, objective, keys))
+    trainer.group.set_loss_fn(TokenLoss(objective))
+    if state := checkpoint.load(trainer.run, trainer.group):
+        trainer.state.update(state)
+    if isinstance(objective, Psft):
+        trainer.old_policy = OldPolicy(objective.updates_per_refresh, trainer.state)
+        trainer.sources.append(trainer.old_policy)
+    trainer.run.rewind_metrics(trainer.state["step"])
+    drop_checkpoints_after(trainer.run, trainer.state["step"])
+    return objective
+
+
+def _calibrate(config: DictConfig, trainer: Trainer, objective: Objective, keys: dict[str, str]) -> Objective:
+    """Thresholds and sample weights from the base model's pass over the data, where the objective takes them there."""
+    if "base" not in objective.needs:
+        return objective
+    path = Path(config.output) / "data" / f"base_stats_k{objective.k}.safetensors"
+    key = "/".join(keys[name] for name in ("model", "data", "template"))
+    size = config.verl.data.train_batch_size
+    base = base_stats(
+        path, key, trainer.examples, objective.k, lambda rows: trainer.infer(trainer.examples, rows), size
+    )
+    weights = objective.sample_weights(base)
+    trainer.sample_weights = None if weights is None else weights.tolist()
+    calibrated = objective.calibrate(base)
+    trainer.run.update(calibrated=dict(vars(calibrated).items()))
+    return calibrated

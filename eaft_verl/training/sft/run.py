@@ -1,0 +1,38 @@
+"""Where an SFT arm starts: nothing of verl is imported before Ray's session has chosen its platform."""
+
+from typing import Any
+
+from omegaconf import DictConfig
+
+from eaft_verl.data.prepare import Prepared
+from eaft_verl.errors import ConfigError
+from eaft_verl.recipe.views import world_size
+from eaft_verl.runs import Run
+
+
+def check_lengths(config: DictConfig, data: Prepared) -> None:
+    """A packed micro-batch must hold the longest example: verl would fail at the step that meets it."""
+    batch = config.verl.data
+    limit = batch.max_token_len_per_gpu * config.verl.engine.ulysses_sequence_parallel_size
+    longest = max(len(example.input_ids) for example in data.examples)
+    if batch.use_dynamic_bsz and longest > limit:
+        raise ConfigError(
+            f"the longest example has {longest} tokens and verl.data.max_token_len_per_gpu allows {limit}"
+        )
+
+
+def train_sft(
+    config: DictConfig, run: Run, data: Prepared, heldout: list[Any], model: str, keys: dict[str, str]
+) -> None:
+    """Train the arm in its open, locked run directory and mark it finished; what stopped it is raised."""
+    from eaft_verl.cluster.preflight import require_cluster
+    from eaft_verl.cluster.session import ray_session
+    from eaft_verl.training.interruption import sigterm_as_request
+    from eaft_verl.training.verl_cpu.private import require_version
+
+    require_version()
+    with ray_session(config.device, world_size(config)), sigterm_as_request() as stop:
+        require_cluster(config)
+        from eaft_verl.training.sft.arm import train_arm
+
+        train_arm(config, run, data.examples, heldout, model, keys, stop)
