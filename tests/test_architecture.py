@@ -162,6 +162,13 @@ def test_importing_a_light_module_loads_nothing_heavy(name: str) -> None:
     assert not heavy & top_level_closure(f"eaft_verl.{name}")
 
 
+@pytest.mark.parametrize("path", [path for path in FILES if path.stem == "__init__"][1:], ids=name_of)
+def test_a_room_says_what_it_may_import_and_what_to_read_first(path: Path) -> None:
+    said = ast.get_docstring(tree_of(path)) or ""
+    first = said.partition("Read `")[2].partition("`")[0]
+    assert (path.parent / first).is_file(), "Read `FILE` first"
+
+
 # size and names
 
 

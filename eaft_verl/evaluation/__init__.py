@@ -1,1 +1,4 @@
-"""Benchmarks, drift and held-out likelihood of a checkpoint. The only folder that imports lm_eval and vllm."""
+"""Benchmarks, drift and held-out likelihood of a checkpoint; the only room of lm_eval and vllm.
+
+May import data and below. Read `checkpoints.py` first; `settings.py` needs no torch and is what the recipe sees.
+"""

@@ -1,1 +1,4 @@
-"""To be said."""
+"""From a recipe file to the resolved, checked configuration of an arm, and what other rooms take from it.
+
+May import evaluation's settings, data and below; no torch. Read `resolve.py` first, then `checks.py`.
+"""

@@ -1,1 +1,4 @@
-"""What stands behind `eaft report`: statistics, comparability, tables and the page. Reads run directories only."""
+"""Run directories -> statistics, comparability, tables, figures, one page. Reads files only.
+
+May import recipe and below; no torch. Read `report.py` first, then `measures.py`.
+"""
