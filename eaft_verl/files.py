@@ -1,12 +1,17 @@
-"""Files that are whole or not there: atomic text, JSON and JSON lines."""
+"""Files that are whole or not there: atomic text, JSON, JSON lines, locks, and what is computed once and kept."""
 
+import contextlib
 import json
 import math
 import os
+import shutil
+import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from eaft_verl.errors import RunError
 
@@ -78,3 +83,50 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return value
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, busy: str, wait: bool = False) -> Iterator[None]:
+    """Hold the lock file `path` for this process. Where another one holds it: RunError(busy), or waiting for it."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if not wait:
+            raise RunError(busy) from None
+        print(f"eaft: {busy}; waiting for it", file=sys.stderr, flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def computed_once(folder: Path, key: str, make: Callable[[Path], None]) -> Path:
+    """`folder` as `make` filled it, made once for every process that asks, and kept.
+
+    `make` writes into an empty folder of this process alone, which gets its name when it is whole; meta.json holds
+    `key` and the size of every file. RunError for a folder that was made for another key, or that has lost a part.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with locked(folder.with_name(f".{folder.name}.lock"), busy=f"another process computes {folder}", wait=True):
+        if not (folder / "meta.json").exists():
+            for leftover in folder.parent.glob(f".{folder.name}.*.partial"):  # of a process that was killed
+                shutil.rmtree(leftover)
+            partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".partial"))
+            partial.chmod(0o755)
+            make(partial)
+            sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
+            write_json(partial / "meta.json", {"key": key, "sizes": sizes})
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+        stored = read_json(folder / "meta.json")
+        if stored["key"] != key:
+            raise RunError(
+                f"{folder} was computed for another model, data set or chat template (key {stored['key']}, now {key}): "
+                "stale; delete it, or use another output folder"
+            )
+        for name, size in stored["sizes"].items():
+            if not (folder / name).is_file() or (folder / name).stat().st_size != size:
+                raise RunError(f"{folder / name} is not whole ({size} bytes were written); delete {folder}")
+    return folder

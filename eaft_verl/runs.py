@@ -10,7 +10,6 @@ RUN/samples/step_000016/NAME.jsonl  one row per example of that benchmark
 """
 
 import contextlib
-import fcntl
 import re
 import shutil
 import time
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from eaft_verl.errors import RunError
-from eaft_verl.files import json_line, read_json, read_jsonl, write_json, write_jsonl, write_text
+from eaft_verl.files import json_line, locked, read_json, read_jsonl, write_json, write_jsonl, write_text
 
 SCHEMA = 1
 _STEP_DIR = re.compile(r"^step_(\d{6,})$")
@@ -90,13 +89,8 @@ class Run:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the run for this process; RunError at once when another one is working in it."""
-        with (self.path / ".lock").open("a") as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RunError(
-                    f"{self.path} is in use by another process; wait for it or choose another output"
-                ) from None
+        busy = f"{self.path} is in use by another process; wait for it or choose another output"
+        with locked(self.path / ".lock", busy=busy):
             yield
 
     def log(self, row: dict[str, Any]) -> None:

@@ -2,10 +2,9 @@
 
 Data and reference never change, so a run of ten epochs, another coefficient or another gate need no second pass and no
 second model. FOLDER/{ids,logprob,tail}.npy hold the trained tokens in the order of the data set, read by memory map;
-FOLDER/meta.json is written last and names model, data and template.
+FOLDER/meta.json names model, data and template.
 """
 
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from eaft_verl.data.prepare import Example
 from eaft_verl.errors import RunError
-from eaft_verl.files import read_json, write_json
+from eaft_verl.files import computed_once
 from eaft_verl.tokens.reference_kl import TopReference, top_reference
 from eaft_verl.training.sft.batches import sequential_batches
 from eaft_verl.training.sft.loss import LogitsHook
@@ -54,6 +53,11 @@ class ReferenceCache:
         self.examples = examples
         self.arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in FIELDS}
         self.starts = _starts(examples)
+        for name, array in self.arrays.items():
+            if len(array) != self.starts[-1]:
+                raise RunError(
+                    f"{folder / name}.npy holds {len(array)} tokens, the data {self.starts[-1]}; delete {folder}"
+                )
         self.bytes = sum((folder / f"{name}.npy").stat().st_size for name in FIELDS)
 
     def tokens(self, index: int) -> dict[str, Tensor]:
@@ -74,22 +78,8 @@ def reference_cache(
 
     `key` names model, data and template; a cache made for another key is an error, never reused.
     """
-    if (folder / "meta.json").exists():
-        found = read_json(folder / "meta.json")["key"]
-        if found != key:
-            raise RunError(
-                f"{folder} was computed for another model, data set or chat template (key {found}, now {key}): "
-                "stale; delete it, or use another output folder"
-            )
-        return ReferenceCache(folder, examples)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    _fill(partial, examples, k, infer, batch_size)
-    write_json(partial / "meta.json", {"key": key, "tokens": int(_starts(examples)[-1])})
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-    return ReferenceCache(folder, examples)
+    made = computed_once(folder, key, lambda empty: _fill(empty, examples, k, infer, batch_size))
+    return ReferenceCache(made, examples)
 
 
 def _fill(

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -73,7 +74,7 @@ def _calibrate(config: DictConfig, trainer: Trainer, objective: Objective, keys:
     """Thresholds and sample weights from the base model's pass over the data, where the objective takes them there."""
     if "base" not in objective.needs:
         return objective
-    path = Path(config.output) / "data" / f"base_stats_k{objective.k}.safetensors"
+    path = Path(config.output) / "data" / f"base_stats_k{objective.k}"
     key = "/".join(keys[name] for name in ("model", "data", "template"))
     size = config.verl.data.train_batch_size
     base = base_stats(
@@ -82,5 +83,5 @@ def _calibrate(config: DictConfig, trainer: Trainer, objective: Objective, keys:
     weights = objective.sample_weights(base)
     trainer.sample_weights = None if weights is None else weights.tolist()
     calibrated = objective.calibrate(base)
-    trainer.run.update(calibrated=dict(vars(calibrated).items()))
+    trainer.run.update(calibrated=asdict(calibrated))  # anchors included
     return calibrated

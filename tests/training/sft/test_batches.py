@@ -151,7 +151,7 @@ def test_base_stats_are_those_of_the_trained_tokens_and_are_kept(tmp_path: Path)
     torch.manual_seed(0)
     logits = {n: torch.randn(len(item.input_ids), 50) * 3 for n, item in enumerate(EXAMPLES)}
     asked: list[list[int]] = []
-    path = tmp_path / "data" / "base.safetensors"
+    path = tmp_path / "data" / "base"
     stats = base_stats(path, "key", EXAMPLES, 20, fake_infer(logits, asked, 20), batch_size=3)
     assert asked == [[0, 1, 2], [3, PADDING, PADDING]]
     probs, entropies, means = [], [], []
@@ -173,4 +173,4 @@ def test_base_stats_are_those_of_the_trained_tokens_and_are_kept(tmp_path: Path)
     assert all(torch.equal(vars(again)[name], vars(stats)[name]) for name in vars(stats))
     with pytest.raises(RunError, match=r"computed for another model.*key key, now other.*delete it"):
         base_stats(path, "other", EXAMPLES, 20, fake_infer({}, asked, 20), batch_size=3)
-    assert [file.name for file in path.parent.iterdir()] == ["base.safetensors"]
+    assert sorted(file.name for file in path.parent.iterdir()) == [".base.lock", "base"]

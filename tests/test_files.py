@@ -1,0 +1,83 @@
+"""What is computed once: one maker for all processes, half of it never seen, another key or a lost part refused."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from eaft_verl.errors import RunError
+from eaft_verl.files import computed_once, locked, read_json
+
+MAKER = """
+import sys, time
+from pathlib import Path
+from eaft_verl.files import computed_once
+
+def make(folder):
+    with open(sys.argv[2], "a") as calls:
+        calls.write("made\\n")
+    for part in range(20):
+        (folder / f"{part}.bin").write_bytes(bytes([part]) * 1000)
+        time.sleep(0.02)
+
+folder = computed_once(Path(sys.argv[1]), "key", make)
+print(sorted((int(file.stem), file.read_bytes()[0], len(file.read_bytes())) for file in folder.glob("*.bin")))
+"""
+
+
+def start(folder: Path, calls: Path) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-c", MAKER, str(folder), str(calls)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_processes_that_start_at_once_share_one_whole_result(tmp_path: Path) -> None:
+    processes = [start(tmp_path / "store", tmp_path / "calls") for _ in range(3)]
+    said = [process.communicate(timeout=60) for process in processes]
+    assert [out for out, _ in said] == [f"{[(part, part, 1000) for part in range(20)]}\n"] * 3, said
+    assert (tmp_path / "calls").read_text() == "made\n"
+    assert sum("another process computes" in err and "waiting" in err for _, err in said) >= 1
+
+
+def test_what_a_killed_process_left_is_neither_used_nor_kept(tmp_path: Path) -> None:
+    first = start(tmp_path / "store", tmp_path / "calls")
+    until = time.monotonic() + 30
+    while not list(tmp_path.glob(".store.*.partial/3.bin")) and time.monotonic() < until:
+        time.sleep(0.01)
+    first.kill()
+    first.communicate()
+    assert not (tmp_path / "store").exists()
+    out, err = start(tmp_path / "store", tmp_path / "calls").communicate(timeout=60)
+    assert out.count("1000)") == 20, err
+    assert not list(tmp_path.glob(".store.*.partial")) and (tmp_path / "calls").read_text() == "made\n" * 2
+
+
+def test_a_maker_that_fails_leaves_nothing_under_the_name(tmp_path: Path) -> None:
+    def fails(folder: Path) -> None:
+        (folder / "half").write_text("x")
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        computed_once(tmp_path / "store", "key", fails)
+    assert not (tmp_path / "store").exists()
+    made = computed_once(tmp_path / "store", "key", lambda folder: (folder / "whole").write_text("abc") and None)
+    assert read_json(made / "meta.json") == {"key": "key", "sizes": {"whole": 3}}
+
+
+def test_another_key_or_a_lost_part_is_refused(tmp_path: Path) -> None:
+    made = computed_once(tmp_path / "store", "key", lambda folder: (folder / "part").write_text("abc") and None)
+    with pytest.raises(RunError, match=r"store was computed for another model.*\(key key, now other\): stale"):
+        computed_once(made, "other", lambda folder: None)
+    for damage in ("ab", None):
+        (made / "part").write_text(damage) if damage else (made / "part").unlink()
+        with pytest.raises(RunError, match=r"store/part is not whole \(3 bytes were written\); delete"):
+            computed_once(made, "key", lambda folder: None)
+
+
+def test_a_lock_is_refused_or_waited_for(tmp_path: Path) -> None:
+    lock = tmp_path / ".lock"
+    with locked(lock, busy="taken"), pytest.raises(RunError, match="taken"), locked(lock, busy="taken"):
+        pass
+    with locked(tmp_path / ".lock", busy="taken", wait=True):
+        pass
