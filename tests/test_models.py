@@ -70,6 +70,62 @@ def test_model_key_follows_contents_not_place(tmp_path):
     assert model_key("org/name") == model_key("org/name@main") != model_key("org/name@v2")
 
 
+@pytest.mark.parametrize("name", ["q_proj", "k_proj", "o_proj"])
+def test_model_key_sees_a_change_of_any_tensor(tmp_path: Path, name: str) -> None:
+    """Windows of a file miss what lies between them: LoRA on the attention, merged, was taken for the base."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tiny_model(tmp_path / "a", hidden=32, seed=0)
+    before = model_key(folder)
+    weights = load_file(folder / "model.safetensors")
+    changed = {key: value + 0.5 if name in key else value for key, value in weights.items()}
+    assert any(name in key for key in weights)
+    save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
+    assert model_key(folder) != before
+
+
+def test_model_key_sees_one_byte_deep_inside_and_remembers_what_it_read(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("EAFT_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    file = folder / "model.safetensors"
+    file.write_bytes(bytes(1 << 21))
+    first = model_key(folder)
+    stamp = file.stat()
+    with file.open("r+b") as stream:
+        stream.seek(700_001)
+        stream.write(b"x")
+    os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))  # a copy tool may restore the times
+    assert model_key(folder) != first
+    opened = []
+    original = Path.open
+    monkeypatch.setattr(Path, "open", lambda path, *args, **kw: opened.append(path.name) or original(path, *args, **kw))
+    model_key(folder)
+    assert "model.safetensors" not in opened
+
+
+def test_a_cache_that_is_broken_or_read_only_costs_time_only(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "cache").write_text("not a folder")
+    monkeypatch.setenv("EAFT_CACHE", str(tmp_path / "cache"))
+    assert model_key(tiny_model(tmp_path / "a", hidden=32, seed=0))
+
+
+def test_a_hub_id_in_the_cache_is_its_commit(tmp_path: Path, monkeypatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    repo = tmp_path / "models--org--name"
+    keys = []
+    for commit in ("a" * 40, "b" * 40):
+        (repo / "snapshots" / commit).mkdir(parents=True)
+        (repo / "snapshots" / commit / "config.json").write_text("{}")
+        (repo / "refs").mkdir(exist_ok=True)
+        (repo / "refs" / "main").write_text(commit)
+        keys.append(model_key("org/name"))
+    assert keys[0] != keys[1] == model_key(f"org/name@{'b' * 40}")
+
+
 def installed(name: str) -> bool:
     try:
         importlib.metadata.distribution(name)
