@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 
 from eaft_verl.errors import ConfigError
 from eaft_verl.experiment.processes import CAUSE_FILE, run_stage
+from eaft_verl.experiment.stored import require_same
 from eaft_verl.recipe.checks import check, pending, warn
 from eaft_verl.recipe.resolve import Recipe, load_recipe, resolve
 from eaft_verl.reporting.report import report
@@ -46,6 +47,9 @@ def compare(
     configs = in_order(_resolve_all(recipe, arms, seeds, overrides, dry_run=dry_run))
     output = Path(configs[0].output)
     base, stages = plan(recipe, configs, overrides)
+    require_same(base.run, configs[0])
+    for config, pair in zip(configs, stages, strict=True):
+        require_same(pair[0].run, config)
     if dry_run:
         for stage in (base, *(stage for pair in stages for stage in pair)):
             print(f"{'done' if stage.done else 'todo'}  {stage.label:32} eaft {' '.join(stage.arguments)}")

@@ -39,6 +39,8 @@ def derive(config: DictConfig, declared: list[str], keys: dict[str, str], exampl
         record["control"] = _control(config, keys, changes)
     if not changes:
         return Derived(config, declared, record)
+    record["asked"] = {key: OmegaConf.select(config, key) for key in changes}
+    record["asked"] = OmegaConf.to_container(OmegaConf.create(record["asked"]))
     changed = OmegaConf.create(OmegaConf.to_container(config))
     for key, value in changes.items():
         OmegaConf.update(changed, key, value, force_add=True)

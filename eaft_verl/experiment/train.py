@@ -11,6 +11,7 @@ from eaft_verl.errors import RunError
 from eaft_verl.evaluation.settings import evaluation_key
 from eaft_verl.experiment.derive import derive
 from eaft_verl.experiment.environment import describe
+from eaft_verl.experiment.stored import SHOWN, settings_that_differ
 from eaft_verl.models import check_same_vocabulary, load_tokenizer, model_key, resolve_model
 from eaft_verl.recipe.datasets import prepare_data
 from eaft_verl.recipe.views import evaluate_settings, objective_of
@@ -70,9 +71,12 @@ def _open(config: DictConfig, declared: list[str], keys: dict[str, str], derived
         raise RunError(
             f"{folder} holds a finished run, which is never overwritten; choose another output= or remove it"
         )
-    if run.config != OmegaConf.to_container(config) or run.info["keys"] != keys:
+    changed = [
+        f"{name} ({run.info['keys'][name]}, now {keys[name]})" for name in keys if run.info["keys"][name] != keys[name]
+    ]
+    if found := settings_that_differ(run.config, OmegaConf.to_container(config)) + changed:
         raise RunError(
-            f"{folder} holds an unfinished run of another configuration, model or data set; choose another output= or "
-            "remove it"
+            f"{folder} holds an unfinished run of another configuration, model or data set: "
+            f"{'; '.join(found[:SHOWN])}; choose another output= or remove it"
         )
     return run

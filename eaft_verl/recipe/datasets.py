@@ -1,6 +1,7 @@
 """The data sets of an experiment, prepared once in its folder and shared by every stage and arm."""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,8 @@ from omegaconf import DictConfig
 
 from eaft_verl.data.formats import PROMPT_KEYS, to_messages
 from eaft_verl.data.leakage import Against, summary
-from eaft_verl.data.prepare import Prepared, check_leakage, load_prepared, manifest_path, prepare
-from eaft_verl.data.sources import read_rows
+from eaft_verl.data.prepare import Prepared, check_leakage, load_prepared, manifest_path, prepare, read_manifest
+from eaft_verl.data.sources import GENERATED, read_rows, source_hash
 from eaft_verl.data.spec import RowError
 from eaft_verl.errors import DataError
 from eaft_verl.evaluation.questions import benchmark_questions
@@ -25,11 +26,10 @@ def prepare_data(config: DictConfig, tokenizer: Any, which: str) -> Prepared:
     stands in the manifest's `leakage`, or is refused or left out, as `data.leakage` says.
     """
     against = recipe_questions(config) if which == "train" else None
-    source = Path(str(config.data[which])).expanduser()
-    if source.suffix == ".parquet" and manifest_path(source).exists():
-        prepared = check_leakage(load_prepared(source, tokenizer), against)
+    out = prepared_path(config, which)
+    if out == Path(str(config.data[which])).expanduser():
+        prepared = check_leakage(load_prepared(out, tokenizer), against)
     else:
-        out = Path(config.output) / "data" / f"{which}.parquet"
         prepared = prepare(data_spec(config, which), tokenizer, out, against)
     if against and any(entry["hits"] for entry in prepared.manifest["leakage"]["against"].values()):
         print("\n".join(summary(prepared.manifest["leakage"])), file=sys.stderr)
@@ -60,3 +60,24 @@ def question_of(row: dict[str, Any]) -> str:
     except RowError:
         return next((row[key] for key in _QUESTION_KEYS if isinstance(row.get(key), str)), "")
     return next((message["content"] for message in reversed(messages) if message["role"] == "user"), "")
+
+
+def prepared_path(config: DictConfig, which: str) -> Path:
+    """Where a data set is once it is prepared: its source, where that is prepared data, else in OUTPUT/data."""
+    source = Path(str(config.data[which])).expanduser()
+    if source.suffix == ".parquet" and manifest_path(source).exists():
+        return source
+    return Path(config.output) / "data" / f"{which}.parquet"
+
+
+def changed_content(config: DictConfig, which: str, keys: Mapping[str, str]) -> list[str]:
+    """What is no longer in a data set as it was prepared here; nothing where it was not, or lies on a hub."""
+    source, prepared = str(config.data[which]), prepared_path(config, which)
+    if not manifest_path(prepared).exists():
+        return []
+    if prepared == Path(source).expanduser():
+        same = which != "train" or read_manifest(prepared)["parquet_sha256"] == keys["data"]
+    else:
+        readable = source.startswith(GENERATED) or Path(source).is_file()
+        same = not readable or read_manifest(prepared)["source_sha256"] == source_hash(source)
+    return [] if same else [f"data.{which}: {source} holds other rows"]

@@ -9,13 +9,17 @@ from typing import Any
 
 import pytest
 from config_fixtures import composed_once  # noqa: F401
+from omegaconf import OmegaConf
 from reporting.fake_runs import make_arm, make_base
 
 from eaft_verl.cli import main
 from eaft_verl.errors import ConfigError
+from eaft_verl.evaluation.settings import evaluation_key
 from eaft_verl.experiment.compare import in_order
 from eaft_verl.experiment.processes import CAUSE_FILE
+from eaft_verl.models import model_key
 from eaft_verl.recipe.resolve import load_recipe, resolve
+from eaft_verl.recipe.views import evaluate_settings
 from eaft_verl.runs import Run
 
 RECIPE = """
@@ -69,6 +73,17 @@ def test_seeds_that_do_not_fit_are_refused(recipe: Path, capsys: pytest.CaptureF
     assert "--seeds 0,1,0 names a seed twice" in capsys.readouterr().err
 
 
+def as_asked(recipe: Path, name: str, *overrides: str) -> Run:
+    """A made-up run of the output folder becomes what the recipe asks for."""
+    arm = name.partition("-")[0]
+    config = resolve(load_recipe(recipe), "sft" if arm == "base" else arm, overrides)
+    run = Run(recipe.parent / "out" / name)
+    (run.path / "config.yaml").write_text(OmegaConf.to_yaml(config))
+    keys = {"model": model_key(config.model), "evaluation": evaluation_key(evaluate_settings(config))}
+    run.update(keys={**run.info["keys"], **keys}, evaluated=True)
+    return run
+
+
 @pytest.fixture
 def stages(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every stage is a process that fails at once, as a broken arm's would; what was started is noted."""
@@ -89,11 +104,11 @@ def test_the_others_go_on_and_the_report_names_what_failed(
 ) -> None:
     output = recipe.parent / "out"
     make_base(output / "base")
-    Run(output / "base").update(evaluated=True)
+    as_asked(recipe, "base")
     for arm in ("sft", "eaft"):
         make_arm(output / f"{arm}-seed0", arm)
-    Run(output / "sft-seed0").update(evaluated=True)
-    Run(output / "eaft-seed0").update(error="evaluation: RunError: no such task")
+    as_asked(recipe, "sft-seed0")
+    as_asked(recipe, "eaft-seed0").update(error="evaluation: RunError: no such task", evaluated=False)
     assert main(["compare", str(recipe)]) == 1
     assert len(stages) == 2  # eaft's evaluation, slow's training; the rest was done
     assert stages[0].startswith("evaluate") and "--arm slow" in stages[1]
@@ -114,10 +129,10 @@ def test_an_error_before_there_is_a_run_reaches_the_report(
 ) -> None:
     output = recipe.parent / "out"
     make_base(output / "base")
-    Run(output / "base").update(evaluated=True)
+    as_asked(recipe, "base")
     for arm in ("sft", "eaft"):
         make_arm(output / f"{arm}-seed0", arm)
-        Run(output / f"{arm}-seed0").update(evaluated=True)
+        as_asked(recipe, f"{arm}-seed0")
     # the real command, which finds that the model cannot be trained before it makes a run directory
     assert main(["compare", str(recipe)]) == 1
     (row,) = json.loads((output / "report" / "report.json").read_text())["failed"]
@@ -129,7 +144,7 @@ def test_an_error_before_there_is_a_run_reaches_the_report(
 def test_what_needs_a_failed_run_is_not_started(recipe: Path, stages: list[str]) -> None:
     output = recipe.parent / "out"
     make_base(output / "base")
-    Run(output / "base").update(evaluated=True)
+    as_asked(recipe, "base")
     assert main(["compare", str(recipe)]) == 1
     assert len(stages) == 1 and "--arm eaft" in stages[0]
     assert not (output / "report").exists()  # there is nothing to report

@@ -1,0 +1,78 @@
+"""Whether a run directory holds what is asked for now: finished is not the same as finished with these settings."""
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from eaft_verl.errors import RunError
+from eaft_verl.evaluation.settings import evaluation_key
+from eaft_verl.models import model_key
+from eaft_verl.recipe.datasets import changed_content, prepared_path
+from eaft_verl.recipe.views import evaluate_settings
+from eaft_verl.reporting.comparability import ABSENT, flatten
+from eaft_verl.runs import Run
+
+# where a run lies and how often it is saved decide nothing of what it becomes
+FREE = ("recipe", "output", "verl.trainer.save_freq", "verl.trainer.max_ckpt_to_keep")
+OF_BASE = ("model", "evaluate", "data.heldout", "data.heldout_rows", "data.max_length")  # all that its scores rest on
+SHOWN = 5
+
+
+def require_same(folder: Path, config: DictConfig) -> None:
+    """RunError that names every key in which the run in `folder`, where there is one, is not this configuration's."""
+    if not (folder / "run.json").exists():
+        return
+    run = Run(folder)
+    if found := differences(run, config):
+        more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+        raise RunError(
+            f"{folder} (status {run.info['status']}) was made with other settings: {'; '.join(found[:SHOWN])}{more}. "
+            f"Ask for those again, choose another output=, or remove {folder}"
+        )
+
+
+def differences(run: Run, config: DictConfig) -> list[str]:
+    """'key=stored (now asked)' for every setting, and what is another one in the files behind them."""
+    base, keys = run.info["kind"] == "base", run.info.get("keys", {})
+    found = [
+        line
+        for line in settings_that_differ(asked_of(run), OmegaConf.to_container(config))
+        if not base or _under(line.partition("=")[0], OF_BASE)
+    ]
+    if not _named(found, "model") and keys.get("model") != model_key(config.model):
+        found.append(f"model: the files of {config.model} have changed")
+    for which in ("heldout",) if base else ("train", "heldout"):
+        if config.data[which] and not _named(found, f"data.{which}"):
+            found += changed_content(config, which, keys)
+    if not found:
+        heldout = prepared_path(config, "heldout") if config.data.heldout else None
+        if keys.get("evaluation") != evaluation_key(evaluate_settings(config, heldout)):
+            found.append("evaluate: the data, a task file or the harness behind it have changed")
+    return found
+
+
+def settings_that_differ(stored: Any, asked: Any) -> list[str]:
+    """'key=stored (now asked)', sorted by key."""
+    before, now = flatten(stored), flatten(asked)
+    return [
+        f"{key}={before.get(key, ABSENT)} (now {now.get(key, ABSENT)})"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key, ABSENT) != now.get(key, ABSENT) and not _under(key, FREE)
+    ]
+
+
+def asked_of(run: Run) -> dict[str, Any]:
+    """The configuration that was asked for: the run's own, less what it derived from another run."""
+    config = OmegaConf.create(run.config)
+    for key, value in (run.info.get("derived") or {}).get("asked", {}).items():
+        OmegaConf.update(config, key, value, merge=False)
+    return OmegaConf.to_container(config)  # type: ignore[return-value]
+
+
+def _named(found: list[str], key: str) -> bool:
+    return any(line.startswith(f"{key}=") for line in found)
+
+
+def _under(key: str, prefixes: tuple[str, ...]) -> bool:
+    return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
