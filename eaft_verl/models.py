@@ -41,7 +41,7 @@ def resolve_model(name: str | Path) -> Path | str:
             if (path / "adapter_config.json").is_file():
                 raise ConfigError(
                     f"model={name!r} is a LoRA adapter without its base: give the base model as `model` and the "
-                    "adapter as verl.model.lora_adapter_path, or merge the two first"
+                    "adapter as verl.model.lora_adapter_path beside verl.model.lora_rank, or merge the two first"
                 )
             raise ConfigError(
                 f"model={name!r} is a folder without config.json; point to a Hugging Face model folder "

@@ -97,6 +97,11 @@ def _check_engine(config: DictConfig) -> None:
         "verl.engine.forward_only, engine.qat and model.mtp do not train with these objectives; set them to false",
     )
     require(model.lora_rank >= 0, f"verl.model.lora_rank={model.lora_rank} must be 0 (train every weight) or more")
+    require(
+        model.lora_adapter_path is None or model.lora_rank > 0,
+        f"verl.model.lora_adapter_path={model.lora_adapter_path!r} is read only where verl.model.lora_rank is that of "
+        "the adapter; with lora_rank=0 the bare base model would be trained",
+    )
     for key, dtype in (engine.mixed_precision or {}).items():
         _choice(f"verl.engine.mixed_precision.{key}", dtype, PRECISIONS)
     attention = (model.override_config or {}).get("attn_implementation", "flash_attention_2")
@@ -127,6 +132,10 @@ def _check_schedule(config: DictConfig) -> None:
         value = trainer[key]
         good = value == "after_each_epoch" or (type(value) is int and (value == -1 or value > 0))
         require(good, f"verl.trainer.{key}={value!r} must be a number of steps, after_each_epoch, or -1 for never")
+    require(
+        trainer.test_freq == -1 or config.data.heldout or config.trainer != "sft",
+        f"verl.trainer.test_freq={trainer.test_freq} has no effect without data.heldout; set one or remove the other",
+    )
     require(trainer.total_epochs >= 1, f"verl.trainer.total_epochs={trainer.total_epochs} must be at least 1")
     steps = trainer.total_training_steps
     require(

