@@ -1,15 +1,33 @@
 """The configured objective is the one that runs: the first micro-batch is computed again by the definitions."""
 
 import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from eaft_verl.objectives import Objective, Psft
+from eaft_verl.objectives import (
+    Chord,
+    Deft,
+    Dft,
+    Eaft,
+    EaftSigmoid,
+    Flow,
+    Masked,
+    Objective,
+    PilotMask,
+    PowerP,
+    Psft,
+    Sft,
+    Talr,
+)
 from eaft_verl.tokens.logits import LogitStats, reference_stats
 from eaft_verl.tokens.reference_kl import TopReference, plain_kl
+from eaft_verl.tokens.stats import TokenStats
 
 TOKENS = 256  # rows recomputed: a whole micro-batch in float32 may not fit beside the model
+FEW = 8  # tokens whose entropy and weight are formed again one by one
 TOLERANCE = 1e-3  # relative; the two paths differ by rounding only, a wrong objective differs by its weights
 
 
@@ -22,6 +40,93 @@ def check_statistics(
     for name, ours, truth in zip(LogitStats._fields, stats, expected, strict=True):
         if ours is not None and name != "correct_T":  # ties of the largest logit may be broken either way
             _agree(name, ours.detach()[rows], truth)
+    for row in rows[:FEW].tolist():
+        _agree("entropy_T", stats.entropy_T[row], _entropy(logits_TV.detach()[row].double(), objective.k))
+
+
+def _entropy(logits_V: Tensor, k: int) -> Tensor:
+    """Eq. 2 of arXiv 2601.02151 as it is written: -sum q ln q over the K largest logits, renormalised; float64."""
+    best_K = logits_V.sort(descending=True).values[:k]
+    q_K = (best_K - best_K.max()).exp()
+    q_K = q_K[q_K > 0] / q_K.sum()
+    return -(q_K * q_K.log()).sum()
+
+
+def check_weight(objective: Objective, stats: TokenStats, weight_T: Tensor, mask_T: Tensor) -> None:
+    """A few weights against the formula of the objective's paper, in float64 and written a second time.
+
+    Without it an objective whose weights are all one would pass as what it calls itself. A user's own class has no
+    second formula and is not compared.
+    """
+    formula = FORMULAS.get(type(objective))
+    if formula is None:
+        return
+    for token in mask_T.nonzero().squeeze(-1)[:FEW].tolist():
+        of_token = [None if part is None else float(part[token]) for part in (stats.sum_p2_T, stats.sample_weight_T)]
+        old = None if stats.old_logprob_T is None else float(stats.old_logprob_T[token])
+        logprob, entropy = float(stats.logprob_T[token]), float(stats.entropy_T[token])
+        known = Token(
+            math.exp(logprob), logprob, entropy, entropy / math.log(max(stats.k, 2)), *of_token, stats.tau, old
+        )
+        if not _on_a_cut(objective, known):
+            truth = torch.tensor(formula(objective, known), dtype=torch.float64)
+            _agree(f"weight of {type(objective).__name__}", weight_T.detach()[token].cpu(), truth)
+
+
+class Token(NamedTuple):
+    """What a formula may use of one token, float64."""
+
+    p: float
+    logprob: float
+    entropy: float  # nats
+    share: float  # of ln K
+    sum_p2: float | None
+    sample_weight: float | None
+    tau: float | None
+    old_logprob: float | None
+
+
+def _eaft(objective: Any, token: Token) -> float:
+    scale = {"ln_k": token.share, "none": token.entropy}.get(str(objective.normalizer), token.entropy / 3.0)
+    return (
+        float(min(scale, 1.0) ** objective.power) if objective.normalizer == "ln_k" else float(scale**objective.power)
+    )
+
+
+def _psft(objective: Any, token: Token) -> float:
+    ratio = math.exp(min(max(token.logprob - float(token.old_logprob or 0.0), -20.0), 20.0))
+    return ratio if ratio <= 1.0 + objective.clip_high else 0.0
+
+
+FORMULAS: dict[type[Objective], Callable[[Any, Token], float]] = {
+    Sft: lambda objective, token: 1.0,
+    Eaft: _eaft,
+    EaftSigmoid: lambda objective, token: (
+        1.0 / (1.0 + math.exp(-objective.steepness * (token.share - objective.center)))
+    ),
+    Masked: lambda objective, token: float(token.share > objective.threshold),
+    PilotMask: lambda objective, token: float(
+        token.share > objective.entropy_threshold or token.p > objective.prob_threshold
+    ),
+    Dft: lambda objective, token: token.p,
+    Talr: lambda objective, token: max(
+        token.p ** (1.0 / max(token.tau if isinstance(objective.tau, str) else objective.tau, 1e-6)), objective.floor
+    ),
+    Flow: lambda objective, token: float(token.sample_weight or 0.0),
+    PowerP: lambda objective, token: token.p**objective.exponent,
+    Deft: lambda objective, token: token.p ** float(token.sum_p2 or 0.0),
+    Chord: lambda objective, token: token.p * (1.0 - token.p),
+    Psft: _psft,
+}
+
+
+def _on_a_cut(objective: Any, token: Token) -> bool:
+    """Whether rounding alone decides on which side of a threshold the token falls."""
+    cuts = {"threshold": token.share, "entropy_threshold": token.share, "prob_threshold": token.p}
+    near = [abs(value - vars(objective)[name]) < TOLERANCE for name, value in cuts.items() if vars(objective).get(name)]
+    if isinstance(objective, Psft) and token.old_logprob is not None:
+        near.append(abs(math.exp(token.logprob - token.old_logprob) - 1.0 - objective.clip_high) < TOLERANCE)
+    return any(near)
 
 
 def check_anchor(kind: str, kl_T: Tensor, logits_TV: Tensor, reference: Tensor | TopReference, mask_T: Tensor) -> None:

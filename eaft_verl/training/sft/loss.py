@@ -21,7 +21,7 @@ from eaft_verl.objectives import Anchor, Objective, Psft, present, weighted_nll
 from eaft_verl.tokens.logits import logit_stats
 from eaft_verl.tokens.reference_kl import TopReference, reference_kl
 from eaft_verl.tokens.stats import TokenStats
-from eaft_verl.training.sft.guard import check_anchor, check_loss, check_statistics
+from eaft_verl.training.sft.guard import check_anchor, check_loss, check_statistics, check_weight
 from eaft_verl.training.sft.step_metrics import TokenTable
 
 BATCH_FLAGS: dict[str, Any] = {
@@ -114,7 +114,10 @@ class TokenLoss(LogitsHook):
         _, mask_T = shifted(data)
         lengths_B = data["input_ids"].offsets().diff()
         stats = self._token_stats(values, data, lengths_B)
-        weight_T = self.objective.weight(stats) * _state(data).get("weight_scale", 1.0)
+        weight_T = self.objective.weight(stats)
+        if not self.guarded:
+            check_weight(self.objective, stats, weight_T, mask_T)
+        weight_T = weight_T * _state(data).get("weight_scale", 1.0)
         num_tokens = data["batch_num_tokens"] / data["dp_size"]  # FSDP averages gradients over dp_size ranks
         loss = self._total(values, weight_T, mask_T, num_tokens)
         if not self.guarded and torch.is_grad_enabled():

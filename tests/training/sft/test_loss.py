@@ -7,11 +7,15 @@ from typing import Any
 import pytest
 import torch
 from batch_examples import EXAMPLES
+from objective_fixtures import Tokens, random_tokens, ready, token_stats
 from verl.utils import tensordict_utils as tu
 
+from eaft_verl.objectives import OBJECTIVES, Objective, Sft
 from eaft_verl.recipe.objective import build_objective
+from eaft_verl.tokens.logits import logit_stats
 from eaft_verl.training.sft import loss
 from eaft_verl.training.sft.batches import make_batch
+from eaft_verl.training.sft.guard import FORMULAS, check_weight
 from eaft_verl.training.sft.loss import BATCH_FLAGS, TokenLoss, shifted
 from eaft_verl.training.sft.order import PADDING
 
@@ -55,6 +59,35 @@ def test_the_guard_refuses_a_wrong_statistic(name: str, monkeypatch: pytest.Monk
     batch = micro_batch()
     with pytest.raises(RuntimeError, match=rf"objective guard: {name} differs from its definition"):
         both_calls(TokenLoss(build_objective("deft")), batch, logits_of(batch))
+
+
+def guarded(objective: Objective, logits_TV: torch.Tensor) -> None:
+    """The guard's look at the weights of some tokens."""
+    count = len(logits_TV)
+    tokens = Tokens(logits_TV, torch.arange(count) % 27, torch.ones(count, dtype=torch.bool), torch.arange(count) % 4)
+    made = logit_stats(logits_TV, tokens.labels_T, tokens.mask_T, k=objective.k, sum_p2=True)
+    stats = token_stats(objective, tokens, made)
+    check_weight(objective, stats, objective.weight(stats), tokens.mask_T)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_guard_knows_every_built_in_objective(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An EAFT whose weights are all one is SFT; the formula it is compared with is written a second time."""
+    objective, logits_TV = ready(name), random_tokens(3).logits_TV
+    assert type(objective) in FORMULAS
+    guarded(objective, logits_TV)
+    other = 0.5 if isinstance(objective, Sft) else 1.0
+    monkeypatch.setattr(type(objective), "weight", lambda self, stats: stats.logprob_T * 0 + other)
+    with pytest.raises(RuntimeError, match=rf"weight of {type(objective).__name__} differs from its definition"):
+        guarded(objective, logits_TV)
+
+
+def test_the_guard_forms_the_entropy_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fast path and its yardstick share topk_entropy: a mistake there is in both."""
+    monkeypatch.setattr("eaft_verl.tokens.logits.topk_entropy", lambda top: top.softmax(-1).square().sum(-1))
+    batch = micro_batch()
+    with pytest.raises(RuntimeError, match="entropy_T differs from its definition"):
+        both_calls(TokenLoss(build_objective("eaft")), batch, logits_of(batch))
 
 
 def test_the_guard_refuses_a_wrong_sum(monkeypatch: pytest.MonkeyPatch) -> None:
