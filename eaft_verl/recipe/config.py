@@ -1,0 +1,192 @@
+"""The resolved configuration as this project reads it: names and types for the checker and the reader.
+
+At run time it is OmegaConf's read-only tree of the same shape, which also holds what only verl reads; a test holds the
+two together. `defaults.yaml` says what each key of ours means; sizes are in tokens, examples or devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Data:
+    """`data`: what is trained on and what is held out."""
+
+    train: Any
+    heldout: Any
+    max_length: int
+    over_long: str
+    control_tokens: str
+    turns: str
+    leakage: str
+    rows: int | None
+    heldout_rows: int | None
+
+
+@dataclass(frozen=True)
+class Compare:
+    """`compare`: what arms get equal amounts of, and whose spend is the budget."""
+
+    match: str
+    to: str | None
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Whose finished run gives this arm its length; unit and amount once that run is read."""
+
+    of: str
+    unit: str
+    amount: float
+
+
+@dataclass(frozen=True)
+class Control:
+    """Plain SFT stopped at the training NLL of another arm; level (nats) and window (steps) once that is read."""
+
+    of: str
+    by: str
+    level: float
+    window: int
+
+
+@dataclass(frozen=True)
+class Reward:
+    """`reward` of responses, in arms with trainer: grpo."""
+
+    grader: str
+    format_bonus: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """`evaluate`: benchmarks, drift, how often."""
+
+    target: list[Any]
+    general: list[Any]
+    drift: Mapping[str, Any] | None
+    points: int
+    limit: int | None
+    backend: str
+    backend_args: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
+class VerlModel:
+    """`verl.model`."""
+
+    override_config: Mapping[str, Any]
+    enable_gradient_checkpointing: bool
+    enable_activation_offload: bool
+    use_remove_padding: bool
+    lora_rank: int
+    lora_alpha: int
+    target_modules: Any
+    lora_adapter_path: str | None
+    use_liger: bool
+    use_fused_kernels: bool
+    mtp: Switch
+    external_lib: Any
+
+
+@dataclass(frozen=True)
+class Switch:
+    """A part of verl that is on or off."""
+
+    enable: bool
+
+
+@dataclass(frozen=True)
+class VerlEngine:
+    """`verl.engine`."""
+
+    strategy: str
+    param_offload: bool
+    optimizer_offload: bool
+    offload_policy: bool
+    reshard_after_forward: Any
+    fsdp_size: int
+    model_dtype: str
+    mixed_precision: Mapping[str, str] | None
+    ulysses_sequence_parallel_size: int
+    pad_to_length: bool
+    forward_only: bool
+    qat: Switch
+
+
+@dataclass(frozen=True)
+class VerlOptim:
+    """`verl.optim`."""
+
+    optimizer: str
+    optimizer_impl: str
+    lr: float
+    lr_scheduler_type: str
+    lr_warmup_steps_ratio: float
+    clip_grad: float | None
+
+
+@dataclass(frozen=True)
+class VerlData:
+    """`verl.data`; the last two in arms with trainer: grpo."""
+
+    train_batch_size: int
+    micro_batch_size_per_gpu: int
+    max_token_len_per_gpu: int
+    use_dynamic_bsz: bool
+    max_prompt_length: int | None
+    max_response_length: int
+
+
+@dataclass(frozen=True)
+class VerlTrainer:
+    """`verl.trainer`."""
+
+    total_epochs: int
+    total_training_steps: int | None
+    save_freq: int | str
+    test_freq: int | str
+    max_ckpt_to_keep: int | None
+    balance_batch: bool
+    nnodes: int
+    n_gpus_per_node: int
+
+
+@dataclass(frozen=True)
+class Verl:
+    """`verl`: its own keys, verbatim; the last three in arms with trainer: grpo, see `verl_keys.py`."""
+
+    model: VerlModel
+    engine: VerlEngine
+    optim: VerlOptim
+    data: VerlData
+    trainer: VerlTrainer
+    actor_rollout_ref: Any
+    algorithm: Any
+    reward: Any
+
+
+@dataclass(frozen=True)
+class Config:
+    """One arm of a recipe, every key decided."""
+
+    name: str
+    arm: str
+    recipe: str
+    model: str
+    device: str
+    seed: int
+    output: str
+    trainer: str
+    objective: Any
+    control: Control | None
+    compare: Compare
+    budget: Budget | None
+    data: Data
+    reward: Reward
+    evaluate: Evaluate
+    verl: Verl
