@@ -192,7 +192,8 @@ def _convert_smollm2(gguf: Path, out: Path) -> None:
     disable_progress_bar()
     print(f"converting {gguf.name} into {cache_dir() / SMOLLM2_FOLDER}, once", flush=True)
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).to(torch.bfloat16)
+    model: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    model = model.to(torch.bfloat16)
     tokenizer = _repair_smollm2(AutoTokenizer.from_pretrained(**source))
     tokens = {
         "bos_token_id": tokenizer.bos_token_id,

@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from eaft_verl.parameters import candidates, choice, count, number
 from eaft_verl.tokens.stats import FULL_KINDS, TOPK
@@ -96,7 +96,6 @@ class Anchor:
 class Objective:
     """Base of all objectives. `weight_norm=batch_mean` divides the weights by their mean over the global batch."""
 
-    needs: ClassVar[frozenset[str]] = frozenset()  # of: sum_p2, sample_weight, tau, base, old_logprob
     k: int = candidates(TOPK)
     weight_norm: str = choice("none", WEIGHT_NORMS)
     anchor: Anchor | None = None
@@ -106,6 +105,11 @@ class Objective:
             check: Callable[[Any], str | None] | None = item.metadata.get("check")
             if check and (allowed := check(vars(self)[item.name])):
                 raise ValueError(f"{item.name}={vars(self)[item.name]!r} must be {allowed}")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What it asks for beyond log-probability and entropy: of sum_p2, sample_weight, tau, base, old_logprob."""
+        return frozenset()
 
     def weight(self, stats: TokenStats) -> Tensor:
         """Weight of each token, [T] float32, not normalised, before masking."""
@@ -192,8 +196,11 @@ class PilotMask(Objective):
         return frozenset() if complete else frozenset({"base"})
 
     def calibrate(self, base: BaseStats) -> Objective:
-        cuts = {f"{name}_threshold": base.quantile(name, self.quantile) for name in ("entropy", "prob")}
-        return replace(self, **{name: cut for name, cut in cuts.items() if vars(self)[name] is None})
+        entropy, prob = (
+            base.quantile(name, self.quantile) if given is None else given
+            for name, given in (("entropy", self.entropy_threshold), ("prob", self.prob_threshold))
+        )
+        return replace(self, entropy_threshold=entropy, prob_threshold=prob)
 
     def weight(self, stats: TokenStats) -> Tensor:
         low_entropy = normalized_entropy(stats) <= present("pilot_mask.entropy_threshold", self.entropy_threshold)
@@ -236,8 +243,11 @@ class Flow(Objective):
     temperature None: the median of f over the data set (the authors' code), so the median example weighs 1/e.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"base", "sample_weight"})
     temperature: float | None = number(None, 0, positive=True)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"base", "sample_weight"})
 
     def sample_weights(self, base: BaseStats) -> Tensor:
         tau = base.quantile("mean_nll", 0.5) if self.temperature is None else self.temperature
@@ -261,7 +271,9 @@ class PowerP(Objective):
 class Deft(Objective):
     """w = p(y)^(sum_v p_v^2): trusts p only as far as the model is confident. arXiv 2602.11424."""
 
-    needs: ClassVar[frozenset[str]] = frozenset({"sum_p2"})
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"sum_p2"})
 
     def weight(self, stats: TokenStats) -> Tensor:
         return (present("deft: sum_p2", stats.sum_p2_T) * stats.logprob_T).exp()
@@ -284,10 +296,13 @@ class Psft(Objective):
     anew every `updates_per_refresh` optimizer steps. arXiv 2508.17784, Eq. 7; 0.2, 0.28 and 8 are its settings.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"old_logprob"})
     clip_low: float = number(0.2, 0, 1)
     clip_high: float = number(0.28, 0)
     updates_per_refresh: int = count(8)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"old_logprob"})
 
     def __post_init__(self) -> None:
         super().__post_init__()

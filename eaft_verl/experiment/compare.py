@@ -156,8 +156,8 @@ def _resolve_all(
         raise ConfigError(f"--seeds {','.join(map(str, seeds))} names a seed twice; every seed is one run of an arm")
     configs = []
     for arm in arms:
-        for seed in seeds or [None]:
-            config = resolve(recipe, arm, [*overrides, *([] if seed is None else [f"seed={seed}"])])
+        for chosen in [[f"seed={seed}"] for seed in seeds or ()] or [[]]:
+            config = resolve(recipe, arm, [*overrides, *chosen])
             try:
                 check(config, dry_run=dry_run)
             except ConfigError as error:

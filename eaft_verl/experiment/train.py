@@ -40,7 +40,7 @@ def train(config: DictConfig, declared: list[str]) -> Run:
         "model": model_key(config.model),
         "data": data.key,
         "template": data.manifest["template_hash"],
-        "evaluation": evaluation_key(evaluate_settings(config, heldout and heldout.path)),
+        "evaluation": evaluation_key(evaluate_settings(config, heldout.path if heldout else None)),
     }
     config, declared, derived = derive(config, declared, keys, data.examples)
     run = _open(config, declared, keys, derived)

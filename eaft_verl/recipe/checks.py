@@ -104,6 +104,12 @@ def _check_engine(config: DictConfig) -> None:
     )
     for key, dtype in (engine.mixed_precision or {}).items():
         _choice(f"verl.engine.mixed_precision.{key}", dtype, PRECISIONS)
+    _check_attention(config)
+
+
+def _check_attention(config: DictConfig) -> None:
+    """What sequence parallelism needs, and what a CPU does not have."""
+    model, engine = config.verl.model, config.verl.engine
     attention = (model.override_config or {}).get("attn_implementation", "flash_attention_2")
     if engine.ulysses_sequence_parallel_size > 1:
         require(

@@ -40,9 +40,9 @@ def reference_stats(logits_TV: Tensor, labels_T: Tensor, k: int = TOPK) -> Logit
     logprob_TV = logits_TV.log_softmax(dim=-1)
     nll_T = -logprob_TV.gather(-1, labels_T[:, None]).squeeze(-1)
     vocab = logits_TV.shape[-1]
-    entropies = [topk_entropy(logits_TV.detach().topk(min(size, vocab), dim=-1).values) for size in (k, TOPK)]
+    entropy_T, entropy20_T = (topk_entropy(logits_TV.detach().topk(min(size, vocab)).values) for size in (k, TOPK))
     correct_T = (logits_TV.argmax(dim=-1) == labels_T).to(nll_T.dtype)
-    return LogitStats(nll_T, *entropies, correct_T, logprob_TV.detach().exp().square().sum(dim=-1))
+    return LogitStats(nll_T, entropy_T, entropy20_T, correct_T, logprob_TV.detach().exp().square().sum(dim=-1))
 
 
 def logit_stats(
@@ -74,7 +74,7 @@ class _ChunkedStats(torch.autograd.Function):
         for rows in rows_R.split(CHUNK_TOKENS):
             part, grad_RV = _chunk(logits_TV[rows], labels_T[rows], k, sum_p2, wants_grad)
             out_5T[:, rows] = part
-            if grad_TV is not None:
+            if grad_TV is not None and grad_RV is not None:
                 grad_TV[rows] = grad_RV
         ctx.grad_TV = grad_TV
         nll_T, *rest = out_5T.unbind()

@@ -85,7 +85,8 @@ def reference_cache(
 def _fill(
     folder: Path, examples: Sequence[Example], k: int, infer: Callable[[list[int]], Any], batch_size: int
 ) -> None:
-    starts, arrays = _starts(examples), {}
+    starts = _starts(examples)
+    arrays: dict[str, np.ndarray] = {}
     for indices in sequential_batches(len(examples), batch_size):
         output = infer(indices)
         columns = sorted(name for name in output.keys() if name.startswith("top_"))  # noqa: SIM118 - a TensorDict

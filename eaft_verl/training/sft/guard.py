@@ -38,7 +38,9 @@ def check_statistics(
     rows = mask_T.nonzero().squeeze(-1)[:TOKENS]
     expected = reference_stats(logits_TV.detach()[rows], labels_T[rows], objective.k)
     for name, ours, truth in zip(LogitStats._fields, stats, expected, strict=True):
-        if ours is not None and name != "correct_T":  # ties of the largest logit may be broken either way
+        if (
+            ours is not None and truth is not None and name != "correct_T"
+        ):  # ties of the largest logit may be broken either way
             _agree(name, ours.detach()[rows], truth)
     for row in rows[:FEW].tolist():
         _agree("entropy_T", stats.entropy_T[row], _entropy(logits_TV.detach()[row].double(), objective.k))
@@ -62,11 +64,13 @@ def check_weight(objective: Objective, stats: TokenStats, weight_T: Tensor, mask
     if formula is None:
         return
     for token in mask_T.nonzero().squeeze(-1)[:FEW].tolist():
-        of_token = [None if part is None else float(part[token]) for part in (stats.sum_p2_T, stats.sample_weight_T)]
-        old = None if stats.old_logprob_T is None else float(stats.old_logprob_T[token])
+        sum_p2, sample, old = (
+            None if part is None else float(part[token])
+            for part in (stats.sum_p2_T, stats.sample_weight_T, stats.old_logprob_T)
+        )
         logprob, entropy = float(stats.logprob_T[token]), float(stats.entropy_T[token])
         known = Token(
-            math.exp(logprob), logprob, entropy, entropy / math.log(max(stats.k, 2)), *of_token, stats.tau, old
+            math.exp(logprob), logprob, entropy, entropy / math.log(max(stats.k, 2)), sum_p2, sample, stats.tau, old
         )
         if not _on_a_cut(objective, known):
             truth = torch.tensor(formula(objective, known), dtype=torch.float64)
@@ -93,6 +97,11 @@ def _eaft(objective: Any, token: Token) -> float:
     )
 
 
+def _talr(objective: Any, token: Token) -> float:
+    tau = float(token.tau or 0.0) if isinstance(objective.tau, str) else objective.tau
+    return float(max(token.p ** (1.0 / max(tau, 1e-6)), objective.floor))
+
+
 def _psft(objective: Any, token: Token) -> float:
     ratio = math.exp(min(max(token.logprob - float(token.old_logprob or 0.0), -20.0), 20.0))
     return ratio if ratio <= 1.0 + objective.clip_high else 0.0
@@ -109,9 +118,7 @@ FORMULAS: dict[type[Objective], Callable[[Any, Token], float]] = {
         token.share > objective.entropy_threshold or token.p > objective.prob_threshold
     ),
     Dft: lambda objective, token: token.p,
-    Talr: lambda objective, token: max(
-        token.p ** (1.0 / max(token.tau if isinstance(objective.tau, str) else objective.tau, 1e-6)), objective.floor
-    ),
+    Talr: _talr,
     Flow: lambda objective, token: float(token.sample_weight or 0.0),
     PowerP: lambda objective, token: token.p**objective.exponent,
     Deft: lambda objective, token: token.p ** float(token.sum_p2 or 0.0),

@@ -10,7 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from eaft_verl.data.prepare import Example
 from eaft_verl.errors import Interrupted, RunError
-from eaft_verl.objectives import Objective
+from eaft_verl.objectives import Objective, Talr
 from eaft_verl.runs import Run, step_name
 from eaft_verl.training.interruption import StopRequest
 from eaft_verl.training.progress import Progress
@@ -160,7 +160,7 @@ class Trainer:
     def _batch_state(self, rows: list[int], objective: Objective) -> dict[str, float]:
         """Scalars of the global batch that the objective asks for; an extra forward pass where they must be exact."""
         state: dict[str, float] = {}
-        if "tau" in objective.needs:
+        if isinstance(objective, Talr) and "tau" in objective.needs:
             known = self.state["tau"] if objective.tau == "previous_step" else None
             state["tau"] = known or self._forward(rows, {"tau": 1.0})["median_example_nll"]
         if objective.weight_norm == "batch_mean":
@@ -209,4 +209,4 @@ class Trainer:
         """Steps between two events; infinity for never (any step % inf is the step itself, never 0)."""
         if value == "after_each_epoch":
             return self.per_epoch
-        return math.inf if value == -1 else value
+        return math.inf if value == -1 else float(value)

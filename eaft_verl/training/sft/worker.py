@@ -91,7 +91,10 @@ class EaftWorker(TrainingWorker):
     def _merged_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Base plus adapters; verl's own iterator rounds them to bfloat16 on the way to a rollout."""
         for name, weight in normalize_peft_param_name(self.engine.module.state_dict()).items():
-            yield name, weight.to(get_device_id()).full_tensor() if isinstance(weight, DTensor) else weight
+            if isinstance(weight, DTensor):
+                moved: Any = weight.to(get_device_id())
+                weight = moved.full_tensor()
+            yield name, weight
 
     def _export(self, weights: Iterable[tuple[str, torch.Tensor]], folder: str, base_model: str, dtype: str) -> None:
         export_weights(weights, Path(folder), base_model, dtype, write=dist.get_rank() == 0)
