@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from eaft_verl.reporting.colors import marker, palette
 from eaft_verl.reporting.history import AXES, BAND, STATISTICS
@@ -22,6 +22,7 @@ _STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 10.5,
     "text.color": INK,
+    "text.parse_math": False,  # names of arms and benchmarks are no formulas
     "axes.labelcolor": INK,
     "axes.edgecolor": "#9aa5b1",
     "axes.spines.top": False,
@@ -88,10 +89,6 @@ def _png(figure: Figure) -> bytes:
     return target.getvalue()
 
 
-def _thousands(value: float, _: int = 0) -> str:
-    return f"{value:,.0f}" if value == int(value) else f"{value:g}"
-
-
 def _column(report: Row, name: str) -> Row:
     return next(item for item in report["columns"] if item["id"] == name)
 
@@ -151,7 +148,7 @@ def _legend(figure: Figure, report: Row, *, lines: bool) -> None:
         style = {"linestyle": _line(report, arm), "linewidth": 2.4} if lines else style
         handles.append(Line2D([], [], color=colors[arm], label=arm_name(arm), **style))
     look: Row = {"frameon": False, "labelcolor": "linecolor", "prop": {"weight": "bold", "size": 11}}
-    figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), **look)
+    figure.legend(handles=handles, loc="outside upper left", ncols=min(6, len(handles)), **look)
 
 
 def _path(report: Row, axis: str) -> Figure:
@@ -168,7 +165,7 @@ def _path(report: Row, axis: str) -> Figure:
         end = points[-1]
         xerr = _bars(end["x"], end["x_low"], end["x_high"], _scale(column))
         taken += _cross(axes, line[-1], xerr, _bars(end["kl"], end["kl_low"], end["kl_high"]), color)
-        steps = [_thousands(point["step"]) for point in points]
+        steps = [f"{point['step']:,.10g}" for point in points]
         labels += [Label(*spot, step, color) for spot, step in zip(line[1:-1], steps[1:-1], strict=True)]
         labels.append(Label(*line[-1], f"{arm_name(arm)} {steps[-1]}", color, 10.5, "bold"))
     axes.plot(*taken[0][0], "o", color=colors["base"], markersize=8, zorder=5)
@@ -274,7 +271,7 @@ def _panel(axes: Axes, report: Row, axis: str, name: str) -> None:
     axes.set_title(PANEL_TITLES[name])
     axes.tick_params(labelsize=9)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(_thousands))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.10g}"))
     axes.yaxis.set_major_locator(MaxNLocator(5))
     if name == "lr":
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
