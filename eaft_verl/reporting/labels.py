@@ -1,4 +1,7 @@
-"""Where to write labels beside points so that they cover neither points, lines nor each other."""
+"""Where to write labels beside points so that they cover neither points, lines nor each other.
+
+Not adjustText: with six arms it takes seconds a figure, and its labels end on markers and on each other.
+"""
 
 import itertools
 from collections.abc import Sequence

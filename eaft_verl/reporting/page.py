@@ -1,89 +1,88 @@
-"""The report as one self-contained HTML page and as Markdown."""
+"""report.md from its template, and report.html from report.md."""
 
 import base64
+import re
+from html import escape
 from pathlib import Path
+from string import Template
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markdown_it import MarkdownIt
 
+from eaft_verl.reporting import markdown, tables, wording
 from eaft_verl.reporting.colors import palette
-from eaft_verl.reporting.sections import Block, Section
-from eaft_verl.reporting.tables import escape, markdown
-from eaft_verl.reporting.wording import DASH, arm_name, plain
 
 Row = dict[str, Any]
+_FOLDER = Path(__file__).parent
+_MARKS = {f"\u00a0{arrow}": name for name, arrow in markdown.ARROWS.items()}
 
 
-def html(report: Row, sections: list[Section], figures: dict[str, bytes]) -> str:
-    """The page: styles and figures inline, no scripts, no requests; all text is escaped."""
+def text(report: Row, drawn: set[str]) -> str:
+    """report.md. Whatever is not of the template itself is escaped; `drawn`: the figures that exist in figures/."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
+        loader=FileSystemLoader(_FOLDER),
+        finalize=markdown.written,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals.update(arm_name=arm_name, plain=plain, subtitle=subtitle(report))
-    images = {name: "data:image/png;base64," + base64.b64encode(data).decode() for name, data in figures.items()}
-    colors = palette(report["arms"])
-    return environment.get_template("report.html.j2").render(
-        report=report, sections=sections, images=images, colors=colors
+    environment.globals |= vars(markdown) | vars(wording) | {"tables": tables}
+    sides = {column["side"] for column in report["columns"]}
+    seeds = max(len(seeds) for seeds in report["seeds"].values())
+    found = environment.get_template("report.md.j2").render(report=report, drawn=drawn, sides=sides, seeds=seeds)
+    return re.sub(r"\n{3,}", "\n\n", found).strip() + "\n"
+
+
+def html(text: str, arms: list[str], figures: dict[str, bytes]) -> str:
+    """The page: styles and figures inline, no scripts, no requests. Markdown's own HTML is off.
+
+    What is replaced below are tags, and text cannot hold one: every `<` of it is `&lt;` by now.
+    """
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
+    body = re.sub(r"<(t[hd])([^>]*)>(.+?)</t[hd]>", _cell, body)
+    body = re.sub(r"<tr>\n<td([^>]*)>(.*?)</td>", r'<tr>\n<th scope="row"\1>\2</th>', body)
+    body = body.replace("<table>", '<div class="scroll" tabindex="0"><table>').replace("</table>", "</table></div>")
+    body = re.sub(r"<p>((?:<img [^>]*>\s*)+)</p>", r'<div class="figures">\1</div>', body)
+    body = re.sub(r'<img src="figures/(\w+)\.png" alt="(.*?)" />', lambda img: _figure(figures, *img.groups()), body)
+    body = body.replace("<blockquote>\n<p><strong>", '<blockquote class="banner" role="alert">\n<p><strong>', 1)
+    for arm, color in palette(arms).items():
+        name = re.escape(escape(wording.arm_name(arm)))
+        body = re.sub(
+            rf"<strong>(?={name}(?:<| \u2212))", f'<strong><i class="dot" style="background:{color}"></i>', body
+        )
+    head, *sections = re.split(r"<h2>\d+\. ", body)
+    titles = [section.partition("</h2>")[0].partition(":")[0] for section in sections]
+    anchors = [re.sub(r"\W+", "-", title.lower()) for title in titles]
+    return Template((_FOLDER / "page.html").read_text(encoding="utf-8")).substitute(
+        title=re.sub(r"<.*?>", "", head.partition("</h1>")[0]),
+        head=head,
+        links="\n".join(f'<a href="#{anchor}">{title}</a>' for anchor, title in zip(anchors, titles, strict=True)),
+        content="\n".join(map(_section, anchors, range(1, len(sections) + 1), sections)),
     )
 
 
-def subtitle(report: Row) -> str:
-    """Model, arms and seeds in one line."""
-    seeds = max(len(seeds) for seeds in report["seeds"].values())
-    return f"{report['model']} \u00b7 {', '.join(map(arm_name, report['arms']))} \u00b7 {seeds} seed{'s' * (seeds > 1)}"
+def _cell(found: re.Match[str]) -> str:
+    """Lines of a table cell below each other; a verdict becomes a class."""
+    tag, attributes, text = found.groups()
+    if mark := _MARKS.get(text[-2:]):
+        attributes += f' class="{mark}"'
+        text = f'{text[:-2]}<span class="mark">{text[-2:]}</span>'
+    first, *lines = text.split(markdown.LINE)
+    return f"<{tag}{attributes}>{first}{''.join(f'<small>{line}</small>' for line in lines)}</{tag}>"
 
 
-def text(report: Row, sections: list[Section]) -> str:
-    """The report as Markdown with the same numbers; figures are links into figures/."""
-    lines = [f"# {report['recipe']}", "", _safe(subtitle(report)), ""]
-    if report["problems"]:
-        lines += [
-            "> **Forced: these runs are not comparable.**",
-            *(f"> - {_safe(line)}" for line in report["problems"]),
-            "",
-        ]
-    for order, section in enumerate(sections, 1):
-        lines += [f"## {order}. {section.title}", ""]
-        for block in section.blocks:
-            lines += [f"### {block.title}", ""] if block.title else []
-            lines += [*_block(block), ""]
-    return "\n".join(lines).rstrip() + "\n"
+def _figure(figures: dict[str, bytes], name: str, seen: str) -> str:
+    image = f'<img src="data:image/png;base64,{base64.b64encode(figures[name]).decode()}" alt="{seen}">'
+    return f"<figure>{image}<figcaption>{seen}</figcaption></figure>"
 
 
-def _safe(line: str) -> str:
-    return escape(line).replace("\\|", "|")
-
-
-def _block(block: Block) -> list[str]:
-    content = block.content
-    match block.kind:
-        case "text":
-            return [_safe(content)]
-        case "note":
-            return [f"> {_safe(content)}"]
-        case "list":
-            return [f"- {_safe(line)}" for line in content]
-        case "cards":
-            return [f"- **{_safe(card['name'])}**: {_safe(' '.join(card['sentences']))}" for card in content]
-        case "table":
-            return [markdown(content)]
-        case "figures":
-            return [f"![{figure.alt}](figures/{figure.name}.png)" for figure in content]
-        case "tabs":
-            return [f"![{figure.alt}](figures/{figure.name}.png)" for _, figure in content]
-        case "samples":
-            return [line for example in content for line in _example(example)]
-        case "glossary":
-            return [f"- **{term}**: {_safe(meaning)}" for term, meaning in content.items()]
-    raise AssertionError(block.kind)
-
-
-def _example(example: Row) -> list[str]:
-    lines = [f"- **{_safe(example['id'])}**: {_safe(example['prompt'])} (target: {_safe(example['target']) or DASH})"]
-    for arm, answer in example["answers"].items():
-        lines.append(f"  - {_safe(arm_name(arm))} ({plain(answer['score'])}): {_safe(answer['text'])}")
-    return lines
+def _section(anchor: str, order: int, text: str) -> str:
+    """A section under its anchor. Parts under headings of the fourth level fold; the first of several is open."""
+    first, *others = re.split(r"(?=<h[34]>)", text)
+    parts, fold = [first], " open"
+    for part in others:
+        folds = part.startswith("<h4>")
+        parts.append(f"<details{fold}>{part.replace('h4>', 'summary>', 2)}</details>" if folds else part)
+        fold = "" if folds else " open"
+    return f'<section id="{anchor}">\n<h2><span>{order}</span>{"".join(parts)}\n</section>'

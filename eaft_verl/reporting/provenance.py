@@ -67,19 +67,9 @@ def shorten(value: Any, head: int = TEXT_LENGTH - _TAIL) -> str:
 def environment(base: Arm, arms: list[Arm], out: Path) -> Row:
     """{runs: {run: folder relative to the report}, equal: {key: text}, differing: {key: {run: text}}} of env.json."""
     runs = [base.runs[0], *(run for arm in arms for run in arm.runs)]
-    flat = {run.label: {key: _plain(text) for key, text in flatten(run.run.env).items()} for run in runs}
-    equal: dict[str, str] = {}
-    differing: dict[str, dict[str, str]] = {}
-    for key in sorted({key for values in flat.values() for key in values}):
-        values = {label: env.get(key, ABSENT) for label, env in flat.items()}
-        if len(set(values.values())) == 1:
-            equal[key] = next(iter(values.values()))
-        else:
-            differing[key] = values
+    flat = {run.label: {key: shorten(json.loads(text)) for key, text in flatten(run.run.env).items()} for run in runs}
+    keys = sorted({key for values in flat.values() for key in values})
+    found = {key: {label: env.get(key, ABSENT) for label, env in flat.items()} for key in keys}
+    equal = {key: next(iter(values.values())) for key, values in found.items() if len(set(values.values())) == 1}
     folders = {run.label: os.path.relpath(run.run.path, out.resolve()) for run in runs}
-    return {"runs": folders, "equal": equal, "differing": differing}
-
-
-def _plain(text: str) -> str:
-    value = json.loads(text)
-    return shorten(value)
+    return {"runs": folders, "equal": equal, "differing": {key: found[key] for key in keys if key not in equal}}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from eaft_verl.files import write_json, write_text
-from eaft_verl.reporting import page, sections
+from eaft_verl.reporting import page
 from eaft_verl.reporting.caveats import caveats
 from eaft_verl.reporting.collect import Arm, load
 from eaft_verl.reporting.comparability import check, config_differences
@@ -45,14 +45,14 @@ def report(
     problems = check(base, arms, force=force, failed=failed)
     found = measure(base, arms, out, problems=problems, seed=seed, failed=failed)
     figures = plots.draw(found)
-    content = sections.build(found, set(figures))
+    text = page.text(found, set(figures))
     for name, data in figures.items():
         _write_bytes(out / "figures" / f"{name}.png", data)
     for stale in {path.stem for path in (out / "figures").glob("*.png")} & set(plots.NAMES) - set(figures):
         (out / "figures" / f"{stale}.png").unlink()
     write_json(out / "report.json", found)
-    write_text(out / "report.md", page.text(found, content))
-    write_text(out / "report.html", page.html(found, content, figures))
+    write_text(out / "report.md", text)
+    write_text(out / "report.html", page.html(text, found["arms"], figures))
     return found
 
 

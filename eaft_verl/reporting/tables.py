@@ -1,57 +1,55 @@
-"""Tables of the report, once for the page and for Markdown: rows of cells built from report.json's data."""
+"""Tables of the report: rows of cells built from report.json's data."""
 
-from dataclasses import dataclass
 from typing import Any
 
+from eaft_verl.reporting.markdown import Cell, Table
 from eaft_verl.reporting.wording import AXES_IN_WORDS, DASH, arm_name, direction, number, percent, score, span
 
 Row = dict[str, Any]
-ARROWS = {"better": "\u25b2", "worse": "\u25bc"}
 ONE_WAY = ("drift.kl", "drift.agreement")  # the base is their best value, so every arm is 'worse' than it
-SIDES = {"target": "Target", "general": "General", "drift": "Drift from the base"}
+SIDES = {"target": "target", "general": "general", "drift": "drift from the base"}
+UNITS = ("updates", "tokens", "samples", "device_seconds")
 
 
-@dataclass(frozen=True)
-class Cell:
-    """Main text, smaller lines below it, a verdict ('better', 'worse' or '') and the arm whose colour it carries."""
+def headline_table(report: Row) -> Table:
+    """Up to three numbers an arm: change of the target and of general skill, KL to the base; with their intervals."""
+    columns = {column["id"]: column for column in report["columns"]}
+    target = "target_mean" if "target_mean" in columns else "heldout"
+    shown = {target: "Target", "general_mean": "General", "drift.kl": "KL to base"}
+    shown = {name: title for name, title in shown.items() if name in columns}
+    units = ["points" if columns[name]["percent"] else "nats" for name in shown]
+    header = [Cell(title, (unit,)) for title, unit in zip(shown.values(), units, strict=True)]
+    rows = [
+        [_name(report, arm), *(_key_figure(columns[name], report["results"][arm].get(name)) for name in shown)]
+        for arm in report["arms"]
+    ]
+    return Table([Cell(""), *header], rows)
 
-    text: str
-    lines: tuple[str, ...] = ()
-    mark: str = ""
-    arm: str = ""
-    strong: bool = False
 
-
-@dataclass(frozen=True)
-class Table:
-    """`groups` span the header's columns: (title, number of columns). The first column names the rows."""
-
-    header: list[Cell]
-    rows: list[list[Cell]]
-    groups: list[tuple[str, int]] | None = None
-    numeric: bool = True
+def _key_figure(column: Row, cell: Row | None) -> Cell:
+    if cell is None or "delta" not in cell:
+        return Cell(DASH)
+    if column["id"] == "drift.kl":
+        return Cell(score(column, cell["score"]), (span(column, cell, signed=False),))
+    return _difference(column, cell["delta"], strong=False)
 
 
 def results_table(report: Row) -> Table:
     """Base and arms by measure: score and standard error, change against the base with its interval."""
-    columns = report["columns"]
-    rows = []
-    for arm in ["base", *report["arms"]]:
-        cells = report["results"][arm]
-        rows.append([_name(report, arm), *(_score(column, cells.get(column["id"])) for column in columns)])
-    return Table([Cell(""), *(_heading(column) for column in columns)], rows, _groups(columns))
-
-
-def _groups(columns: list[Row]) -> list[tuple[str, int]]:
-    sides = [column["side"] for column in columns]
-    return [("", 1), *((title, sides.count(side)) for side, title in SIDES.items() if side in sides)]
+    columns, results = report["columns"], report["results"]
+    rows = [
+        [_name(report, arm), *(_score(column, results[arm].get(column["id"])) for column in columns)]
+        for arm in ["base", *report["arms"]]
+    ]
+    return Table([Cell(""), *map(_heading, columns)], rows)
 
 
 def _heading(column: Row) -> Cell:
     better = "\u2191" if column["higher_is_better"] else "\u2193"
     what = column["metric"] if not column["members"] and column["name"] == column["id"] else ""
     size = f"n = {column['n']:,}" if column["n"] else ""
-    return Cell(f"{column['name']} {better}", tuple(line for line in (what, column["unit"], size) if line))
+    lines = (SIDES[column["side"]], what, column["unit"], size)
+    return Cell(f"{column['name']} {better}", tuple(line for line in lines if line))
 
 
 def _name(report: Row, arm: str) -> Cell:
@@ -65,7 +63,7 @@ def _score(column: Row, cell: Row | None) -> Cell:
     if cell is None:
         return Cell(DASH)
     text = score(column, cell["score"])
-    if cell["stderr"]:
+    if cell["stderr"] is not None:
         text += f" \u00b1{score(column, cell['stderr'])}"
     if "delta" not in cell:
         return Cell(text, strong=bool(column["members"]))
@@ -76,53 +74,47 @@ def _score(column: Row, cell: Row | None) -> Cell:
 
 def versus_table(report: Row) -> Table:
     """Paired difference of every arm to the reference arm."""
+    return _differences(report, [(_name(report, arm), cells) for arm, cells in report["versus"]["arms"].items()])
+
+
+def controls_table(report: Row) -> Table:
+    """Paired difference of an arm to each of its controls; no row if no control stands beside its arm."""
+    rows = [
+        (Cell(f"{arm_name(item['of'])} \u2212 {item['arm']}", arm=item["of"], strong=True), item["versus"])
+        for item in report["controls"]
+        if item["versus"]
+    ]
+    return _differences(report, rows)
+
+
+def _differences(report: Row, rows: list[tuple[Cell, Row]]) -> Table:
     columns = report["columns"]
-    rows = []
-    for arm, cells in report["versus"]["arms"].items():
-        row = [_name(report, arm)]
-        for column in columns:
-            bounds = cells.get(column["id"])
-            row.append(Cell(DASH) if bounds is None else _difference(column, bounds))
-        rows.append(row)
-    return Table([Cell(""), *(Cell(column["name"]) for column in columns)], rows, _groups(columns))
+    header = [Cell(column["name"], (SIDES[column["side"]],)) for column in columns]
+    filled = [[name, *(_difference(column, cells.get(column["id"])) for column in columns)] for name, cells in rows]
+    return Table([Cell(""), *header], filled)
 
 
-def controls_table(report: Row) -> Table | None:
-    """Paired difference of an arm to each of its controls; None if no control stands beside its arm."""
-    columns, rows = report["columns"], []
-    for item in report["controls"]:
-        if item["versus"]:
-            cells = [item["versus"].get(column["id"]) for column in columns]
-            name = Cell(f"{arm_name(item['of'])} \u2212 {item['arm']}", arm=item["of"], strong=True)
-            row = [
-                Cell(DASH) if bounds is None else _difference(column, bounds)
-                for column, bounds in zip(columns, cells, strict=True)
-            ]
-            rows.append([name, *row])
-    return Table([Cell(""), *(Cell(column["name"]) for column in columns)], rows, _groups(columns)) if rows else None
-
-
-def _difference(column: Row, bounds: Row) -> Cell:
+def _difference(column: Row, bounds: Row | None, strong: bool = True) -> Cell:
+    if bounds is None:
+        return Cell(DASH)
     text = score(column, bounds["delta"], signed=True)
-    return Cell(text, (span(column, bounds),), direction(column, bounds), strong=bool(column["members"]))
+    strong = strong and bool(column["members"])
+    return Cell(text, (span(column, bounds),), direction(column, bounds), strong=strong)
 
 
 def equal_gain_table(report: Row) -> Table:
     """KL and step where each arm reaches the same gain, with the paired difference to the first arm."""
     columns = {column["id"]: column for column in report["columns"]}
-    header, groups = [Cell("")], [("", 1)]
+    header = [Cell("")]
     rows = [[_name(report, arm)] for arm in report["arms"]]
     for axis, title in AXES_IN_WORDS.items():
-        levels = report["equal_gain"].get(axis, {}).get("levels", [])
-        if levels:
-            groups.append((f"Share of the common gain in {title}", len(levels)))
-        for level in levels:
+        for level in report["equal_gain"].get(axis, {}).get("levels", []):
             gain, unit = columns[axis], " points" if columns[axis]["percent"] else " nats"
             reached = score(gain, level["level"]) + unit
-            header.append(Cell(percent(level["fraction"]), (f"gain {reached}",)))
+            header.append(Cell(percent(level["fraction"]), (f"of the gain in {title}", f"gain {reached}")))
             for row, arm in zip(rows, report["arms"], strict=True):
                 row.append(_reached(columns["drift.kl"], level["arms"][arm], report["arms"][0]))
-    return Table(header, rows, groups)
+    return Table(header, rows)
 
 
 def _reached(kl: Row, item: Row | None, reference: str) -> Cell:
@@ -168,27 +160,22 @@ def _short(text: str) -> str:
 def budgets_table(report: Row) -> Table:
     """What each arm spent in the four units, and its ratio to the arm it is matched to."""
     found = report["budgets"]
-    rows = []
-    for item in found["arms"]:
-        spent = item["spent"]
-        cells = [Cell(number(spent["updates"], _digits(spent["updates"]))), _tokens(item)]
-        cells += [Cell(number(spent["samples"], 0)), Cell(number(spent["device_seconds"], 1)), _ratio(found, item)]
-        rows.append([_name(report, item["arm"]), *cells])
-    header = ("Updates", "Tokens", "Samples", "Device seconds", "Of the budget")
-    return Table([Cell(""), *(Cell(text, ("matched",) if _unit(found) == text else ()) for text in header)], rows)
+    header = [
+        Cell(unit.replace("_", " ").capitalize(), ("matched",) if unit == found["match"] else ()) for unit in UNITS
+    ]
+    rows = [
+        [_name(report, item["arm"]), *(_amount(item, unit) for unit in UNITS), _ratio(found, item)]
+        for item in found["arms"]
+    ]
+    return Table([Cell(""), *header, Cell("Of the budget")], rows)
 
 
-def _unit(found: Row) -> str:
-    return found["match"].replace("_", " ").capitalize()
-
-
-def _digits(value: float | None) -> int:
-    return 1 if value is not None and value % 1 else 0
-
-
-def _tokens(item: Row) -> Cell:
-    made = (f"{number(item['generated_tokens'], 0)} generated",) if item["generated_tokens"] else ()
-    return Cell(number(item["spent"]["tokens"], 0), made)
+def _amount(item: Row, unit: str) -> Cell:
+    value, made = item["spent"][unit], item["generated_tokens"]
+    if unit == "updates":
+        return Cell(number(value, int(value is not None and value % 1 > 0)))
+    lines = (f"{number(made, 0)} generated",) if unit == "tokens" and made else ()
+    return Cell(number(value, int(unit == "device_seconds")), lines)
 
 
 def _ratio(found: Row, item: Row) -> Cell:
@@ -200,7 +187,7 @@ def _ratio(found: Row, item: Row) -> Cell:
         said = "the others are matched to it"
     else:
         said = {True: "matched", False: "NOT MATCHED", None: "not known"}[item["equal"]]
-    return Cell(f"{item['ratio']:.1%}".replace("%", " %"), (said,), "worse" if item["equal"] is False else "")
+    return Cell(percent(item["ratio"], 1), (said,), "worse" if item["equal"] is False else "")
 
 
 def failed_table(report: Row) -> Table:
@@ -211,51 +198,39 @@ def failed_table(report: Row) -> Table:
 
 def cost_table(report: Row) -> Table:
     """Training and evaluation seconds, speed and memory of each arm; the share of generation where there is any."""
-    header = ["Training, s", "Evaluation, s", "Trained tokens per s", "Peak memory, GiB", "Seeds"]
-    generating = any(item["generation_share"] is not None for item in report["cost"])
-    rows = []
-    for item in report["cost"]:
-        values = [number(item[key], 0) for key in ("train_seconds", "eval_seconds", "tokens_per_s")]
-        values += [number(item["memory_gib"], 2), ", ".join(map(str, item["seeds"]))]
-        if generating:
-            share = item["generation_share"]
-            values.insert(1, DASH if share is None else percent(share))
-        rows.append([Cell(arm_name(item["arm"]), arm=item["arm"], strong=True), *(Cell(text) for text in values)])
-    if generating:
-        header.insert(1, "of it generation")
-    return Table([Cell(""), *(Cell(text) for text in header)], rows)
+    header = {
+        "train_seconds": "Training, s",
+        "generation_share": "of it generation",
+        "eval_seconds": "Evaluation, s",
+        "tokens_per_s": "Trained tokens per s",
+        "memory_gib": "Peak memory, GiB",
+        "seeds": "Seeds",
+    }
+    if all(item["generation_share"] is None for item in report["cost"]):
+        del header["generation_share"]
+    rows = [
+        [Cell(arm_name(item["arm"]), arm=item["arm"], strong=True), *(Cell(_cost(name, item[name])) for name in header)]
+        for item in report["cost"]
+    ]
+    return Table([Cell(""), *map(Cell, header.values())], rows)
+
+
+def _cost(name: str, value: Any) -> str:
+    if name == "seeds":
+        return ", ".join(map(str, value))
+    return percent(value) if name == "generation_share" else number(value, 2 if name == "memory_gib" else 0)
 
 
 def environment_tables(report: Row) -> list[Table]:
-    """What is equal in all runs, then what differs, then where the runs lie."""
-    environment = report["environment"]
-    equal = [[Cell(key), Cell(text)] for key, text in environment["equal"].items()]
-    differing = [[Cell(key), *(Cell(text) for text in row.values())] for key, row in environment["differing"].items()]
-    folders = [[Cell(label), Cell(folder)] for label, folder in environment["runs"].items()]
-    labels = [Cell(label) for label in environment["runs"]]
-    tables = [Table([Cell("Run"), Cell("Folder, relative to this report")], folders, numeric=False)]
-    if differing:
-        tables.append(Table([Cell("Differs between runs"), *labels], differing, numeric=False))
-    if equal:
-        tables.append(Table([Cell("Equal in all runs"), Cell("")], equal, numeric=False))
-    return tables
+    """Where the runs lie, then what differs between them, then what is equal in all."""
+    found = report["environment"]
+    differing = [(key, *row.values()) for key, row in found["differing"].items()]
+    return [
+        _texts(["Run", "Folder, relative to this report"], [*found["runs"].items()]),
+        _texts(["Differs between runs", *found["runs"]], differing),
+        _texts(["Equal in all runs", ""], [*found["equal"].items()]),
+    ]
 
 
-def markdown(table: Table) -> str:
-    """The table in GitHub's Markdown; lines of a cell are joined by ' · ', verdicts become arrows."""
-    lines = ["| " + " | ".join(_flat(cell) for cell in table.header) + " |"]
-    align = "---:" if table.numeric else ":---"
-    lines.append("| " + " | ".join([":---", *[align] * (len(table.header) - 1)]) + " |")
-    lines += ["| " + " | ".join(_flat(cell) for cell in row) + " |" for row in table.rows]
-    return "\n".join(lines)
-
-
-def _flat(cell: Cell) -> str:
-    text = " \u00b7 ".join(part for part in (cell.text, *cell.lines) if part)
-    text = escape(f"**{text}**" if cell.strong and not cell.lines else text)
-    return f"{text} {ARROWS[cell.mark]}" if cell.mark else text
-
-
-def escape(text: str) -> str:
-    """Text that cannot break out of a Markdown table cell or start HTML."""
-    return " ".join(text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|").split())
+def _texts(header: list[str], rows: list[tuple[str, ...]]) -> Table:
+    return Table([*map(Cell, header)], [[*map(Cell, row)] for row in rows], numeric=False)

@@ -1,6 +1,7 @@
 """Numbers and findings in words. Nothing is prejudged: every verdict is read off an interval."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 Row = dict[str, Any]
@@ -12,6 +13,11 @@ SPELLED = {"sft": "SFT", "eaft": "EAFT", "dft": "DFT", "grpo": "GRPO", "sft_kl":
 def arm_name(arm: str) -> str:
     """How an arm is printed: known methods as in the paper, others as written in the recipe."""
     return SPELLED.get(arm, arm)
+
+
+def names(arms: Iterable[str]) -> str:
+    """Arms as a list in words."""
+    return ", ".join(map(arm_name, arms))
 
 
 def control_wording(row: Row) -> str:
@@ -54,9 +60,9 @@ def plain(value: float | None) -> str:
     return number(value, 3 if value is not None and value % 1 else 0)
 
 
-def percent(share: float) -> str:
-    """'75 %'."""
-    return f"{share * 100:.0f} %"
+def percent(share: float | None, decimals: int = 0) -> str:
+    """'75 %', or a dash if it is not known."""
+    return DASH if share is None else f"{number(share, decimals, scale=100.0)} %"
 
 
 def score(column: Row, value: float | None, *, signed: bool = False) -> str:

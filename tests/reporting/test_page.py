@@ -6,12 +6,17 @@ import shutil
 import subprocess
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 from reporting.fake_runs import HOSTILE, edit, edit_samples, make_arm, make_base, make_runs
 
+from eaft_verl.reporting import page as pages
 from eaft_verl.reporting.collect import load
 from eaft_verl.reporting.comparability import check
+from eaft_verl.reporting.markdown import Cell, Table, safe, table, verbatim
 from eaft_verl.reporting.report import measure, report
-from eaft_verl.reporting.wording import score, span
+from eaft_verl.reporting.wording import number, percent, score, span
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -63,6 +68,103 @@ def test_a_hostile_answer_is_text(made):
     )
     assert "&lt;script&gt;alert(" in page(out)
     assert "<script>" not in (out / "report.md").read_text()
+
+
+CORPUS = (
+    "![x](https://evil.example/p.png) and [y](https://evil.example) [y][z] ![z]",
+    "[z]: https://evil.example 'title'\n\n[z]",
+    "<img src=x onerror=alert(1)> <https://evil.example> &lt;b&gt; &#x3c;script&#x3e;",
+    "https://evil.example www.evil.example mailto:a@evil.example",
+    "a | b\n--- | ---\n| 1 | 2 |\n:-\n\\| ##",
+    "# h\n## h ##\n===\n---\n- l\n+ l\n* l\n1. l\n2) l\n> q\n- [x] box\n[ ] box\n~~~\n```js\ncode\n```",
+    "**b** __b__ *i* _i_ ~~s~~ `c` $x$ $$y$$ [^1] a_b_c \\* \\",
+    "def f(x):\n    if x:\n        return  'two  spaces'\n\n\treturn None",
+    "\x1b[31mred\x1b]8;;https://evil.example\x07 \x00\x08\x7f\x9b bidi\u202e\u2066 \ud800 end\r\nnext\rlast",
+    "</td></tr></table><script>alert(1)</script> \u00a0\u25b2 \u00b7\u00a0lines",
+)
+
+
+def plain_text(text):
+    """What a reader should see of it: its words."""
+    unseen = {*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)} - set(
+        b"\t\n\r\x1c\x1d\x1e\x1f"
+    )
+    kept = "".join(char for char in text if ord(char) not in unseen - {0x85})
+    return kept.encode("utf-8", "replace").decode().split()
+
+
+def shown(markdown):
+    """(words that a viewer shows, types of the inline pieces), with HTML, tables and ~~ switched on."""
+    tokens = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).parse(markdown)
+    pieces = [piece for token in tokens for piece in token.children or ()]
+    texts = [[piece.content if piece.type == "text" else "\n" for piece in token.children or ()] for token in tokens]
+    return "\n".join(map("".join, texts)).split(), {piece.type for piece in pieces}, {token.type for token in tokens}
+
+
+def assert_inert(text):
+    words = plain_text(text)
+    for before in ("", "- ", "> ", "## "):
+        found, inline, blocks = shown(f"{before}{safe(text)}")
+        assert found == words and inline <= {"text"}, (before, text)
+        assert len(blocks) <= {"": 3, "- ": 7, "> ": 5, "## ": 3}[before], (before, text, blocks)
+    found, inline, blocks = shown(verbatim(text) if words else "")
+    assert found == words and inline <= {"text", "hardbreak"}, text
+    assert blocks <= {"paragraph_open", "inline", "paragraph_close"}, (text, blocks)
+    grid = shown(table(Table([Cell("h")] * 2, [[Cell(text, (text,)), Cell("last")]])))[0]
+    expected = ["h", "h", *(word for word in words * 2 if word != "\u00b7"), "last"]
+    assert [word for word in grid if word != "\u00b7"] == expected, text
+
+
+@pytest.mark.parametrize("text", CORPUS)
+def test_no_markup_of_a_text_survives(text):
+    assert_inert(text)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.text(alphabet="![](){}<>&;#*_~`|\\$:/-+=.1^ax w\n\t\"'\u00a0\u00b7\u25b2", max_size=24))
+def test_no_markup_of_any_text_survives(text):
+    assert_inert(text)
+
+
+def test_addresses_are_broken_where_a_viewer_would_link_them():
+    # GitHub's autolinks start at a literal '://' or 'www.' of the source
+    assert safe("see https://a.example or www.a.example") == "see https\\://a.example or www\\.a.example"
+
+
+def test_hostile_answers_are_text_in_both_files(tmp_path):
+    runs = make_runs(tmp_path)
+    for run, step in ((runs[0], 0), (runs[1], 12), (runs[2], 12)):
+        path = run / "samples" / f"step_{step:06d}" / "chain_sum.jsonl"
+        texts = [text.replace("\ud800", "") for text in CORPUS]
+        hostile = [{"response": text, "prompt": text, "target": text} for text in texts]
+        edit_samples(path, lambda rows, new=hostile: [{**row, **new[i % len(new)]} for i, row in enumerate(rows)])
+    edit(runs[2] / "run.json", lambda info: {**info, "recipe": CORPUS[0], "model": CORPUS[2]})
+    edit(runs[1] / "run.json", lambda info: {**info, "recipe": CORPUS[0], "model": CORPUS[2]})
+    rows = [{"arm": "dft", "seed": 0, "run": "dft", "error": text} for text in CORPUS]
+    base, arms = load(runs)
+    found = measure(base, arms, tmp_path / "report", problems=list(CORPUS), seed=0, failed=rows)
+    text = pages.text(found, set())
+    _, inline, _ = shown(text)
+    assert inline <= {"text", "hardbreak", "softbreak", "strong_open", "strong_close"}
+    made = pages.html(text, found["arms"], {})
+    allowed = "head body header main footer nav section h1 h2 h3 p a ul li i strong small span br div details summary "
+    allowed += "table thead tbody tr th td blockquote"
+    assert set(re.findall(r"<(\w+)", made.split("</style>")[1])) <= set(allowed.split())
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", text + made)
+    assert set(re.findall(r'href="([^"]*)"', made)) <= {"data:,", *re.findall(r'href="(#[a-z-]+)"', made)}
+    first = found["samples"][0]["examples"][0]["answers"]["sft"]["text"]
+    assert plain_text(first)[-1] in html_text(made)
+
+
+def html_text(page):
+    return html.unescape(re.sub("<[^>]*>", " ", page))
+
+
+def test_zero_has_digits_and_the_unknown_a_dash():
+    assert [number(value, 1) for value in (0.0, -0.0, 0, None, float("nan"), float("inf"))] == ["0.0"] * 3 + [
+        "\u2013"
+    ] * 3
+    assert (percent(0.0), percent(None)) == ("0 %", "\u2013")
 
 
 def test_sections_are_in_order(made):
