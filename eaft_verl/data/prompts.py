@@ -1,7 +1,8 @@
 """Prepared data as prompts for GRPO: the rows that SFT trains on, asked instead of shown.
 
 Columns are those verl 0.9.1's RLHFDataset and reward loop read: data_source, prompt (list of {role, content}),
-reward_model {style, ground_truth}, extra_info {index, id}. Ids and order are those of the prepared examples.
+reward_model {style, ground_truth}, extra_info {index, id, opened}; opened: the marker by which the generation prompt
+opens the response's thinking, '' if it does not. Ids and order are those of the prepared examples.
 """
 
 import os
@@ -16,7 +17,7 @@ from eaft_verl.data.prepare import Prepared, manifest_path
 from eaft_verl.data.spec import RowError
 from eaft_verl.errors import DataError
 from eaft_verl.files import write_json
-from eaft_verl.grading.answers import marked_answer
+from eaft_verl.grading.answers import marked_answer, opened_thinking
 from eaft_verl.grading.process import Grade, GradingProcess
 
 DATA_SOURCE = "eaft_verl"
@@ -39,6 +40,7 @@ class _Prompt:
     messages: list[dict[str, str]]
     answer: str
     tokens: int
+    opened: str
 
 
 def write_prompts(prepared: Prepared, out: Path, *, max_prompt_length: int, tokenizer: Any, grader: str) -> Path:
@@ -109,7 +111,7 @@ def _prompt(example: Example, tokenizer: Any, max_length: int, process: GradingP
     if fault := process.answer_fault(answer):
         raise RowError("answer", f"answer {answer[:60]!r} cannot be graded by {process.grader!r}: {fault}")
     _check_demonstration(process.grade(rest[0]["content"], answer), answer, rest[0]["content"])
-    return _Prompt(example.id, plain, answer, tokens)
+    return _Prompt(example.id, plain, answer, tokens, opened_thinking(text))
 
 
 def _answer(given: str | None, response: str) -> str:
@@ -155,7 +157,7 @@ def _write(path: Path, prompts: list[_Prompt]) -> None:
             "data_source": DATA_SOURCE,
             "prompt": prompt.messages,
             "reward_model": {"style": "rule", "ground_truth": prompt.answer},
-            "extra_info": {"index": index, "id": prompt.id},
+            "extra_info": {"index": index, "id": prompt.id, "opened": prompt.opened},
         }
         for index, prompt in enumerate(prompts)
     ]

@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import itertools
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +13,12 @@ from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from eaft_verl.data.sources import read_rows
 from eaft_verl.errors import ConfigError, DataError
 from eaft_verl.evaluation.quiet import quiet
 from eaft_verl.evaluation.records import label
+from eaft_verl.evaluation.rows import benchmark_rows, check_ids
 from eaft_verl.evaluation.tasks import LOCAL_VARIANTS, TASK_FILES, Entry, OwnTask, unknown_task
+from eaft_verl.grading.answers import opened_thinking
 
 _SEED = 1234  # lm-evaluation-harness's default for few-shot sampling
 _NLTK_TASKS = "ifeval"
@@ -47,6 +49,8 @@ def load_benchmark(entry: Entry, max_length: int) -> Benchmark:
     else:
         with quiet():
             tasks, groups = _harness_tasks(entry.task)
+        for name, task in tasks.items():
+            check_ids(name, itertools.islice(task.eval_docs, entry.limit))
         version = ", ".join(sorted({str(task.VERSION) for task in tasks.values()}))
     if _NLTK_TASKS in entry.task:
         _check_nltk(entry.task)
@@ -69,15 +73,18 @@ def _filters(task: Task) -> list[str]:
     return [item["name"] for item in task.get_config("filter_list") or [{"name": "none"}]]
 
 
+class _ThoughtfulTask(ConfigurableTask):
+    """A task of ours: its scorers see the thinking that the chat template has opened at the end of the prompt."""
+
+    def process_results(self, doc: dict[str, Any], results: list[Any]) -> dict[str, Any]:
+        """The scores of one document's responses."""
+        asked = vars(self).get("_instances")  # unset until the requests are built
+        opened = opened_thinking(str(asked[0].args[0])) if asked else ""
+        return super().process_results(doc, [opened + text if isinstance(text, str) else text for text in results])
+
+
 def _own_task(entry: Entry, own: OwnTask) -> Task:
-    source = entry.data or own.data
-    rows = read_rows(source)
-    if not rows:
-        raise DataError(f"{source} holds no rows; task {entry.task!r} needs at least one")
-    for number, row in enumerate(rows, 1):
-        if missing := [name for name in own.fields if row.get(name) is None]:
-            found = ", ".join(sorted(row)) or "nothing"
-            raise DataError(f"{source} row {number} has no {missing[0]!r}, as task {entry.task!r} needs; found {found}")
+    rows = benchmark_rows(entry, own)
     try:
         config = load_yaml(TASK_FILES / own.file)
     except ImportError as error:
@@ -87,7 +94,7 @@ def _own_task(entry: Entry, own: OwnTask) -> Task:
     # In memory: the harness would otherwise copy the file into the Arrow cache of the user's home.
     config["custom_dataset"] = lambda **_: datasets.DatasetDict(test=datasets.Dataset.from_list(rows))
     config["task"] = entry.task
-    return ConfigurableTask(config=config)
+    return _ThoughtfulTask(config=config)
 
 
 @functools.cache

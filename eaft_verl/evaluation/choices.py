@@ -3,43 +3,77 @@
 Functions with a `doc` have lm-evaluation-harness's signatures and take the fields of the data sets' usual copies.
 """
 
+import string
 from typing import Any
 
 from eaft_verl.errors import DataError
-from eaft_verl.grading.graders import choice, number
+from eaft_verl.grading.answers import final_number, only_number, said
+from eaft_verl.grading.graders import absent_package, choice, number
+from eaft_verl.grading.process import GradingProcess
 
-LETTERS = "ABCDEFGHIJ"
+LETTERS = string.ascii_uppercase
 _INSTRUCTION = "Answer with the letter of the right option, as the last line: Answer: X"
 _VERDICTS = ("yes", "no", "maybe")
-_THINK_END = "</think>"
+_CLUEWSC = {"true": "A", "false": "B"}
+_MATH = GradingProcess("math_verify")  # starts with the first answer that is no number
 
 
 def options_of(doc: dict[str, Any]) -> tuple[str, list[str], int]:
     """(question, options, index of the right one) of a multiple-choice row.
 
-    Accepted: question with options {A: text, ...} and answer_idx; question with choices and answer (MMLU); question
-    with opa..opd and cop (MedMCQA); sent1 with ending0.. and label (MedQA); QUESTION with CONTEXTS and final_decision
-    (PubMedQA).
-    Raises DataError naming the fields found in any other row.
+    Accepted: question with options {A: text, ...} or [text, ...] and answer_idx; question with choices and answer
+    (MMLU); question with opa..opd and cop counted from 0 (MedMCQA on the hub); sent1 with ending0.. and label (MedQA);
+    QUESTION with CONTEXTS and final_decision (PubMedQA). The right one is an index from 0 or a letter.
+    Raises DataError naming the fields found in any other row, and for a right option that is none of the options.
     """
     if "options" in doc and "answer_idx" in doc:
-        letters = [letter for letter in sorted(doc["options"]) if doc["options"][letter] is not None]
-        return doc["question"], [doc["options"][letter] for letter in letters], letters.index(doc["answer_idx"])
+        return _lettered(doc)
     if "choices" in doc:
-        return doc["question"], list(doc["choices"]), int(doc["answer"])
+        return _checked(doc["question"], list(doc["choices"]), doc["answer"])
     if "opa" in doc:
-        return doc["question"], [doc[f"op{letter}"] for letter in "abcd"], int(doc["cop"])
+        return _checked(doc["question"], [doc[f"op{letter}"] for letter in "abcd"], doc["cop"])
     if "ending0" in doc:
-        endings = sorted(key for key in doc if key.startswith("ending"))
-        return (
-            " ".join(filter(None, (doc["sent1"], doc.get("sent2")))),
-            [doc[key] for key in endings],
-            int(doc["label"]),
-        )
+        endings = sorted((key for key in doc if key.startswith("ending")), key=lambda key: int(key[len("ending") :]))
+        question = " ".join(filter(None, (doc["sent1"], doc.get("sent2"))))
+        return _checked(question, [doc[key] for key in endings if doc[key] is not None], doc["label"])
     if "final_decision" in doc:
-        abstract = "\n".join(doc["CONTEXTS"])
-        return f"{abstract}\n\n{doc['QUESTION']}", list(_VERDICTS), _VERDICTS.index(doc["final_decision"])
+        verdict, abstract = str(doc["final_decision"]).lower(), "\n".join(doc["CONTEXTS"])
+        if verdict not in _VERDICTS:
+            raise DataError(f"final_decision is {doc['final_decision']!r}; allowed: {', '.join(_VERDICTS)}")
+        return f"{abstract}\n\n{doc['QUESTION']}", list(_VERDICTS), _VERDICTS.index(verdict)
     raise DataError(f"a row with {', '.join(sorted(doc))} is no multiple-choice question known here; see `options_of`")
+
+
+def _lettered(doc: dict[str, Any]) -> tuple[str, list[str], int]:
+    if isinstance(doc["options"], list):
+        return _checked(doc["question"], doc["options"], doc["answer_idx"])
+    named = {letter: option for letter, option in sorted(doc["options"].items()) if option is not None}
+    if doc["answer_idx"] not in named:
+        raise DataError(f"answer_idx is {doc['answer_idx']!r}; allowed: {', '.join(named)}")
+    return _checked(doc["question"], list(named.values()), list(named).index(doc["answer_idx"]))
+
+
+def _checked(question: str, options: list[str], right: object) -> tuple[str, list[str], int]:
+    if not 2 <= len(options) <= len(LETTERS):
+        raise DataError(f"question {question[:60]!r} has {len(options)} options; 2 to {len(LETTERS)} can be asked")
+    if any(str(option).strip() in ("", "None") for option in options):
+        raise DataError(f"question {question[:60]!r} has an empty option; give every option a text")
+    return question, options, right_index(right, len(options))
+
+
+def right_index(right: object, count: int) -> int:
+    """The index of the right option of `count`, given as an index from 0 (7 or '7') or as a letter; else DataError."""
+    if isinstance(right, str) and len(right.strip()) == 1 and right.strip().upper() in LETTERS:
+        index = LETTERS.index(right.strip().upper())
+    elif isinstance(right, int | str) and not isinstance(right, bool) and str(right).strip().isdecimal():
+        index = int(right)
+    else:
+        index = -1
+    if not 0 <= index < count:
+        raise DataError(
+            f"the right option is {right!r}; of {count} options it is 0 to {count - 1} or A to {LETTERS[count - 1]}"
+        )
+    return index
 
 
 def choice_text(doc: dict[str, Any]) -> str:
@@ -56,8 +90,11 @@ def choice_target(doc: dict[str, Any]) -> str:
 
 def choice_scores(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
     """{accuracy, answered}: the letter settled on is right; thinking came to an end, if there was any."""
-    said = said_after_thinking(results[0])
-    return {"accuracy": choice(said, choice_target(doc)), "answered": float(bool(said.strip()))}
+    return {"accuracy": choice(results[0], choice_target(doc)), "answered": _answered(results[0])}
+
+
+def _answered(response: str) -> float:
+    return float(bool(said(response).strip()))
 
 
 def cluewsc_text(doc: dict[str, Any]) -> str:
@@ -67,17 +104,19 @@ def cluewsc_text(doc: dict[str, Any]) -> str:
 
 
 def cluewsc_target(doc: dict[str, Any]) -> str:
-    """A where both spans mean the same, else B."""
-    return "A" if str(doc["label"]).lower() == "true" else "B"
+    """A where both spans mean the same, else B; DataError where the label is neither true nor false."""
+    label = str(doc["label"]).lower()
+    if label not in _CLUEWSC:
+        raise DataError(f"label is {doc['label']!r}; allowed: true, false")
+    return _CLUEWSC[label]
 
 
 def cluewsc_scores(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
     """{accuracy, answered} as `choice_scores`; an answer without a letter counts by its 是 or 否."""
-    said = said_after_thinking(results[0])
     right = cluewsc_target(doc)
     word = {"A": "是", "B": "否"}[right]
-    settled = choice(said, right) or float(said.strip().strip("。.“”") == word)
-    return {"accuracy": settled, "answered": float(bool(said.strip()))}
+    settled = choice(results[0], right) or float(said(results[0]).strip().strip("。.“”") == word)
+    return {"accuracy": settled, "answered": _answered(results[0])}
 
 
 def boxed_text(doc: dict[str, Any]) -> str:
@@ -88,11 +127,20 @@ def boxed_text(doc: dict[str, Any]) -> str:
 
 
 def boxed_scores(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """{accuracy, answered}: the number in the last box, behind '####' or else the last one equals the answer's."""
-    said = said_after_thinking(results[0])
-    return {"accuracy": number(said, str(doc["answer"])), "answered": float(bool(said.strip()))}
+    """{accuracy, answered}: what the last box, '####' or else the text gives as its answer equals the reference.
+
+    Numbers are compared here; where either is none, math-verify does it, in its process, where it is installed.
+    """
+    answer, text = str(doc["answer"]), said(results[0])
+    numbers = only_number(answer) is not None and (final_number(text) is not None or absent_package("math_verify"))
+    accuracy = number(text, answer) if numbers or not text.strip() else _MATH.grade(text, answer).score
+    return {"accuracy": accuracy, "answered": _answered(results[0])}
 
 
-def said_after_thinking(response: str) -> str:
-    """What follows the thinking. The generation prompt may have opened it, so only its end is looked for."""
-    return response.rpartition(_THINK_END)[2]
+def boxed_fault(doc: dict[str, Any]) -> str:
+    """Why a row's answer cannot be graded by `boxed_scores`, '' if it can."""
+    if only_number(str(doc["answer"])):
+        return ""
+    if absent_package("math_verify"):
+        return "it is no number, and for LaTeX math-verify is not installed: pip install 'eaft-verl[math]'"
+    return _MATH.answer_fault(str(doc["answer"]))

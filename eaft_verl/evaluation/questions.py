@@ -21,7 +21,8 @@ def benchmark_questions(settings: EvaluateSettings) -> tuple[dict[str, list[str]
     unknown: dict[str, str] = {}
     for entry in (entry for side in ("target", "general") for entry in settings.entries(side)):
         try:
-            if reason := _unreadable(entry):
+            reason = _unreadable(entry)
+            if reason or entry.own is None:
                 unknown[entry.task] = reason
             else:
                 known[entry.task] = _questions(entry, entry.own)

@@ -118,6 +118,7 @@ def evaluation_key(settings: EvaluateSettings) -> str:
     """
     drift = settings.drift_settings()
     sources = [entry.data or (entry.own.data if entry.own else None) for entry in _all_entries(settings)]
+    boxed = any(entry.own and entry.own.checked == "boxed" for entry in _all_entries(settings))
     description = {
         "entries": {side: [_entry_key(entry) for entry in settings.entries(side)] for side in ("target", "general")},
         "sources": [_source_key(source) for source in sources],
@@ -129,6 +130,7 @@ def evaluation_key(settings: EvaluateSettings) -> str:
         "backend_args": dict(settings.backend_args),
         "max_length": settings.max_length,
         "lm_eval": importlib.metadata.version("lm_eval") if importlib.util.find_spec("lm_eval") else None,
+        "math_verify": boxed and importlib.util.find_spec("math_verify") is not None,
     }
     return hashlib.sha256(json.dumps(description, sort_keys=True, default=str).encode()).hexdigest()[:16]
 

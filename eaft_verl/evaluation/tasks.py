@@ -18,11 +18,15 @@ _CLOSE = 0.8  # no built-in task is this close to one of ours, so such a name is
 
 @dataclass(frozen=True)
 class OwnTask:
-    """One of our tasks: its lm-eval file, the fields its rows need, and where they come from unless `data:` says so."""
+    """One of our tasks: its lm-eval file, the fields its rows need, and where they come from unless `data:` says so.
+
+    checked: what `rows` checks in every row besides.
+    """
 
     file: str
     fields: tuple[str, ...]
     data: str | None = None
+    checked: str = "number"
 
 
 @dataclass(frozen=True)
@@ -53,22 +57,22 @@ OWN_TASKS = {
     "lcm": _generated("lcm"),
     "letter_counting": _generated("letter_counting"),
     "gsm8k_local": _GSM8K,
-    "cluewsc": OwnTask("cluewsc.yaml", ("text", "target", "label")),
+    "cluewsc": OwnTask("cluewsc.yaml", ("text", "target", "label"), checked="cluewsc"),
     # Asked as a chat, so that a model may think before it answers.
-    "aime24_boxed": OwnTask("boxed.yaml", ("answer",), "HuggingFaceH4/aime_2024"),
-    "aime25_boxed": OwnTask("boxed.yaml", ("answer",), "math-ai/aime25::test"),
-    "gsm8k_boxed": OwnTask("boxed.yaml", ("question", "answer"), "openai/gsm8k:main:test"),
-    "mmlu_chat": OwnTask("mmlu_chat.yaml", ("question", "choices", "answer"), "cais/mmlu:all:test"),
-    "medmcqa_chat": OwnTask("medmcqa_chat.yaml", ("question",), "openlifescienceai/medmcqa::validation"),
-    "medqa_chat": OwnTask("medqa_chat.yaml", (), "GBaker/MedQA-USMLE-4-options-hf::test"),
-    "pubmedqa_chat": OwnTask("pubmedqa_chat.yaml", ("QUESTION", "CONTEXTS", "final_decision")),
-    "cluewsc_chat": OwnTask("cluewsc_chat.yaml", ("text", "target", "label")),
+    "aime24_boxed": OwnTask("boxed.yaml", ("answer",), "HuggingFaceH4/aime_2024", "boxed"),
+    "aime25_boxed": OwnTask("boxed.yaml", ("answer",), "math-ai/aime25::test", "boxed"),
+    "gsm8k_boxed": OwnTask("boxed.yaml", ("question", "answer"), "openai/gsm8k:main:test", "boxed"),
+    "mmlu_chat": OwnTask("mmlu_chat.yaml", ("question", "choices", "answer"), "cais/mmlu:all:test", "options"),
+    "medmcqa_chat": OwnTask("medmcqa_chat.yaml", ("question",), "openlifescienceai/medmcqa::validation", "options"),
+    "medqa_chat": OwnTask("medqa_chat.yaml", (), "GBaker/MedQA-USMLE-4-options-hf::test", "options"),
+    "pubmedqa_chat": OwnTask("pubmedqa_chat.yaml", ("QUESTION", "CONTEXTS", "final_decision"), checked="options"),
+    "cluewsc_chat": OwnTask("cluewsc_chat.yaml", ("text", "target", "label"), checked="cluewsc"),
 }
 # Built-in tasks whose rows may also come from `data:`; the harness's own files can read only the hub.
 LOCAL_VARIANTS = {
     "gsm8k": _GSM8K,
-    "mmlu": OwnTask("mmlu.yaml", ("subject", "question", "choices", "answer")),
-    "ifeval": OwnTask("ifeval.yaml", ("key", "prompt", "instruction_id_list", "kwargs")),
+    "mmlu": OwnTask("mmlu.yaml", ("subject", "question", "choices", "answer"), checked="four choices"),
+    "ifeval": OwnTask("ifeval.yaml", ("key", "prompt", "instruction_id_list", "kwargs"), checked="instructions"),
     "aime24": OwnTask("aime.yaml", ("problem", "answer")),
     "aime25": OwnTask("aime.yaml", ("problem", "answer")),
 }

@@ -1,92 +1,76 @@
-"""Answers as they stand in a text: numbers, read exactly as rational numbers, and the places answers are marked at.
+r"""The one reader of answers: what a response says after thinking, and where in it the answer stands.
 
-Everything here is one linear pass of a regular expression over text that a model wrote; nothing of it is evaluated.
+Rewards and evaluation read answers here and nowhere else. Everything is linear passes of regular expressions over text
+that a model wrote; nothing of it is evaluated.
 """
 
 import re
-from dataclasses import dataclass
-from fractions import Fraction
+from typing import NamedTuple
 
-# An integer with or without thousands separators, a decimal, or a leading point; then perhaps an exponent or a
-# denominator.
-_UNSIGNED = (
-    r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
-    r"(?:[eE][+-]?[0-9]+(?!\w|\.[0-9])|/[0-9]+(?!\.?[0-9]))?"
+from eaft_verl.grading.numbers import Number, whole_number
+from eaft_verl.grading.prose import begins_with_number, last_number, leading_number
+
+MAX_CHARACTERS = 100_000  # the last ones of what is said: that is where an answer stands
+BOX, TAG, HASHES = "\\boxed", "<answer>", "####"
+# The think tags of Qwen, DeepSeek, GLM and SmolLM; of Magistral, Kimi, Seed and OpenThinker; gpt-oss's channels.
+_OPENS = (
+    r"<think>|<thinking>|<thought>|<reasoning>|\[THINK\]|◁think▷|<seed:think>|<\|begin_of_thought\|>"
+    r"|<\|channel\|>analysis(?:<\|message\|>)?"
 )
-# A minus after a digit, a letter or a closing bracket subtracts; it is not part of the number: 9-2 ends in 2.
-_NUMBER = re.compile(rf"(?P<minus>(?<![\w)])-\s?)?(?:\$(?P<inner>-)?)?(?P<value>{_UNSIGNED})")
-_PERCENT = re.compile(r"\s?%")
-ANSWER_MARK = "####"
-BOX = "\\boxed{"
-_ANSWER_LINE = re.compile(rf"####\s*-?(?:\$-?)?{_UNSIGNED}")
-_MAX_DIGITS = 1000  # Python refuses to parse integers beyond 4300 digits, and no benchmark has such answers
-_FRACTION = re.compile(r"\\[dt]?frac(?:\{\s*(-?[0-9]+)\s*\}\{\s*([0-9]+)\s*\}|([0-9])([0-9]))")
-_SPACING = re.compile(r"\\[!,;]|\^\{?\\circ\}?")
-_NOT_PLAIN = re.compile(r"[\^_*]|\\(?:sqrt|pi|cdot|times)|[0-9a-zA-Z)]\s*[+-]\s*[0-9a-zA-Z(\\]")
+_CLOSES = (
+    r"</think>|</thinking>|</thought>|</reasoning>|\[/THINK\]|◁/think▷|</seed:think>|<\|end_of_thought\|>"
+    r"|<\|channel\|>final(?:<\|message\|>)?"
+)
+_THOUGHT = re.compile(rf"(?P<opens>{_OPENS})|{_CLOSES}", re.IGNORECASE)
+_MARK = re.compile(r"(?P<box>\\boxed\s?\{)|(?<!#)(?P<hashes>####)(?!#)|(?P<tag><answer>)")
+_STATED = re.compile(
+    r"(?:\b(?:answers?|antwort|lösung|réponse|respuesta|resposta|risposta)\b|\b\u043e\u0442\u0432\u0435\u0442|答案|答え)[^.\n:\uff1a=\d]{0,40}?"
+    r"(?:\b(?:is|are|ist|lautet|est|es|equals)\b|[:\uff1a=是为為é]|\bè)[\s:\uff1a*]{0,8}",
+    re.IGNORECASE,
+)
+CORRECTED = re.compile(r"\b(?:wait|wrong|actually|mistake|incorrect|correction|instead)\b", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
-class Number:
-    """A number as written; percent: a percent sign follows it (50% has the value 50)."""
+class Mark(NamedTuple):
+    """A marked answer. kind: 'box', 'hashes' or 'tag'. text: '' where the mark holds nothing or is cut off."""
 
-    value: Fraction
-    percent: bool = False
-
-    def equals(self, other: "Number") -> bool:
-        """Whether both name the same number; where one only is a percentage, 50% equals 50 and 1/2."""
-        if self.value == other.value:
-            return True
-        if self.percent == other.percent:
-            return False
-        part, whole = (self, other) if self.percent else (other, self)
-        return part.value / 100 == whole.value
+    kind: str
+    text: str
 
 
-def _exact(match: re.Match[str]) -> Fraction | None:
-    text = match["value"].replace(",", "")
-    if len(text) > _MAX_DIGITS:
-        return None
-    mantissa, _, exponent = text.lower().partition("e")
-    numerator, _, denominator = mantissa.partition("/")
-    if abs(int(exponent or 0)) > _MAX_DIGITS or (denominator and int(denominator) == 0):
-        return None
-    value = Fraction(numerator) / Fraction(denominator or 1) * Fraction(10) ** int(exponent or 0)
-    return -value if match["minus"] or match["inner"] else value
+def opened_thinking(prompt: str) -> str:
+    """The marker with which a prompt has opened the thinking of its response, '' if it has not.
 
-
-def _ascii_minus(text: str) -> str:
-    return text.replace("\N{MINUS SIGN}", "-")
-
-
-def last_number(text: str) -> Fraction | None:
-    """The last number written in a text, exactly: '$1,234.50' -> 2469/2, '3/4' -> 3/4; None if there is none.
-
-    Signs count only where they cannot be a subtraction ('9 - 3 = 6' -> 6, 'x = -6' -> -6, '9-2' -> 2). Numbers of more
-    than 1,000 digits and fractions over zero are no numbers.
+    Put before the response it tells `said` that thinking goes on until it is closed.
     """
-    matches = list(_NUMBER.finditer(_ascii_minus(text)))
-    return _exact(matches[-1]) if matches else None
+    found = re.search(rf"(?:{_OPENS})\s{{0,9}}\Z", prompt[-100:], re.IGNORECASE)
+    return found[0] if found else ""
 
 
-def marked_number(text: str) -> Fraction | None:
-    """The first number in what follows the last '####', or None: where GSM8K puts its answers."""
-    _, mark, tail = text.rpartition(ANSWER_MARK)
-    match = _NUMBER.search(_ascii_minus(tail).split("\n")[0]) if mark else None
-    return _exact(match) if match else None
+def said(response: str) -> str:
+    """What a response says outside its thinking, the last MAX_CHARACTERS of it; '' while the thinking has not ended.
 
-
-def ends_in_marked_number(text: str) -> bool:
-    """Whether the last line is '#### number' and nothing follows it: the format taught, and a stop after it."""
-    last_line = text.rstrip().rpartition("\n")[2]
-    return _ANSWER_LINE.fullmatch(_ascii_minus(last_line).strip()) is not None
+    A closing marker without an opening one ends thinking that the prompt opened.
+    """
+    kept, begun, thinking = [], 0, False
+    for found in _THOUGHT.finditer(response):
+        opens = found["opens"] is not None
+        if opens and not thinking:
+            kept.append(response[begun : found.start()])
+        elif not opens and not thinking:
+            kept.clear()
+        thinking, begun = opens, found.end()
+    return "" if thinking else "".join([*kept, response[begun:]])[-MAX_CHARACTERS:]
 
 
 def last_box(text: str) -> str | None:
     """What the last \\boxed{...} holds, the inner one of two nested; None without a box or where it is not closed."""
-    start = text.rfind(BOX)
-    if start < 0:
-        return None
-    depth, first = 1, start + len(BOX)
+    start = max((found.end() for found in re.finditer(r"\\boxed\s?\{", text)), default=-1)
+    return None if start < 0 else _closed(text, start)
+
+
+def _closed(text: str, first: int) -> str | None:
+    depth = 1
     for found in re.finditer(r"[{}]", text[first:]):
         depth += 1 if found[0] == "{" else -1
         if depth == 0:
@@ -94,49 +78,86 @@ def last_box(text: str) -> str | None:
     return None
 
 
-def marked_answer(text: str) -> str | None:
-    """The answer a text marks as such, in the last \\boxed{...} or behind the last '####', whichever comes later.
+def answer_mark(text: str, *kinds: str) -> Mark | None:
+    """The answer a text marks as such, in the last \\boxed{...}, behind '####' or in <answer>, whichever comes last.
 
-    None if it marks none; '' if the mark holds nothing, as in an answer that was cut off.
+    A heading is no mark: behind '####' stands a number or a letter, or it is the last line. None if none is marked.
+    kinds: the only ones that count.
     """
-    box, mark = text.rfind(BOX), text.rfind(ANSWER_MARK)
-    if box < 0 and mark < 0:
+    end = len(text.rstrip())
+    for found in reversed(list(_MARK.finditer(text))):
+        if kinds and found.lastgroup not in kinds:
+            continue
+        if found["box"]:
+            return Mark("box", (_closed(text, found.end()) or "").strip())
+        if found["tag"]:
+            return Mark("tag", text[found.end() :].partition("</answer>")[0].strip())
+        stop = text.find("\n", found.end())
+        line = text[found.end() : stop if stop >= 0 else end].strip()
+        letter = re.match(r"\**\(?[A-Za-z](?:[).:]|\**$)", line)
+        if begins_with_number(line[:200]) or letter or stop < 0 or stop >= end:
+            return Mark("hashes", line)
+    return None
+
+
+def marked_answer(text: str) -> str | None:
+    """The text of `answer_mark`."""
+    mark = answer_mark(text)
+    return mark.text if mark else None
+
+
+def marked_number(text: str) -> Number | None:
+    """The number behind the last '####' that is no heading, or None: where GSM8K puts its answers."""
+    mark = answer_mark(text, "hashes")
+    return _behind_hashes(mark.text) if mark else None
+
+
+def _behind_hashes(line: str) -> Number | None:
+    return leading_number(line) or whole_number(line)
+
+
+def ends_in_marked_number(text: str) -> bool:
+    """Whether the last line is '#### number' and nothing follows it: the format taught, and a stop after it."""
+    line = text.rstrip().rpartition("\n")[2].strip()
+    return re.match(r"####\s?[^#A-Za-z*]*$", line) is not None and whole_number(line[len(HASHES) :]) is not None
+
+
+def stated(text: str) -> str | None:
+    """What follows the last 'the answer is', 'Answer:' or its like, to the end of the line; None where nothing does.
+
+    A statement that is taken back behind it ('wait', 'that is wrong') is none.
+    """
+    ends = [found.end() for found in _STATED.finditer(text)]
+    if not ends or CORRECTED.search(text, ends[-1]):
         return None
-    if box > mark:
-        return (last_box(text) or "").strip()
-    return text[mark + len(ANSWER_MARK) :].split("\n")[0].strip()
+    return text[ends[-1] :].partition("\n")[0].strip()
 
 
 def final_number(text: str) -> Number | None:
-    """The number that a text gives as its answer: the marked one, else the last one; None if there is none.
+    r"""The number that a text gives as its answer; None where it gives none, or gives something else.
 
-    A box must hold exactly one number and no arithmetic (units may stand beside it): \\boxed{2^{10}} is not the number
-    10. LaTeX's \\frac{3}{4} is 3/4.
+    It is the marked one (all of a box must be one number: \boxed{2^{10}} is not 10), else the stated one ('the answer
+    is 72, in total'), else the last one in prose.
     """
-    marked = marked_answer(text)
-    matches = list(_NUMBER.finditer(plain := _plain(text if marked is None else marked)))
-    if not matches:
-        return None
-    if marked is not None and text.rfind(BOX) > text.rfind(ANSWER_MARK):
-        right = plain.rpartition("=")[2]
-        matches = list(_NUMBER.finditer(plain := right))
-        if len(matches) != 1 or _NOT_PLAIN.search(right):
-            return None
-    match = matches[-1] if marked is None else matches[0]
-    value = _exact(match)
-    return None if value is None else Number(value, _PERCENT.match(plain, match.end()) is not None)
+    if mark := answer_mark(text):
+        if mark.kind == "hashes":
+            return _behind_hashes(mark.text)
+        return whole_number(mark.text) or (last_number(mark.text) if mark.kind == "tag" else None)
+    if len(text) <= 200 and (number := whole_number(text)):
+        return number
+    statement = stated(text)
+    if statement and (begins_with_number(statement) or leading_number(statement)):
+        return leading_number(statement)
+    return last_number(text)
 
 
 def only_number(text: str) -> Number | None:
-    """The number of a reference answer: '18', '$1,234', '50 %', '18 apples', or the marked one; None if several."""
-    marked = marked_answer(text)
-    plain = _plain(text if marked is None else marked)
-    if len(list(_NUMBER.finditer(plain))) != 1 or _NOT_PLAIN.search(plain):
+    """The number of a reference answer: '18', '$1,234', '50 %', '18 apples', 'x = 18', or the marked one.
+
+    None if it holds several, or is an equation: x + y = 18 is not answered by 18.
+    """
+    text = mark.text if (mark := answer_mark(text)) else text
+    left = text.rpartition("=")[0]
+    if re.search(r"[A-Za-z]", left) and re.search(r"[-+*/^\d]", left):
         return None
-    return final_number(text)
-
-
-def _plain(text: str) -> str:
-    """LaTeX's ways to write a number, written plainly."""
-    text = _SPACING.sub("", _ascii_minus(text).replace("{,}", ",").replace("\\%", "%").replace("\\$", "$"))
-    return _FRACTION.sub(lambda found: f" {found[1] or found[3]}/{found[2] or found[4]}", text)
+    return _behind_hashes(text) if mark and mark.kind == "hashes" else whole_number(text)

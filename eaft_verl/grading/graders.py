@@ -1,27 +1,33 @@
 """The graders a recipe may name. A grader takes (response, answer), both text, and returns a score from 0 to 1.
 
-They run in a process of their own (`eaft_verl.grading.process`), on at most MAX_CHARACTERS of a response.
+Ours read what a response says after its thinking (`answers.said`); one of your own gets the last MAX_CHARACTERS of the
+response as it is. In training and wherever math-verify is called they run in a process of their own (`process`).
 """
 
 import importlib
 import importlib.util
 import inspect
-import logging
 import math
 import re
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from eaft_verl.errors import ConfigError
-from eaft_verl.grading.answers import ends_in_marked_number, final_number, last_box, marked_answer, only_number
+from eaft_verl.grading.answers import (
+    MAX_CHARACTERS,
+    ends_in_marked_number,
+    final_number,
+    last_box,
+    marked_answer,
+    only_number,
+    said,
+    stated,
+)
+from eaft_verl.grading.expressions import expressions_equal, is_expression
+from eaft_verl.grading.letters import letter_of, marked_letters
 
-MAX_CHARACTERS = 100_000  # the last ones of a response: that is where its answer stands
 MAX_ANSWER = 10_000
-_LETTER = r"\(?([A-Za-z])(?:[).:]|(?=\s*$))"
-_LETTER_ALONE = re.compile(rf"\s*{_LETTER}", re.MULTILINE)
-_STATED = re.compile(r"\banswer(?:\s+is)?\s*:?\s*\**\s*\(?([A-Z])\b(?!')", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -33,48 +39,42 @@ class Grader:
 
 
 def number(response: str, answer: str) -> float:
-    """1.0 if the number the response gives (in its last box or behind '####', else its last) equals the answer's."""
-    found, wanted = final_number(response), only_number(answer)
+    """1.0 if the number the response gives (`answers.final_number`) equals the answer's."""
+    found, wanted = final_number(said(response)), only_number(answer)
     return float(found is not None and wanted is not None and found.equals(wanted))
 
 
 def exact(response: str, answer: str) -> float:
-    """1.0 if the response, or what it marks as its answer, is the answer: case, white space, end punctuation aside."""
-    marked = marked_answer(response)
-    return float(_normal(response if marked is None else marked) == _normal(_reference(answer)) != "")
+    """1.0 if the response, or what it marks or states as its answer, is the answer.
+
+    Case, white space, end punctuation, bold and LaTeX's \\text{} aside.
+    """
+    text, wanted = said(response), _normal(_reference(answer))
+    marked = marked_answer(text)
+    given = [text, stated(text) or ""] if marked is None else [marked]
+    return float(wanted != "" and wanted in map(_normal, given))
 
 
 def choice(response: str, answer: str) -> float:
     """1.0 if the letter the response settles on ('B', '(B)', 'B) because', 'the answer is B', a box) is the answer."""
-    found = _letter(response)
-    return float(found != "" and found == _answer_letter(answer))
+    found = letter_of(said(response))
+    return float(found != "" and found == marked_letters(_reference(answer)))
 
 
 def math_verify(response: str, answer: str) -> float:
-    """1.0 if the numbers are equal, or math-verify finds the LaTeX of both mathematically equal."""
-    if number(response, answer):
-        return 1.0
-    from math_verify import verify
-
-    marked = marked_answer(response)
-    found = _expressions(response if marked is None else _in_math(marked))
-    return float(verify(_expressions(_in_math(_reference(answer))), found, timeout_seconds=None))
-
-
-def _expressions(text: str) -> list[Any]:
-    """What math-verify reads as LaTeX. Its parser of plain text calls eval on it and stays off, and so do its own time
-    limits: the process has one.
-    """
-    from math_verify import LatexExtractionConfig, parse
-
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
-    return parse(text, [LatexExtractionConfig()], parsing_timeout=None)
+    """1.0 if the numbers are equal or, where one of both is no number, math-verify finds their LaTeX equal."""
+    text = said(response)
+    found, wanted = final_number(text), only_number(answer)
+    if found is not None and wanted is not None:
+        return float(found.equals(wanted))
+    same = (marked_answer(text) or "").split() == _reference(answer).split() != []
+    return float(bool(text.strip()) and (same or expressions_equal(text, answer)))
 
 
 def ends_in_format(response: str) -> bool:
     """Whether the response ends in a line '#### number', or its last line holds a closed box."""
-    last_line = response.rstrip().rpartition("\n")[2]
-    return ends_in_marked_number(response) or last_box(last_line) is not None
+    last_line = said(response).rstrip().rpartition("\n")[2]
+    return ends_in_marked_number(last_line) or last_box(last_line) is not None
 
 
 def _reference(answer: str) -> str:
@@ -83,31 +83,9 @@ def _reference(answer: str) -> str:
 
 
 def _normal(text: str) -> str:
+    text = re.sub(r"\\(?:text|mathrm|textbf|mathbf|mbox)\s?\{([^{}]{0,1000})\}", r"\1", text)
     text = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-    return text.rstrip(".!?;:, ").strip("'\"`* ")
-
-
-def _letter(response: str) -> str:
-    """The letter, upper case, or '' if the response settles on none; 'A man came' is an article, not a choice."""
-    marked = marked_answer(response)
-    if marked is not None:
-        return _answer_letter(marked)
-    if stated := _STATED.findall(response):
-        return stated[-1].upper()
-    last_line = response.rstrip().rpartition("\n")[2]
-    for line in (last_line, response.lstrip().partition("\n")[0]):
-        if alone := _LETTER_ALONE.match(line):
-            return alone[1].upper()
-    return ""
-
-
-def _answer_letter(answer: str) -> str:
-    match = _LETTER_ALONE.match(_reference(answer).strip())
-    return match[1].upper() if match else ""
-
-
-def _in_math(answer: str) -> str:
-    return answer if "$" in answer or "\\boxed" in answer else f"${answer}$"
+    return text.strip("'\"`*$ ").rstrip(".!?;:, ").strip("'\"`*$ ")
 
 
 def _number_fault(answer: str) -> str:
@@ -119,11 +97,14 @@ def _exact_fault(answer: str) -> str:
 
 
 def _choice_fault(answer: str) -> str:
-    return "" if _answer_letter(answer) else "it is not a letter, such as B, (B) or 'B) text'"
+    letters = marked_letters(_reference(answer))
+    return "" if len(letters) == 1 else "it is not a letter, such as B, (B) or 'B) text'"
 
 
 def _math_fault(answer: str) -> str:
-    return "" if _expressions(_in_math(_reference(answer))) else "math-verify reads no LaTeX expression in it"
+    if only_number(answer) or is_expression(answer):
+        return ""
+    return "math-verify reads no LaTeX expression in it"
 
 
 GRADERS: dict[str, Grader] = {
@@ -137,7 +118,8 @@ GRADERS: dict[str, Grader] = {
 def build_grader(name: str) -> Grader:
     """The named grader, or the function behind 'package.module:function'; ConfigError lists what there is."""
     if ":" in name:
-        return Grader(_imported(name), lambda answer: "")
+        function = _imported(name)
+        return Grader(lambda response, answer: function(response[-MAX_CHARACTERS:], answer), lambda answer: "")
     if name not in GRADERS:
         raise ConfigError(
             f"reward.grader={name!r} is unknown; choose one of {', '.join(GRADERS)}, or 'package.module:function' for "

@@ -1,17 +1,21 @@
-"""A grader in a process of its own that is kept between answers, and killed and replaced when one takes too long."""
+"""A grader in a process of its own that is kept between answers, and killed and replaced when one takes too long.
 
+Not pebble's ProcessPool: spawned, it wants a __main__ guard in the user's script; forked, it copies torch and locks.
+"""
+
+import contextlib
 import json
 import os
-import select
+import signal
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import dataclass
+from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
 from eaft_verl.errors import ConfigError, RunError
-from eaft_verl.grading.graders import MAX_ANSWER, MAX_CHARACTERS
+from eaft_verl.grading.graders import MAX_ANSWER
 
 _START_SECONDS = 120.0  # a grader of one's own may import much
 
@@ -36,14 +40,11 @@ class GradingProcess:
         """Start nothing yet. seconds: wall time that one answer may take."""
         self.grader, self.seconds = grader, seconds
         self._lock = threading.Lock()
-        self._child: subprocess.Popen[bytes] | None = None
+        self._child: tuple[subprocess.Popen[bytes], Connection] | None = None
 
     def grade(self, response: str, answer: str) -> Grade:
-        """The grade of a response, of which the last MAX_CHARACTERS are seen.
-
-        Raises ConfigError if the grader cannot be built, RunError if its process does not start.
-        """
-        reply = self._ask({"response": response[-MAX_CHARACTERS:], "answer": answer[:MAX_ANSWER]})
+        """The grade of a response. Raises ConfigError if the grader cannot be built, RunError if it does not start."""
+        reply = self._ask({"response": response, "answer": answer[:MAX_ANSWER]})
         if reply is None:
             return Grade(0.0, "timeout")
         if "error" in reply:
@@ -67,36 +68,42 @@ class GradingProcess:
     @property
     def pid(self) -> int | None:
         """The child's process id, None while there is none."""
-        return self._child.pid if self._child else None
+        return self._child[0].pid if self._child else None
 
     def _ask(self, request: dict[str, str]) -> dict[str, Any] | None:
         """The child's reply; None, and no child any more, if it hung or died over the request."""
-        line = json.dumps(request).encode() + b"\n"
+        message = json.dumps(request).encode()
         with self._lock:
             # A child that died while idle is found when it is written to: only then is a second one asked.
             for _ in range(2):
-                if self._child is None:
-                    self._start()
-                if self._write(line):
+                channel = self._child[1] if self._child else self._start()
+                try:
+                    channel.send_bytes(message)
                     break
-                self._kill()
+                except OSError:
+                    self._kill()
             else:
                 raise RunError(f"the process of grader {self.grader!r} ends as soon as it has started")
-            reply = self._read(self.seconds)
+            reply = _reply(channel, self.seconds)
             if reply is None:
                 self._kill()
             return reply
 
-    def _start(self) -> None:
+    def _start(self) -> Connection:
         # The child must find what this process finds: Ray workers have paths of their driver that no variable holds.
         paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
-        self._child = subprocess.Popen(
-            [sys.executable, "-m", "eaft_verl.grading.worker", self.grader, str(self.seconds)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+        ours, theirs = Pipe()
+        child = subprocess.Popen(
+            [sys.executable, "-m", "eaft_verl.grading.worker", str(theirs.fileno()), self.grader, str(self.seconds)],
+            stdin=subprocess.DEVNULL,
+            stdout=2,  # what a grader prints is a message, and no reply
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,  # so that what a grader starts ends with it
             env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
         )
-        reply = self._read(_START_SECONDS)
+        theirs.close()
+        self._child = child, ours
+        reply = _reply(ours, _START_SECONDS)
         if reply is None or "refused" in reply:
             self._kill()
             if reply:
@@ -105,39 +112,21 @@ class GradingProcess:
                 f"the process of grader {self.grader!r} did not start within {_START_SECONDS:.0f} s, or ended at once; "
                 "its messages are above"
             )
-
-    def _write(self, line: bytes) -> bool:
-        try:
-            self._child.stdin.write(line)
-            self._child.stdin.flush()
-        except BrokenPipeError:
-            return False
-        return True
-
-    def _read(self, seconds: float) -> dict[str, Any] | None:
-        """One line of the child, or None if it does not come in time or at all."""
-        deadline, line = time.monotonic() + seconds, b""
-        descriptor = self._child.stdout.fileno()
-        poll = select.poll()
-        poll.register(descriptor, select.POLLIN)
-        while not line.endswith(b"\n"):
-            left = deadline - time.monotonic()
-            if left <= 0 or not poll.poll(left * 1000):
-                return None
-            piece = os.read(descriptor, 1 << 16)
-            if not piece:
-                return None
-            line += piece
-        return json.loads(line)
+        return ours
 
     def _kill(self) -> None:
-        if self._child is None:
-            return
-        self._child.kill()
-        self._child.wait()
-        for pipe in (self._child.stdin, self._child.stdout):
-            try:
-                pipe.close()
-            except BrokenPipeError:  # what was never sent is of no use any more
-                continue
-        self._child = None
+        if self._child:
+            child, channel = self._child
+            self._child = None
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+            channel.close()
+
+
+def _reply(channel: Connection, seconds: float) -> dict[str, Any] | None:
+    """One message of the child, or None if it does not come in time or at all."""
+    try:
+        return json.loads(channel.recv_bytes()) if channel.poll(seconds) else None
+    except (EOFError, OSError):
+        return None

@@ -1,15 +1,15 @@
-"""The process in which a grader runs: one JSON request a line on stdin, one JSON reply a line on stdout.
+"""The process in which a grader runs: one JSON request, one JSON reply, over a pipe that `process` hands it.
 
-Started by `eaft_verl.grading.process` as `python -m eaft_verl.grading.worker GRADER SECONDS`. It may be killed at any
-time. It imports the standard library and the grader, nothing else, so that it is there in a tenth of a second.
+Started as `python -m eaft_verl.grading.worker PIPE GRADER SECONDS`. It may be killed at any time. It imports the
+standard library and the grader, nothing else, so that it is there in a tenth of a second.
 """
 
 import json
 import math
-import os
 import resource
 import signal
 import sys
+from multiprocessing.connection import Connection
 from typing import Any
 
 from eaft_verl.errors import ConfigError
@@ -19,27 +19,29 @@ _MEMORY = 4 << 30  # bytes of data: sympy on a hostile expression must not take 
 _GRACE = 5  # seconds after which a hung grader dies by itself, should the parent be gone
 
 
-def main() -> None:
-    """Serve requests until stdin ends."""
-    requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever a grader prints must not look like a reply
+def main(pipe: int, name: str, seconds: float) -> None:
+    """Serve requests until the other end is closed."""
+    channel = Connection(pipe)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    limit = _MEMORY if hard == resource.RLIM_INFINITY else min(_MEMORY, hard)
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
-    name, seconds = sys.argv[1], math.ceil(float(sys.argv[2]))
+    resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY if hard == resource.RLIM_INFINITY else min(_MEMORY, hard), hard))
     try:
         grader = build_grader(name)
-        _send(replies, {"ready": grader.fault("1") is not None})  # the first call of math-verify takes seconds
+        grader.fault("\\pi")  # the first call of math-verify takes seconds
+        channel.send_bytes(b'{"ready": true}')
     except ConfigError as error:
-        _send(replies, {"refused": str(error)})
+        channel.send_bytes(json.dumps({"refused": str(error)}).encode())
         return
-    for line in requests:
+    while True:
+        try:
+            request = json.loads(channel.recv_bytes())
+        except EOFError:
+            return
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(seconds + _GRACE)
-        reply = _reply(grader, json.loads(line))
+        signal.alarm(math.ceil(seconds) + _GRACE)
+        reply = _reply(grader, request)
         signal.alarm(0)
-        _send(replies, reply)
+        channel.send_bytes(json.dumps(reply).encode())
 
 
 def _reply(grader: Grader, request: dict[str, str]) -> dict[str, Any]:
@@ -52,10 +54,5 @@ def _reply(grader: Grader, request: dict[str, str]) -> dict[str, Any]:
         return {"error": f"{type(error).__name__}: {error}"[:500]}
 
 
-def _send(replies: Any, reply: dict[str, Any]) -> None:
-    replies.write(json.dumps(reply).encode() + b"\n")
-    replies.flush()
-
-
 if __name__ == "__main__":
-    main()
+    main(int(sys.argv[1]), sys.argv[2], float(sys.argv[3]))

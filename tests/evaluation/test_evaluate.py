@@ -141,9 +141,13 @@ def test_nothing_is_loaded_when_nothing_is_left(models, settings, tmp_path):
     evaluate_checkpoints(run, {4: models[4]}, few, str(tmp_path / "gone"), tmp_path, set())
 
 
-def test_a_failing_benchmark_is_named(models, tmp_path):
+def test_a_failing_benchmark_is_named(models, tmp_path, monkeypatch):
+    def fails(text: str) -> None:
+        raise DataError("answer 'two'")
+
+    monkeypatch.setattr("eaft_verl.evaluation.scorers.final_number", fails)
     rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"question": "1 + 1?", "answer": "two"}\n')
+    rows.write_text('{"question": "1 + 1?", "answer": "2"}\n')
     settings = EvaluateSettings(target=[{"task": "gsm8k", "data": str(rows)}], max_length=512)
     with pytest.raises(RunError, match=r"'gsm8k' failed at step 4: DataError: answer 'two'"):
         evaluate_checkpoints(new_run(tmp_path / "run"), {4: models[4]}, settings, str(models[0]), tmp_path, set())
@@ -154,6 +158,7 @@ def test_a_failing_benchmark_is_named(models, tmp_path):
     [
         ('{"question": "q"}\n', DataError, "row 1 has no 'answer'"),
         ("", DataError, "holds no rows"),
+        ('{"question": "q", "answer": "two"}\n', DataError, "row 1: answer 'two' cannot be graded"),
     ],
 )
 def test_unfit_rows_are_found_before_a_model_is_loaded(text: str, error: type, message: str, tmp_path):

@@ -126,3 +126,17 @@ def test_the_check_needs_neither_torch_nor_the_harness():
         "assert not {'torch', 'lm_eval', 'transformers', 'datasets'} & set(sys.modules), sorted(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_evaluation_key_says_what_graded_boxed_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"problem": "1 + 1?", "answer": "2"}\n')
+    boxed = EvaluateSettings(target=[{"task": "aime24_boxed", "data": str(rows)}])
+    keys = {}
+    for present in (True, False):
+        monkeypatch.setattr(
+            "importlib.util.find_spec", lambda name, seen=present: object() if seen or name != "math_verify" else None
+        )
+        monkeypatch.setattr("importlib.metadata.version", lambda name: "same")
+        keys[present] = evaluation_key(boxed)
+    assert keys[True] != keys[False]

@@ -29,6 +29,11 @@ def grade(response, answer):
         os._exit(1)
     if response == "raise":
         raise RuntimeError("broken")
+    if response.startswith("leave"):
+        import subprocess
+        child = subprocess.Popen(["sleep", "600"])
+        open(response.split()[1], "w").write(str(child.pid))
+        time.sleep(600)
     if response == "two":
         return 2
     if response == "memory":
@@ -91,6 +96,25 @@ def test_a_grader_that_hangs_or_dies_is_cut_off_and_replaced(make, response: str
     assert not alive(pid)
     assert process.grade("x" * 1000, "") == Grade(0.001)
     assert process.pid != pid
+
+
+def test_what_a_grader_started_ends_with_it(make, tmp_path: Path):
+    process = make()
+    assert process.grade(f"leave {tmp_path / 'pid'}", "") == Grade(0.0, "timeout")
+    assert not alive(int((tmp_path / "pid").read_text()))
+
+
+def test_a_script_needs_no_guard_and_its_thinking_is_cut_before_its_length(tmp_path: Path):
+    """Unlike multiprocessing's spawned workers: the child does not import the script."""
+    script = tmp_path / "plain.py"
+    script.write_text(
+        "from eaft_verl.grading.process import GradingProcess\n"
+        "p = GradingProcess('number', 30.0)\n"
+        "thought = '<think>' + '1 ' * 100_000\n"
+        "print(p.grade(thought, '1').score, p.grade(thought + '</think>2', '2').score)"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
+    assert done.stdout == "0.0 1.0\n"
 
 
 def test_a_grader_that_raises_scores_0_and_stays(make):

@@ -7,6 +7,7 @@ of the model (CVE-2026-6878).
 
 import functools
 import logging
+import threading
 from typing import Any
 
 from omegaconf import DictConfig
@@ -14,6 +15,7 @@ from omegaconf import DictConfig
 from eaft_verl.grading.process import Grade, GradingProcess
 
 _LOG = logging.getLogger(__name__)
+_ONE_AT_A_TIME = threading.Lock()  # or the first burst of answers would start, and leave, a process per thread
 
 
 def reward_function(config: DictConfig) -> dict[str, Any]:
@@ -38,9 +40,12 @@ def compute_score(
 
     score = acc + format_bonus * format: acc is the grader's 0..1, format 1 where the response ends in '#### number' or
     a box. reward_timeouts: 1 where the grader hung or crashed, reward_errors: 1 where it raised; score is 0 in both.
-    data_source, extra_info and further keywords are verl's and do not change the score.
+    extra_info["opened"]: the marker by which the prompt has opened the thinking, which the response does not repeat.
+    data_source and further keywords are verl's and do not change the score.
     """
-    grade = _process(grader, seconds).grade(solution_str, str(ground_truth))
+    with _ONE_AT_A_TIME:
+        process = _process(grader, seconds)
+    grade = process.grade((extra_info or {}).get("opened", "") + solution_str, str(ground_truth))
     _warn(grade, grader)
     good = grade.outcome == "graded"
     return {

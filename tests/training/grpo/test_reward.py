@@ -1,7 +1,10 @@
 """The reward function in verl 0.9.1's own reward loop and data set: what they pass, and what they get."""
 
 import asyncio
+import os
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +59,31 @@ def test_a_hanging_grader_is_cut_off_and_counted(tmp_path: Path, monkeypatch: py
 def test_a_grader_that_raises_is_counted():
     found = score("7", "7", grader="operator:truediv")
     assert (found["score"], found["reward_timeouts"], found["reward_errors"]) == (0.0, 0.0, 1.0)
+
+
+def test_a_burst_of_threads_starts_one_process(monkeypatch: pytest.MonkeyPatch):
+    class Slow(reward.GradingProcess):
+        def __init__(self, *arguments: Any) -> None:
+            time.sleep(0.1)  # in which every other thread finds nothing cached
+            super().__init__(*arguments)
+
+    def children() -> set[str]:
+        listed = Path(f"/proc/{os.getpid()}/task").glob("*/children")
+        return {pid for path in listed for pid in path.read_text().split()}
+
+    monkeypatch.setattr(reward, "GradingProcess", Slow)
+    before = children()
+    with ThreadPoolExecutor(32) as pool:
+        scores = list(pool.map(lambda n: score(f"#### {n}", "7")["score"], range(64)))
+    assert scores == [float(n == 7) for n in range(64)]
+    assert len(children() - before) == 1
+
+
+def test_thinking_that_the_prompt_opened_is_no_answer_until_it_ends():
+    kwargs = reward.reward_function(config())["reward_kwargs"]
+    for response, expected in (("it is 7", 0.0), ("it is 8</think>7", 1.0)):
+        found = reward.compute_score("eaft_verl", response, "7", {"id": "a", "opened": "<think>\n"}, **kwargs)
+        assert found["score"] == expected
 
 
 def test_verl_calls_it_from_its_reward_manager():

@@ -1,0 +1,119 @@
+"""The rows of our own benchmarks, checked when they are read: what cannot be asked or graded stops before any answer.
+
+Imports neither torch nor lm_eval.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from eaft_verl.data.sources import read_rows
+from eaft_verl.errors import DataError
+from eaft_verl.evaluation.choices import boxed_fault, cluewsc_target, options_of, right_index
+from eaft_verl.evaluation.tasks import Entry, OwnTask
+from eaft_verl.grading.graders import GRADERS
+
+Row = dict[str, Any]
+
+
+def benchmark_rows(entry: Entry, own: OwnTask) -> list[Row]:
+    """All rows of a task, options counted from 0.
+
+    Raises DataError naming the source and the row: a field is missing, two rows have one id, the right answer is one
+    that the task's grader cannot read, or is none of the options.
+    """
+    source = str(entry.data or own.data)
+    rows = read_rows(source)
+    if not rows:
+        raise DataError(f"{source} holds no rows; task {entry.task!r} needs at least one")
+    for number, row in enumerate(rows, 1):
+        if missing := [name for name in own.fields if row.get(name) is None]:
+            found = ", ".join(sorted(row)) or "nothing"
+            raise DataError(f"{source} row {number} has no {missing[0]!r}, as task {entry.task!r} needs; found {found}")
+    try:
+        check_ids(entry.task, rows)
+        rows = _from_zero(rows)
+    except DataError as error:
+        raise DataError(f"{source}: {error}") from None
+    check = _CHECKS[own.checked]
+    return [_checked(row, check, f"{source} row {number}") for number, row in enumerate(rows, 1)]
+
+
+def check_ids(task: str, rows: Iterable[Row]) -> None:
+    """DataError if two rows would have the same id, which is the row's `id` or else its number from 0."""
+    counts = Counter(str(row["id"] if isinstance(row.get("id"), str | int) else n) for n, row in enumerate(rows))
+    if twice := [name for name, count in counts.items() if count > 1]:
+        raise DataError(
+            f"task {task!r} has rows with the same id {twice[0]!r} ({len(twice)} such ids); examples are matched by "
+            "id, so make them unique"
+        )
+
+
+def _checked(row: Row, check: Callable[[Row], Row], where: str) -> Row:
+    try:
+        return check(row)
+    except (DataError, KeyError, TypeError, ValueError, AttributeError) as error:
+        problem = str(error) if isinstance(error, DataError) else f"it cannot be read ({type(error).__name__}: {error})"
+        raise DataError(f"{where}: {problem}") from None
+
+
+def _from_zero(rows: list[Row]) -> list[Row]:
+    """MedMCQA's `cop` is 1 to 4 in the original files and 0 to 3 in the hub's: which of both, all rows together say."""
+    found = {row["cop"] for row in rows if row.get("opa") is not None and "cop" in row}
+    if not found or (0 in found and 4 not in found):
+        return rows
+    if 0 in found or 4 not in found:
+        shown = ", ".join(map(str, sorted(found, key=str)))
+        raise DataError(
+            f"cop is {shown}: it must be 0 to 3 or 1 to 4, and rows must show which of both (0 or 4 occurs); give "
+            "`options` {A: ...} and `answer_idx` instead"
+        )
+    return [{**row, "cop": right_index(row["cop"] - 1, 4)} for row in rows]
+
+
+def _number(row: Row) -> Row:
+    if fault := GRADERS["number"].fault(str(row["answer"])):
+        raise DataError(f"answer {str(row['answer'])[:60]!r} cannot be graded: {fault}")
+    return row
+
+
+def _boxed(row: Row) -> Row:
+    if fault := boxed_fault(row):
+        raise DataError(f"answer {str(row['answer'])[:60]!r} cannot be graded: {fault}")
+    return row
+
+
+def _options(row: Row) -> Row:
+    options_of(row)
+    return row
+
+
+def _four_choices(row: Row) -> Row:
+    """MMLU by likelihood: letters A to D, the right one an index as the task file needs it."""
+    _, options, right = options_of({"question": row["question"], "choices": row["choices"], "answer": row["answer"]})
+    if len(options) != 4:
+        raise DataError(f"it has {len(options)} choices; the task asks for A to D, so 4 are needed")
+    return {**row, "answer": right}
+
+
+def _cluewsc(row: Row) -> Row:
+    cluewsc_target(row)
+    if missing := {"span1_text", "span2_text"} - set(row["target"]):
+        raise DataError(f"target has no {min(missing)!r}")
+    return row
+
+
+def _instructions(row: Row) -> Row:
+    if len(row["instruction_id_list"]) != len(row["kwargs"]) or not row["instruction_id_list"]:
+        raise DataError("instruction_id_list and kwargs must be lists of one length, not empty")
+    return row
+
+
+_CHECKS: dict[str, Callable[[Row], Row]] = {
+    "number": _number,
+    "boxed": _boxed,
+    "options": _options,
+    "four choices": _four_choices,
+    "cluewsc": _cluewsc,
+    "instructions": _instructions,
+}
