@@ -5,14 +5,21 @@ import gc
 import importlib.metadata
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lm_eval.models.huggingface
 import numpy as np
 import torch
 from lm_eval.api.model import LM
 from lm_eval.evaluator import evaluate
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from eaft_verl.evaluation.benchmarks import Benchmark
 from eaft_verl.evaluation.quiet import quiet
@@ -22,6 +29,7 @@ from eaft_verl.models import hub_arguments
 
 SEED = 1234
 BATCH_SIZE = 32
+SMALL = 10**9  # weights of a model that is evaluated in float32 on any device
 # A template that prints today's date would make every day's prompts differ; training data get this date too.
 _TODAY = datetime.datetime(2024, 7, 26)
 
@@ -29,12 +37,15 @@ _TODAY = datetime.datetime(2024, 7, 26)
 def load_model(path: Path | str, settings: EvaluateSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model, ready to evaluate, and its tokenizer (left padding).
 
-    bfloat16. Eager attention on the CPU, where it decodes left-padded batches 1.3 times faster than sdpa; the model's
-    default elsewhere. One GPU if there is one, spread over all if there are several; `backend_args` of hf override.
+    float32 on the CPU and for small models; else bfloat16 with a float32 head: in bfloat16 logits the likeliest two
+    words are often exactly equal, and batch size and kernel then choose the answer. Eager attention on the CPU, the
+    model's default elsewhere. One GPU if there is one, spread over all if there are several; `backend_args` of hf
+    override.
     """
     given = settings.backend_args if settings.backend == "hf" else {}
     device = str(given.get("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
-    options: dict[str, Any] = {"dtype": given.get("dtype", "bfloat16")}
+    exact = device == "cpu" or _parameters(path) <= SMALL
+    options: dict[str, Any] = {"dtype": given.get("dtype", "float32" if exact else "bfloat16")}
     if attention := given.get("attn_implementation") or ("eager" if device == "cpu" else None):
         options["attn_implementation"] = attention
     if device == "cuda" and torch.cuda.device_count() > 1:
@@ -45,7 +56,10 @@ def load_model(path: Path | str, settings: EvaluateSettings) -> tuple[PreTrained
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.generation_config = _greedy(model, tokenizer)
-    return (model if "device_map" in options else model.to(device)).eval(), tokenizer
+    _widen_head(model)
+    if "device_map" not in options:
+        cast(torch.nn.Module, model).to(device)
+    return model.eval(), tokenizer
 
 
 def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
@@ -53,6 +67,23 @@ def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Gener
     shipped = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(shipped if isinstance(shipped, list) else [shipped])} - {None}
     return GenerationConfig(eos_token_id=sorted(ends), pad_token_id=tokenizer.pad_token_id)
+
+
+def _parameters(path: Path | str) -> int:
+    """Number of weights, from the configuration alone."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(**hub_arguments(path))).num_parameters()
+
+
+def _widen_head(model: PreTrainedModel) -> None:
+    """Logits in float32 from the last hidden state on; a head tied to the embedding gets a copy of its own."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, torch.nn.Linear) or head.weight.dtype == torch.float32:
+        return
+    head.weight = torch.nn.Parameter(head.weight.float(), requires_grad=False)
+    if head.bias is not None:
+        head.bias = torch.nn.Parameter(head.bias.float(), requires_grad=False)
+    head.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(), *inputs[1:]))
 
 
 def language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: EvaluateSettings) -> LM:

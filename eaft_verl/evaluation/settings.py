@@ -14,6 +14,7 @@ from eaft_verl.errors import ConfigError
 from eaft_verl.evaluation.tasks import TASK_FILES, Entry, absent, parse_entries
 
 BACKENDS = ("hf", "vllm")
+PROTOCOL = 2  # to be raised when the same settings give other scores than before; 2: float32 logits, prepared held-out
 HF_ARGUMENTS = ("dtype", "attn_implementation", "batch_size", "device", "token_budget")
 
 
@@ -119,6 +120,7 @@ def evaluation_key(settings: EvaluateSettings) -> str:
     drift = settings.drift_settings()
     sources = [entry.data or (entry.own.data if entry.own else None) for entry in _all_entries(settings)]
     description = {
+        "protocol": PROTOCOL,
         "entries": {side: [_entry_key(entry) for entry in settings.entries(side)] for side in ("target", "general")},
         "sources": [_source_key(source) for source in sources],
         "heldout": _source_key(settings.heldout),

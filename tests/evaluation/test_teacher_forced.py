@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from eaft_verl.data.encode import encode
 from eaft_verl.data.formats import to_messages
 from eaft_verl.errors import DataError
-from eaft_verl.evaluation import drift, teacher_forced
-from eaft_verl.evaluation.settings import DriftSettings
+from eaft_verl.evaluation import drift, harness, teacher_forced
+from eaft_verl.evaluation.settings import DriftSettings, EvaluateSettings
 from eaft_verl.evaluation.teacher_forced import Example
 
 
@@ -177,3 +177,29 @@ def test_rows_that_cannot_be_scored_are_named(tokenizer):
         teacher_forced.encode_examples(tokenizer, [{"id": 1, **row} for row in sums(2, seed=0)], 512, "rows.jsonl")
     with pytest.raises(DataError, match="no rows"):
         teacher_forced.encode_examples(tokenizer, [], 512, "rows.jsonl")
+
+
+def test_logits_are_float32_whatever_the_weights_are(base_path, examples):
+    """The head gets the last hidden state, in bfloat16, and works in float32: no rounding after it."""
+    settings = EvaluateSettings(backend_args={"dtype": "bfloat16", "device": "cpu"})
+    model, tokenizer = harness.load_model(base_path, settings)
+    assert model.get_input_embeddings().weight.dtype == torch.bfloat16
+    ids = torch.tensor([examples[0].input_ids])
+    with torch.no_grad():
+        output = model(ids, output_hidden_states=True)
+    expected = output.hidden_states[-1].double() @ model.get_input_embeddings().weight.double().T
+    assert output.logits.dtype == torch.float32
+    torch.testing.assert_close(output.logits.double(), expected, rtol=0, atol=1e-5)
+    plain = AutoModelForCausalLM.from_pretrained(base_path, dtype=torch.bfloat16)(ids).logits
+    assert plain.dtype == torch.bfloat16 and (plain.double() - expected).abs().max() > 1e-3
+    model.generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+
+
+def test_small_is_a_number_of_weights(base_path, base):
+    assert harness._parameters(base_path) == base.num_parameters() < harness.SMALL
+
+
+def test_float32_on_the_cpu_unless_told_otherwise(base_path):
+    model, _ = harness.load_model(base_path, EvaluateSettings(backend_args={"device": "cpu"}))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
