@@ -113,7 +113,7 @@ def _load_benchmarks(session: _Session, names: set[str]) -> None:
     if wanted:
         from eaft_verl.evaluation.benchmarks import load_benchmark
 
-        session.benchmarks = {entry.task: load_benchmark(entry, session.settings.max_length) for entry in wanted}
+        session.benchmarks = {entry.task: load_benchmark(entry) for entry in wanted}
 
 
 def _prepare_drift(session: _Session) -> None:
@@ -155,6 +155,8 @@ def _evaluate_step(session: _Session, step: int, path: Path | str, names: list[s
         language = harness.vllm_model(path, session.settings)
     else:
         language = harness.language_model(*session.model(path), session.settings)
+    for benchmark in generated:
+        harness.give_room(language, benchmark)
     for benchmark in generated:
         measure = functools.partial(harness.run_benchmark, language, benchmark)
         _record(session, step, benchmark.name, measure, session.settings.backend)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from lm_eval.api.model import LM
 from lm_eval.evaluator import evaluate
+from lm_eval.models.utils import normalize_gen_kwargs
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,15 +22,17 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from eaft_verl.errors import DataError
 from eaft_verl.evaluation.benchmarks import Benchmark
 from eaft_verl.evaluation.quiet import quiet
-from eaft_verl.evaluation.records import Sample, convert
+from eaft_verl.evaluation.records import Fit, Sample, convert
 from eaft_verl.evaluation.settings import EvaluateSettings
 from eaft_verl.models import hub_arguments
 
 SEED = 1234
 BATCH_SIZE = 32
 SMALL = 10**9  # weights of a model that is evaluated in float32 on any device
+MIN_ANSWER = 64  # tokens that a prompt must leave for a longer answer
 # A template that prints today's date would make every day's prompts differ; training data get this date too.
 _TODAY = datetime.datetime(2024, 7, 26)
 
@@ -86,9 +89,14 @@ def _widen_head(model: PreTrainedModel) -> None:
     head.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(), *inputs[1:]))
 
 
-def language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: EvaluateSettings) -> LM:
-    """The harness's view of a loaded model."""
-    batch_size = settings.backend_args.get("batch_size", BATCH_SIZE)
+def language_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: EvaluateSettings,
+    batch_size: int | str | None = None,
+) -> LM:
+    """The harness's view of a loaded model. It sorts requests by length and text: their order does not matter."""
+    batch_size = batch_size or settings.backend_args.get("batch_size", BATCH_SIZE)
     with quiet():
         return lm_eval.models.huggingface.HFLM(
             pretrained=model,
@@ -104,7 +112,7 @@ def vllm_model(path: Path | str, settings: EvaluateSettings) -> LM:
     from lm_eval.api.registry import get_model
 
     source = hub_arguments(path)
-    arguments = {"pretrained": source.pop("pretrained_model_name_or_path"), **source}
+    arguments: dict[str, Any] = {"pretrained": source.pop("pretrained_model_name_or_path"), **source}
     arguments |= {"dtype": "bfloat16", "seed": SEED, "max_model_len": settings.max_length}
     arguments |= {"chat_template_args": {"strftime_now": _TODAY.strftime}, **settings.backend_args}
     return get_model("vllm")(**arguments)
@@ -117,7 +125,35 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
-def run_benchmark(language: LM, benchmark: Benchmark) -> tuple[dict[str, Any], list[Sample]]:
+def give_room(language: Any, benchmark: Benchmark) -> None:
+    """Set each task's answer limit to what its longest prompt leaves of the context, if that is less than it asks for.
+
+    The harness cuts prompts instead, from the left, and says so in a log line. One limit for all answers of a task:
+    they are batched by it. Raises DataError where fewer than MIN_ANSWER tokens (or all it asks for) would be left.
+    """
+    for name, task in benchmark.tasks.items():
+        if task.OUTPUT_TYPE != "generate_until":
+            continue
+        with quiet():
+            task.build_all_requests(
+                samples=benchmark.documents and benchmark.documents[name],
+                apply_chat_template=True,
+                fewshot_as_multiturn=True,
+                chat_template=language.apply_chat_template,
+            )
+        longest = max(len(language.tok_encode(request.args[0])) for request in task.instances)
+        asked = normalize_gen_kwargs(task.get_config("generation_kwargs"), language.max_gen_toks)
+        wanted = int(asked["max_gen_toks"])
+        room = language.max_length - longest
+        if room < min(wanted, MIN_ANSWER):
+            raise DataError(
+                f"a prompt of {longest} tokens leaves {max(room, 0)} of data.max_length={language.max_length} for the "
+                f"answer, and {name} asks for {wanted}; raise data.max_length or leave the task out"
+            )
+        task.set_config(key="generation_kwargs", value={"max_gen_toks": min(wanted, room)}, update=True)
+
+
+def run_benchmark(language: Any, benchmark: Benchmark) -> tuple[dict[str, Any], list[Sample]]:
     """(record fields, samples) of one benchmark: greedy as its task file says, chat template applied, seeds fixed.
 
     Calls the harness's `evaluate`, not `simple_evaluate`, which inspects packages and git at each call.
@@ -129,13 +165,14 @@ def run_benchmark(language: LM, benchmark: Benchmark) -> tuple[dict[str, Any], l
         results = evaluate(
             lm=language,
             task_dict={"tasks": benchmark.tasks, "groups": benchmark.groups},
-            limit=benchmark.limit,
+            samples=benchmark.documents,
             bootstrap_iters=0,
             log_samples=True,
             apply_chat_template=True,
             fewshot_as_multiturn=True,
         )
-    record, samples = convert(results, benchmark.name, benchmark.metric)
+    fit = Fit(language.max_length, lambda text: len(language.tok_encode(text, add_special_tokens=False)))
+    record, samples = convert(results, benchmark.name, benchmark.metric, fit)
     return {**record, "task_version": benchmark.version, "harness": harness_version()}, samples
 
 

@@ -9,6 +9,8 @@ import pytest
 from tiny import CHATML, tiny_model, write_sums
 
 from eaft_verl.errors import ConfigError, DataError, RunError
+from eaft_verl.evaluation import harness
+from eaft_verl.evaluation.benchmarks import Benchmark, _shares, load_benchmark
 from eaft_verl.evaluation.checkpoints import EvaluateSettings, evaluate_checkpoints
 from eaft_verl.evaluation.tasks import Entry
 from eaft_verl.runs import Run
@@ -54,7 +56,8 @@ def test_records_of_an_arm(models, settings, tmp_path):
     sides = {"heldout": "target", "sums": "target", "gcd": "general", "drift": "drift"}
     for step, records in evals.items():
         for name, record in records.items():
-            assert set(record) == RECORD_KEYS
+            assert set(record) - {"truncated"} == RECORD_KEYS
+            assert ("truncated" in record) == (name in ("sums", "gcd"))
             assert (record["benchmark"], record["side"], record["step"]) == (name, sides[name], step)
             samples = run.samples(step, name)
             assert record["n"] == len(samples) == {"gcd": 2}.get(name, 3)
@@ -95,7 +98,6 @@ def test_a_date_in_the_template_is_the_one_of_training(models, tmp_path):
     from transformers import AutoTokenizer
 
     from eaft_verl.data.encode import render
-    from eaft_verl.evaluation import harness
 
     folder = shutil.copytree(models[4], tmp_path / "dated")
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -194,12 +196,78 @@ def test_local_variants_run(models, tmp_path):
     assert set(run.samples(4, "mmlu")[0]["logprobs"]) == {"A", "B", "C", "D"}
 
 
-def test_answers_are_cut_to_fit_the_context(tmp_path):
-    from eaft_verl.evaluation.benchmarks import load_benchmark
-
+def language_and_tasks(models, rows: list[dict], tmp_path: Path, max_length: int) -> tuple:
     path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps(LOCAL_ROWS["aime24"][0]) + "\n")
-    task = load_benchmark(Entry("aime24", data=str(path)), max_length=4096).tasks["aime24"]
-    assert task.get_config("generation_kwargs")["max_gen_toks"] == 4096 - 1024
-    task = load_benchmark(Entry("sums"), max_length=4096).tasks["sums"]
-    assert task.get_config("generation_kwargs")["max_gen_toks"] == 24
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = EvaluateSettings(max_length=max_length)
+    language = harness.language_model(*harness.load_model(models[4], settings), settings)
+    return language, load_benchmark(Entry("aime24", data=str(path)))
+
+
+def test_answers_get_what_the_longest_prompt_leaves(models, tmp_path):
+    rows = [{"id": number, "problem": "P" * (1 + 40 * number), "answer": "2"} for number in range(3)]
+    language, benchmark = language_and_tasks(models, rows, tmp_path, 250)
+    harness.give_room(language, benchmark)
+    record, samples = harness.run_benchmark(language, benchmark)
+    longest = max(len(language.tok_encode(sample["prompt"])) for sample in samples)
+    assert benchmark.tasks["aime24"].get_config("generation_kwargs")["max_gen_toks"] == 250 - longest
+    lengths = [len(language.tok_encode(sample["response"])) for sample in samples]
+    cut = [sample.get("truncated") == "answer" for sample in samples]
+    assert cut == [length >= 250 - longest for length in lengths] and any(cut)  # a random model does not stop
+    assert record["truncated"] == {"prompts": 0, "answers": sum(cut)}
+    short = load_benchmark(Entry("sums"))
+    harness.give_room(language, short)
+    assert short.tasks["sums"].get_config("generation_kwargs")["max_gen_toks"] == 24
+
+
+def test_a_prompt_that_leaves_no_room_is_an_error_before_anything_is_generated(models, tmp_path, monkeypatch):
+    rows = [{"id": 1, "problem": "Pq" * 110, "answer": "2"}]
+    language, benchmark = language_and_tasks(models, rows, tmp_path, 250)
+    monkeypatch.setattr(language, "generate_until", lambda requests: pytest.fail("generated"))
+    with pytest.raises(DataError, match=r"a prompt of \d+ tokens leaves \d+ of data.max_length=250 .* aime24 asks for"):
+        harness.give_room(language, benchmark)
+    run = new_run(tmp_path / "run")
+    settings = EvaluateSettings(target=[{"task": "aime24", "data": str(tmp_path / "rows.jsonl")}], max_length=100)
+    with pytest.raises(DataError, match="leaves 0 of data.max_length=100"):
+        evaluate_checkpoints(run, {4: models[4]}, settings, str(models[0]), tmp_path, set())
+    assert run.evals() == {}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "total", "expected"),
+    [
+        ([5, 1, 5], 6, [3, 1, 2]),  # two left after one round each and one more: 1, 1, 1 -> 2, 1, 2 -> 3, 1, 2
+        ([5, 1, 5], 100, [5, 1, 5]),
+        ([9, 9, 9, 9], 2, [1, 0, 1, 0]),
+        ([4], 3, [3]),
+        ([100] * 57, 500, None),
+    ],
+)
+def test_a_limit_is_divided_evenly(sizes: list[int], total: int, expected: list[int] | None):
+    shares = _shares(sizes, total)
+    assert sum(shares) == min(total, sum(sizes)) and all(a <= b for a, b in zip(shares, sizes, strict=True))
+    assert shares == expected or (expected is None and set(shares) == {8, 9} and shares.count(9) == 500 - 8 * 57)
+
+
+def test_a_limit_on_a_group_is_that_of_the_whole_group(models, tmp_path):
+    from lm_eval.api.group import Group
+
+    parts = {}
+    for name, count in (("aime24", 3), ("aime25", 1)):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps({"id": n, "problem": "P", "answer": "2"}) + "\n" for n in range(count)))
+        parts |= load_benchmark(Entry(name, data=str(path))).tasks
+    group = Group("both")
+    for task in parts.values():
+        group.add(task)
+    whole = Benchmark("both", parts, {"both": group}, "1")
+    settings = EvaluateSettings(max_length=120)
+    language = harness.language_model(*harness.load_model(models[4], settings), settings)
+    for limit, ids in (
+        (3, ["aime24:0", "aime24:1", "aime25:0"]),
+        (9, ["aime24:0", "aime24:1", "aime24:2", "aime25:0"]),
+    ):
+        benchmark = whole.first(limit)
+        harness.give_room(language, benchmark)
+        record, samples = harness.run_benchmark(language, benchmark)
+        assert [sample["id"] for sample in samples] == ids and record["n"] == len(ids)
