@@ -139,7 +139,7 @@ def free_disk(free: float | None, needed: float | None, output: str) -> Finding:
         "disk",
         f"{free / GIB:.1f} GiB free at {output}, about {needed / GIB:.1f} GiB needed" if free < needed else None,
         f"{free / GIB:.0f} GiB free, about {needed / GIB:.1f} GiB needed",
-        "free space, lower evaluate.points or verl.trainer.max_ckpt_to_keep, or choose another output=",
+        "free space, lower verl.trainer.max_ckpt_to_keep, or choose another output=",
     )
 
 

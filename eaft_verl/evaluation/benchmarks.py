@@ -3,8 +3,7 @@
 import difflib
 import functools
 import itertools
-import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
@@ -26,25 +25,56 @@ _NLTK_TASKS = "ifeval"
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A loaded benchmark: one record in the run directory, one or several harness tasks behind it."""
+    """A loaded benchmark: one record in the run directory, one or several harness tasks behind it.
+
+    documents: {task: numbers of the documents asked}; None for all. metric: the primary one; None for the first.
+    """
 
     name: str
     tasks: dict[str, Task]
     groups: dict[str, Group]
     version: str
-    limit: int | None = None
+    documents: dict[str, range] | None = None
     metric: str | None = None
 
+    def first(self, count: int) -> "Benchmark":
+        """The same benchmark with `count` questions in all, or those it has: as many of every task as there are.
 
-def load_benchmark(entry: Entry, max_length: int) -> Benchmark:
-    """The benchmark with its data read; generation limits are cut to what fits in max_length tokens.
+        Of each task the first ones; what cannot be divided goes to tasks evenly spaced in their order.
+        """
+        sizes = {
+            name: len(self.documents[name] if self.documents else task.eval_docs) for name, task in self.tasks.items()
+        }
+        shares = _shares(list(sizes.values()), count)
+        documents = {name: range(share) for name, share in zip(sizes, shares, strict=True) if share}
+        # a group's own score would be that of other documents than its tasks'
+        groups = self.groups if len(documents) == len(self.tasks) else {}
+        return replace(self, tasks={name: self.tasks[name] for name in documents}, groups=groups, documents=documents)
+
+
+def _shares(sizes: list[int], total: int) -> list[int]:
+    """min(total, sum(sizes)) divided as evenly as the sizes allow: [5, 1, 5] and 6 -> [3, 1, 2]."""
+    level = 0
+    while (even := [min(size, level + 1) for size in sizes]) and sum(even) <= total and level < max(sizes):
+        level += 1
+    shares = [min(size, level) for size in sizes]
+    open_ = [index for index, size in enumerate(sizes) if size > level]
+    rest = min(total - sum(shares), len(open_))
+    for number in range(rest):
+        shares[open_[number * len(open_) // rest]] += 1
+    return shares
+
+
+def load_benchmark(entry: Entry) -> Benchmark:
+    """The benchmark with its data read.
 
     Raises ConfigError for a task the harness does not know or cannot run here, DataError for unfit rows.
     """
+    groups: dict[str, Group] = {}
     if entry.own:
         with quiet():
             task = _own_task(entry, entry.own)
-        tasks, groups = {entry.task: task}, {}
+        tasks = {entry.task: task}
         version = f"{entry.own.file.removesuffix('.yaml')} {task.VERSION}"
     else:
         with quiet():
@@ -58,15 +88,19 @@ def load_benchmark(entry: Entry, max_length: int) -> Benchmark:
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=_SEED)
-        _cut_generation(task, max_length)
-    metrics = {
+    _check_metric(entry, tasks)
+    benchmark = Benchmark(entry.task, tasks, groups, version, metric=entry.metric)
+    return benchmark.first(entry.limit) if entry.limit else benchmark
+
+
+def _check_metric(entry: Entry, tasks: dict[str, Task]) -> None:
+    known = {
         label(metric, kind) for task in tasks.values() for metric in task.higher_is_better() for kind in _filters(task)
     }
-    if entry.metric and entry.metric not in metrics:
+    if entry.metric and entry.metric not in known:
         raise ConfigError(
-            f"task {entry.task!r} has no metric {entry.metric!r}; choose one of {', '.join(sorted(metrics))}"
+            f"task {entry.task!r} has no metric {entry.metric!r}; choose one of {', '.join(sorted(known))}"
         )
-    return Benchmark(entry.task, tasks, groups, version, entry.limit, entry.metric)
 
 
 def _filters(task: Task) -> list[str]:
@@ -118,19 +152,6 @@ def _harness_tasks(name: str) -> tuple[dict[str, Task], dict[str, Group]]:
             f"without the hub, give local rows as {{task: ..., data: ...}}: {', '.join(LOCAL_VARIANTS)} take them"
         ) from error
     return loaded["tasks"], loaded.get("groups", {})
-
-
-def _cut_generation(task: Task, max_length: int) -> None:
-    """The harness asserts that an answer is shorter than the context; AIME's 32,768 tokens fit in few models."""
-    if task.get_config("output_type") != "generate_until":
-        return
-    wanted = task.get_config("generation_kwargs").get("max_gen_toks", 256)
-    room = max_length - min(1024, max_length // 2)
-    if wanted > room:
-        logging.getLogger(__name__).warning(
-            f"{task.task_name}: answers cut at {room} tokens instead of {wanted}, as evaluate.max_length={max_length}"
-        )
-        task.set_config(key="generation_kwargs", value={"max_gen_toks": room}, update=True)
 
 
 def _check_nltk(name: str) -> None:

@@ -2,14 +2,17 @@
 
 import contextlib
 import functools
+import multiprocessing
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eaft_verl.errors import RunError
 from eaft_verl.evaluation.settings import EvaluateSettings, evaluation_key
+from eaft_verl.files import write_json
 from eaft_verl.models import model_key, resolve_model
 from eaft_verl.runs import Run, step_name
 
@@ -17,10 +20,11 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from eaft_verl.data.parquet import Example
     from eaft_verl.evaluation.benchmarks import Benchmark
-    from eaft_verl.evaluation.teacher_forced import Example
 
 __all__ = ["EvaluateSettings", "evaluate_checkpoints", "evaluation_key"]
+FORCED = ("heldout", "drift")  # measured in forward passes over given answers
 Outcome = tuple[dict[str, Any], list[dict[str, Any]]]
 
 
@@ -33,11 +37,24 @@ class _Session:
     base: Path | str
     work: Path
     benchmarks: dict[str, "Benchmark"] = field(default_factory=dict)
+    heldout: list["Example"] = field(default_factory=list)
     probe: list["Example"] = field(default_factory=list)
     base_logits: list["Tensor"] = field(default_factory=list)
-    base_key: str = ""
     loaded: tuple[Path | str, "PreTrainedModel", "PreTrainedTokenizerBase"] | None = None
     mark: float = field(default_factory=time.perf_counter)
+
+    @property
+    def of_base(self) -> bool:
+        """Whether the run is the base model's: what is evaluated has then not been trained."""
+        return self.run.info["kind"] == "base"
+
+    @property
+    def token_budget(self) -> int:
+        """Padded tokens of a forward pass."""
+        from eaft_verl.evaluation.teacher_forced import TOKEN_BUDGET
+
+        given = self.settings.backend_args if self.settings.backend == "hf" else {}
+        return given.get("token_budget", TOKEN_BUDGET)
 
     def model(self, path: Path | str) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
         """The checkpoint and its tokenizer; one model is held at a time, the last one is kept."""
@@ -68,112 +85,185 @@ def evaluate_checkpoints(
     settings: EvaluateSettings,
     base_model: str,
     work: Path,
-    full_steps: set[int],
+    points: int,
 ) -> None:
     """Evaluate every checkpoint that has not been, writing one record per benchmark through `run`.
 
-    At every step: `heldout`, `drift` and the target tasks; the general tasks only at full_steps. A benchmark whose
-    record exists is skipped, so a killed evaluation goes on where it stopped. The base run passes {0: base_model}.
+    `heldout` and `drift` at every step, the target tasks at the last `points` of them, the general ones at the last. A
+    benchmark whose record exists is skipped, so a killed evaluation goes on where it stopped. The base run (kind
+    'base') passes {0: base_model}; it also gets eval/noise.json, what the base differs from itself by:
+    {kl, agreement, nll, accuracy: {task: {changed, n, difference}}, questions}, see `noise`.
     work: folder of the experiment for the probe set (the base's own answers), shared by its runs.
-    Raises ConfigError or DataError before any model is loaded; RunError naming the benchmark that failed.
+    Raises ConfigError or DataError before any model is loaded, DataError before anything is generated for prompts that
+    leave no room for an answer; RunError naming the benchmark that failed.
     """
     settings.check()
-    pending = _pending(run, checkpoints, settings, full_steps)
-    if not pending:
+    noise_file = run.path / "eval" / "noise.json"
+    pending = _pending(run, checkpoints, settings, points)
+    noisy = run.info["kind"] == "base" and not noise_file.exists()
+    if not pending and not noisy:
         return
     session = _Session(run, settings, resolve_model(base_model), Path(work))
-    paths = {step: resolve_model(checkpoints[step]) for step in pending}
-    _load_benchmarks(session, {name for names in pending.values() for name in names})
-    if any("drift" in names for names in pending.values()):
-        with _named("drift", 0):
-            _prepare_drift(session)
-    for step, names in pending.items():
-        _evaluate_step(session, step, paths[step], names)
+    paths = {step: resolve_model(path) for step, path in checkpoints.items() if step in pending or noisy}
+    names = {name for missing in pending.values() for name in missing}
+    _prepare(session, {*names, *_names(settings, 0, 1)} if noisy else names)
+    for step, missing in pending.items():
+        _evaluate_step(session, step, paths[step], missing)
+    if noisy:
+        with _named("noise", 0):
+            write_json(noise_file, _noise(session, paths[0]))
+        session.book_time()
+
+
+def _names(settings: EvaluateSettings, left: int, points: int) -> list[str]:
+    """Benchmarks of a checkpoint after which `left` others come."""
+    names = [name for name, wanted in (("heldout", settings.heldout), ("drift", settings.drift_settings())) if wanted]
+    sides = (("target", left < points), ("general", left == 0))
+    return names + [entry.task for side, wanted in sides if wanted for entry in settings.entries(side)]
 
 
 def _pending(
-    run: Run, checkpoints: dict[int, Path | str], settings: EvaluateSettings, full_steps: set[int]
+    run: Run, checkpoints: dict[int, Path | str], settings: EvaluateSettings, points: int
 ) -> dict[int, list[str]]:
     """{step: names of the benchmarks still to run}, steps ascending, steps with nothing to do left out."""
-    always = [name for name, wanted in (("heldout", settings.heldout), ("drift", settings.drift_settings())) if wanted]
-    always += [entry.task for entry in settings.entries("target")]
-    general = [entry.task for entry in settings.entries("general")]
-    done = run.evals()
-    pending = {}
-    for step in sorted(checkpoints):
-        names = always + (general if step in full_steps else [])
-        if missing := [name for name in names if name not in done.get(step, {})]:
+    done, pending = run.evals(), {}
+    for left, step in zip(reversed(range(len(checkpoints))), sorted(checkpoints), strict=True):
+        if missing := [name for name in _names(settings, left, points) if name not in done.get(step, {})]:
             pending[step] = missing
     return pending
 
 
-def _load_benchmarks(session: _Session, names: set[str]) -> None:
-    entries = [entry for side in ("target", "general") for entry in session.settings.entries(side)]
-    wanted = [entry for entry in entries if entry.task in names]
-    if wanted:
-        from eaft_verl.evaluation.benchmarks import load_benchmark
+def _prepare(session: _Session, names: set[str]) -> None:
+    """Everything that is read once, for these benchmarks: their data first, because that needs no model."""
+    settings = session.settings
+    session.benchmarks = _load_benchmarks(settings, names)
+    if "heldout" in names:
+        from eaft_verl.data.prepare import load_prepared
 
-        session.benchmarks = {entry.task: load_benchmark(entry, session.settings.max_length) for entry in wanted}
+        session.heldout = load_prepared(Path(str(settings.heldout))).examples[: settings.limit]
+    if "drift" in names:
+        with _named("drift", 0):
+            _prepare_drift(session)
+
+
+def _load_benchmarks(settings: EvaluateSettings, names: set[str]) -> dict[str, "Benchmark"]:
+    entries = [entry for side in ("target", "general") for entry in settings.entries(side) if entry.task in names]
+    if not entries:
+        return {}
+    from eaft_verl.evaluation.benchmarks import load_benchmark
+
+    return {entry.task: load_benchmark(entry) for entry in entries}
 
 
 def _prepare_drift(session: _Session) -> None:
     """Probe and base logits; after this the base model itself is not needed any more."""
+    from eaft_verl.data.parquet import read_examples, write_examples
     from eaft_verl.evaluation import drift
 
     wanted = session.settings.drift_settings()
+    assert wanted is not None
     prompts = drift.prompts_of(wanted)
-    session.base_key = model_key(session.base)
     model, tokenizer = session.model(session.base)
     if drift.has_answers(prompts):
         session.probe = drift.given_probe(tokenizer, prompts, wanted, session.settings.max_length)
     else:
-        path = drift.probe_path(session.work, session.base_key, tokenizer, prompts, wanted.new_tokens)
+        path = drift.probe_path(session.work, model_key(session.base), tokenizer, prompts, wanted.new_tokens)
         if not path.exists():
-            drift.write_probe(path, drift.make_probe(model, tokenizer, prompts, wanted.new_tokens), tokenizer)
-        session.probe = drift.read_probe(path)
-    session.base_logits = drift.base_logits(model, session.probe, _token_budget(session.settings))
-
-
-def _token_budget(settings: EvaluateSettings) -> int:
-    from eaft_verl.evaluation.teacher_forced import TOKEN_BUDGET
-
-    return settings.backend_args.get("token_budget", TOKEN_BUDGET) if settings.backend == "hf" else TOKEN_BUDGET
+            write_examples(path, drift.make_probe(model, tokenizer, prompts, wanted.new_tokens))
+        session.probe = read_examples(path)
+    session.base_logits = drift.base_logits(model, session.probe, session.token_budget)
 
 
 def _evaluate_step(session: _Session, step: int, path: Path | str, names: list[str]) -> None:
-    """Teacher-forced benchmarks first: with vLLM their model must be gone before the engine takes the memory."""
-    from eaft_verl.evaluation import harness
-
     for name in names:
-        if name in ("heldout", "drift"):
-            _record(session, step, name, lambda name=name: _forced(session, name, path), "hf")
-    generated = [session.benchmarks[name] for name in names if name in session.benchmarks]
-    if not generated:
-        return
-    if session.settings.backend == "vllm":
-        session.free()
-        language = harness.vllm_model(path, session.settings)
-    else:
-        language = harness.language_model(*session.model(path), session.settings)
-    for benchmark in generated:
-        measure = functools.partial(harness.run_benchmark, language, benchmark)
-        _record(session, step, benchmark.name, measure, session.settings.backend)
+        if name in FORCED:
+            _record(session, step, name, functools.partial(_forced, session, name, path), "hf")
+    if tasks := [name for name in names if name not in FORCED]:
+        _apart(_generate, session, step, path, tasks)
 
 
 def _forced(session: _Session, name: str, path: Path | str) -> Outcome:
     """The `heldout` or the `drift` benchmark."""
-    from eaft_verl.data.sources import read_rows
     from eaft_verl.evaluation import drift, teacher_forced
 
-    settings, budget = session.settings, _token_budget(session.settings)
-    if name == "drift" and model_key(path) == session.base_key:
-        return drift.drift(None, session.probe, session.base_logits, budget)
-    model, tokenizer = session.model(path)
-    if name == "drift":
-        return drift.drift(model, session.probe, session.base_logits, budget)
-    rows = read_rows(settings.heldout)[: settings.limit]
-    examples = teacher_forced.encode_examples(tokenizer, rows, settings.max_length, settings.heldout, settings.turns)
-    return teacher_forced.heldout(model, examples, budget)
+    if name == "heldout":
+        return teacher_forced.heldout(session.model(path)[0], session.heldout, session.token_budget)
+    model = None if session.of_base else session.model(path)[0]
+    return drift.drift(model, session.probe, session.base_logits, session.token_budget)
+
+
+def _apart(work: Callable[..., Any], session: _Session, *arguments: Any) -> Any:
+    """work(session, *arguments); with vLLM in a process of its own, whose end gives the GPUs back, engine and all.
+
+    The model that is held here must be gone before the engine takes the memory.
+    """
+    if session.settings.backend != "vllm":
+        return work(session, *arguments)
+    session.free()
+    sent = replace(session, benchmarks={}, heldout=[], probe=[], base_logits=[])
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        outcome = pool.submit(work, sent, *arguments).result()
+    session.mark = time.perf_counter()  # what came before is booked over there
+    return outcome
+
+
+def _language(session: _Session, path: Path | str, tasks: list[str], batch_size: int | None = None) -> Any:
+    """The model behind the harness, and every task's answers limited to what their prompts leave."""
+    from eaft_verl.evaluation import harness
+
+    if not session.benchmarks:  # in a process of its own
+        session.benchmarks = _load_benchmarks(session.settings, set(tasks))
+    if session.settings.backend == "vllm":
+        language = harness.vllm_model(path, session.settings)
+    else:
+        language = harness.language_model(*session.model(path), session.settings, batch_size)
+    for name in tasks:
+        harness.give_room(language, session.benchmarks[name])
+    return language
+
+
+def _generate(session: _Session, step: int, path: Path | str, tasks: list[str]) -> None:
+    """The records of these tasks, with one engine."""
+    from eaft_verl.evaluation import harness
+
+    language = _language(session, path, tasks)
+    for name in tasks:
+        measure = functools.partial(harness.run_benchmark, language, session.benchmarks[name])
+        _record(session, step, name, measure, session.settings.backend)
+
+
+def _noise(session: _Session, path: Path | str) -> dict[str, Any]:
+    """What eval/noise.json holds; None where nothing was measured."""
+    from eaft_verl.evaluation import noise
+
+    names = _names(session.settings, 0, 1)
+    found: dict[str, float | None] = {"kl": None, "agreement": None, "nll": None}
+    model = session.model(path)[0]
+    if "drift" in names:
+        known = session.run.samples(0, "drift")
+        found.update(noise.drift_noise(model, session.probe, session.base_logits, known))
+    if "heldout" in names:
+        nll = noise.heldout_noise(model, session.heldout, session.run.samples(0, "heldout"))
+        found["nll"] = max(nll, found["nll"] or 0.0)
+    tasks = [name for name in names if name not in FORCED]
+    accuracy = _apart(_repeat, session, path, tasks) if tasks else {}
+    return {**found, "accuracy": accuracy, "questions": noise.QUESTIONS}
+
+
+def _repeat(session: _Session, path: Path | str, tasks: list[str]) -> dict[str, Any]:
+    """{task: noise.accuracy_noise}: the first questions of each once more, in batches of a quarter of the size."""
+    from eaft_verl.evaluation import harness, noise
+
+    usual = session.settings.backend_args.get("batch_size", harness.BATCH_SIZE)
+    other = 8 if isinstance(usual, str) else usual // 4 or usual + 1
+    language = _language(session, path, tasks, other)
+    records, found = session.run.evals()[0], {}
+    for name in tasks:
+        _, samples = harness.run_benchmark(language, session.benchmarks[name].first(noise.QUESTIONS))
+        outcome = noise.accuracy_noise(samples, session.run.samples(0, name), records[name]["metric"])
+        if outcome is not None:
+            found[name] = outcome
+    return found
 
 
 def _record(session: _Session, step: int, name: str, measure: Callable[[], Outcome], backend: str) -> None:

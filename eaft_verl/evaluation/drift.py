@@ -4,27 +4,21 @@ Dimension letters: B prompts of a batch, T answer tokens of one example, V vocab
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eaft_verl.data.encode import render
+from eaft_verl.data.encode import encode, render
 from eaft_verl.data.formats import PROMPT_KEYS, RESPONSE_KEYS, to_messages
+from eaft_verl.data.parquet import Example
 from eaft_verl.data.sources import read_rows
+from eaft_verl.data.spec import RowError
 from eaft_verl.errors import DataError
-from eaft_verl.evaluation.records import Sample, digest
+from eaft_verl.evaluation.records import Sample, check_ids, digest
 from eaft_verl.evaluation.settings import DriftSettings
-from eaft_verl.evaluation.teacher_forced import (
-    CHUNK_TOKENS,
-    TOKEN_BUDGET,
-    Example,
-    answer_logits,
-    encode_examples,
-    token_weighted,
-)
-from eaft_verl.files import read_jsonl, write_jsonl
+from eaft_verl.evaluation.teacher_forced import CHUNK_TOKENS, TOKEN_BUDGET, answer_logits, labels, token_weighted
 
 PROBE_BATCH = 32
 _CONVERSATION_KEYS = ("messages", "conversations", *RESPONSE_KEYS)
@@ -66,11 +60,21 @@ def has_answers(prompts: list[dict[str, Any]]) -> bool:
 def given_probe(
     tokenizer: PreTrainedTokenizerBase, prompts: list[dict[str, Any]], settings: DriftSettings, max_length: int
 ) -> list[Example]:
-    """Given answers, each cut after its first `new_tokens` answer tokens."""
+    """Given answers, one example per assistant turn, each cut after its first `new_tokens` answer tokens.
+
+    Raises DataError naming the row whose answer the chat template cannot write, or that has none within max_length.
+    """
     examples = []
-    for example in encode_examples(tokenizer, prompts, max_length, settings.data):
-        end = [index for index, marked in enumerate(example.mask) if marked][: settings.new_tokens][-1] + 1
-        examples.append(Example(example.id, example.input_ids[:end], example.mask[:end]))
+    for number, prompt in enumerate(prompts, 1):
+        try:
+            turns = encode(tokenizer, prompt["messages"], max_length, "truncate", "split", prompt["tools"])
+        except RowError as error:
+            raise DataError(f"{settings.data} row {number}: {error}") from error
+        for ordinal, one in enumerate(turns):
+            name = f"{prompt['id']}/{ordinal}" if len(turns) > 1 else prompt["id"]
+            end = [index for index, marked in enumerate(one.loss_mask) if marked][: settings.new_tokens][-1] + 1
+            examples.append(Example(name, prompt["messages"][: one.turn + 1], one.input_ids[:end], one.loss_mask[:end]))
+    check_ids(({"id": example.id} for example in examples), settings.data)
     return examples
 
 
@@ -79,26 +83,7 @@ def probe_path(
 ) -> Path:
     """Where the base's answers are kept: the name is made of all they depend on, so stale answers are never found."""
     key = digest([base_key, tokenizer.chat_template, prompts, new_tokens])
-    return work / f"drift-probe-{key[:16]}.jsonl"
-
-
-def read_probe(path: Path) -> list[Example]:
-    """Examples written by write_probe."""
-    return [Example(row["id"], row["input_ids"], [bool(value) for value in row["mask"]]) for row in read_jsonl(path)]
-
-
-def write_probe(path: Path, examples: list[Example], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Keep the base's answers, with their text for the reader."""
-    rows = (
-        {
-            "id": example.id,
-            "answer": tokenizer.decode(example.labels, skip_special_tokens=True),
-            "input_ids": example.input_ids,
-            "mask": [int(value) for value in example.mask],
-        }
-        for example in examples
-    )
-    write_jsonl(path, rows)
+    return work / f"drift-probe-{key[:16]}.parquet"
 
 
 @torch.inference_mode()
@@ -115,8 +100,15 @@ def make_probe(
         answers |= dict(
             zip(batch, _generate(model, tokenizer, [ids[index] for index in batch], new_tokens), strict=True)
         )
+    written = {index: tokenizer.decode(found, skip_special_tokens=True) for index, found in answers.items()}
     return [
-        Example(prompt["id"], ids[index] + answers[index], [False] * len(ids[index]) + [True] * len(answers[index]))
+        Example(
+            id=prompt["id"],
+            messages=[*prompt["messages"], {"role": "assistant", "content": written[index]}],
+            input_ids=ids[index] + answers[index],
+            loss_mask=[0] * len(ids[index]) + [1] * len(answers[index]),
+            tools=prompt["tools"],
+        )
         for index, prompt in enumerate(prompts)
     ]
 
@@ -128,7 +120,7 @@ def _generate(
     shipped = model.generation_config.eos_token_id
     ends = shipped if isinstance(shipped, list) else [tokenizer.eos_token_id]
     batch = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt").to(model.device)
-    output = model.generate(
+    output = cast(Any, model).generate(
         **batch,
         max_new_tokens=new_tokens,
         do_sample=False,
@@ -145,11 +137,11 @@ def _until(tokens: list[int], ends: list[int]) -> list[int]:
 
 
 def base_logits(model: PreTrainedModel, examples: list[Example], token_budget: int = TOKEN_BUDGET) -> list[Tensor]:
-    """The base's logits_TV of every example in host memory, in the model's own dtype: lossless and half of float32.
+    """The base's logits_TV of every example in host memory, float32.
 
-    Memory: answer tokens * vocabulary * 2 bytes (48 x 48 tokens of 49,152 words: 0.2 GB; 64 x 256 of 151,936: 5 GB).
+    Memory: answer tokens * vocabulary * 4 bytes (48 x 48 tokens of 49,152 words: 0.45 GB; 64 x 256 of 151,936: 10 GB).
     """
-    logits = {index: logits_TV.cpu() for index, logits_TV in answer_logits(model, examples, token_budget)}
+    logits = {index: logits_TV.float().cpu() for index, logits_TV in answer_logits(model, examples, token_budget)}
     return [logits[index] for index in range(len(examples))]
 
 
@@ -157,18 +149,19 @@ def divergence(base_TV: Tensor, model_TV: Tensor, labels_T: Tensor) -> dict[str,
     """{kl, agreement, nll}, each [T] float32: forward KL over the whole vocabulary, same likeliest token, label's NLL.
 
     KL(base || model) = sum_v p_base(v) (log p_base(v) - log p_model(v)), nats; words that the base gives no
-    probability (-inf logits of a padded vocabulary) contribute nothing. nll is the model's.
+    probability (-inf logits of a padded vocabulary) contribute nothing, one that only the model gives none makes it
+    infinite, NaN logits make it NaN. Equally likely words: the lowest token id is the likeliest. nll is the model's.
     """
     parts = []
-    for base, model, labels in zip(
+    for base, model, right in zip(
         *(tensor.split(CHUNK_TOKENS) for tensor in (base_TV, model_TV, labels_T)), strict=True
     ):
         log_base = base.float().log_softmax(dim=-1)
         log_model = model.float().log_softmax(dim=-1)
         p_base = log_base.exp()
-        kl = torch.where(p_base > 0, p_base * (log_base - log_model), 0.0).sum(dim=-1)
+        kl = (p_base * (log_base - log_model).masked_fill_(p_base == 0, 0.0)).sum(dim=-1)
         agreement = (base.argmax(dim=-1) == model.argmax(dim=-1)).float()
-        parts.append((kl, agreement, -log_model.gather(-1, labels[:, None]).squeeze(-1)))
+        parts.append((kl, agreement, -log_model.gather(-1, right[:, None]).squeeze(-1)))
     return {name: torch.cat(values) for name, values in zip(_HIGHER_IS_BETTER, zip(*parts, strict=True), strict=True)}
 
 
@@ -182,7 +175,7 @@ def drift(
     scores: dict[int, dict[str, float]] = {}
     pairs = enumerate(base) if model is None else answer_logits(model, examples, token_budget)
     for index, logits_TV in pairs:
-        labels_T = torch.tensor(examples[index].labels, device=logits_TV.device)
+        labels_T = torch.tensor(labels(examples[index]), device=logits_TV.device)
         values = divergence(base[index].to(logits_TV.device), logits_TV, labels_T)
         scores[index] = {name: value_T.double().mean().item() for name, value_T in values.items()}
     return token_weighted(examples, scores, _HIGHER_IS_BETTER)

@@ -5,23 +5,34 @@ import gc
 import importlib.metadata
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lm_eval.models.huggingface
 import numpy as np
 import torch
 from lm_eval.api.model import LM
 from lm_eval.evaluator import evaluate
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from lm_eval.models.utils import normalize_gen_kwargs
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from eaft_verl.errors import DataError
 from eaft_verl.evaluation.benchmarks import Benchmark
 from eaft_verl.evaluation.quiet import quiet
-from eaft_verl.evaluation.records import Sample, convert
+from eaft_verl.evaluation.records import Fit, Sample, convert
 from eaft_verl.evaluation.settings import EvaluateSettings
 from eaft_verl.models import hub_arguments
 
 SEED = 1234
 BATCH_SIZE = 32
+SMALL = 10**9  # weights of a model that is evaluated in float32 on any device
+MIN_ANSWER = 64  # tokens that a prompt must leave for a longer answer
 # A template that prints today's date would make every day's prompts differ; training data get this date too.
 _TODAY = datetime.datetime(2024, 7, 26)
 
@@ -29,12 +40,15 @@ _TODAY = datetime.datetime(2024, 7, 26)
 def load_model(path: Path | str, settings: EvaluateSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model, ready to evaluate, and its tokenizer (left padding).
 
-    bfloat16. Eager attention on the CPU, where it decodes left-padded batches 1.3 times faster than sdpa; the model's
-    default elsewhere. One GPU if there is one, spread over all if there are several; `backend_args` of hf override.
+    float32 on the CPU and for small models; else bfloat16 with a float32 head: in bfloat16 logits the likeliest two
+    words are often exactly equal, and batch size and kernel then choose the answer. Eager attention on the CPU, the
+    model's default elsewhere. One GPU if there is one, spread over all if there are several; `backend_args` of hf
+    override.
     """
     given = settings.backend_args if settings.backend == "hf" else {}
     device = str(given.get("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
-    options: dict[str, Any] = {"dtype": given.get("dtype", "bfloat16")}
+    exact = device == "cpu" or _parameters(path) <= SMALL
+    options: dict[str, Any] = {"dtype": given.get("dtype", "float32" if exact else "bfloat16")}
     if attention := given.get("attn_implementation") or ("eager" if device == "cpu" else None):
         options["attn_implementation"] = attention
     if device == "cuda" and torch.cuda.device_count() > 1:
@@ -45,7 +59,10 @@ def load_model(path: Path | str, settings: EvaluateSettings) -> tuple[PreTrained
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.generation_config = _greedy(model, tokenizer)
-    return (model if "device_map" in options else model.to(device)).eval(), tokenizer
+    _widen_head(model)
+    if "device_map" not in options:
+        cast(torch.nn.Module, model).to(device)
+    return model.eval(), tokenizer
 
 
 def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
@@ -55,9 +72,31 @@ def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Gener
     return GenerationConfig(eos_token_id=sorted(ends), pad_token_id=tokenizer.pad_token_id)
 
 
-def language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: EvaluateSettings) -> LM:
-    """The harness's view of a loaded model."""
-    batch_size = settings.backend_args.get("batch_size", BATCH_SIZE)
+def _parameters(path: Path | str) -> int:
+    """Number of weights, from the configuration alone."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(**hub_arguments(path))).num_parameters()
+
+
+def _widen_head(model: PreTrainedModel) -> None:
+    """Logits in float32 from the last hidden state on; a head tied to the embedding gets a copy of its own."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, torch.nn.Linear) or head.weight.dtype == torch.float32:
+        return
+    head.weight = torch.nn.Parameter(head.weight.float(), requires_grad=False)
+    if head.bias is not None:
+        head.bias = torch.nn.Parameter(head.bias.float(), requires_grad=False)
+    head.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(), *inputs[1:]))
+
+
+def language_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: EvaluateSettings,
+    batch_size: int | str | None = None,
+) -> LM:
+    """The harness's view of a loaded model. It sorts requests by length and text: their order does not matter."""
+    batch_size = batch_size or settings.backend_args.get("batch_size", BATCH_SIZE)
     with quiet():
         return lm_eval.models.huggingface.HFLM(
             pretrained=model,
@@ -73,7 +112,7 @@ def vllm_model(path: Path | str, settings: EvaluateSettings) -> LM:
     from lm_eval.api.registry import get_model
 
     source = hub_arguments(path)
-    arguments = {"pretrained": source.pop("pretrained_model_name_or_path"), **source}
+    arguments: dict[str, Any] = {"pretrained": source.pop("pretrained_model_name_or_path"), **source}
     arguments |= {"dtype": "bfloat16", "seed": SEED, "max_model_len": settings.max_length}
     arguments |= {"chat_template_args": {"strftime_now": _TODAY.strftime}, **settings.backend_args}
     return get_model("vllm")(**arguments)
@@ -86,7 +125,35 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
-def run_benchmark(language: LM, benchmark: Benchmark) -> tuple[dict[str, Any], list[Sample]]:
+def give_room(language: Any, benchmark: Benchmark) -> None:
+    """Set each task's answer limit to what its longest prompt leaves of the context, if that is less than it asks for.
+
+    The harness cuts prompts instead, from the left, and says so in a log line. One limit for all answers of a task:
+    they are batched by it. Raises DataError where fewer than MIN_ANSWER tokens (or all it asks for) would be left.
+    """
+    for name, task in benchmark.tasks.items():
+        if task.OUTPUT_TYPE != "generate_until":
+            continue
+        with quiet():
+            task.build_all_requests(
+                samples=benchmark.documents and benchmark.documents[name],
+                apply_chat_template=True,
+                fewshot_as_multiturn=True,
+                chat_template=language.apply_chat_template,
+            )
+        longest = max(len(language.tok_encode(request.args[0])) for request in task.instances)
+        asked = normalize_gen_kwargs(task.get_config("generation_kwargs"), language.max_gen_toks)
+        wanted = int(asked["max_gen_toks"])
+        room = language.max_length - longest
+        if room < min(wanted, MIN_ANSWER):
+            raise DataError(
+                f"a prompt of {longest} tokens leaves {max(room, 0)} of data.max_length={language.max_length} for the "
+                f"answer, and {name} asks for {wanted}; raise data.max_length or leave the task out"
+            )
+        task.set_config(key="generation_kwargs", value={"max_gen_toks": min(wanted, room)}, update=True)
+
+
+def run_benchmark(language: Any, benchmark: Benchmark) -> tuple[dict[str, Any], list[Sample]]:
     """(record fields, samples) of one benchmark: greedy as its task file says, chat template applied, seeds fixed.
 
     Calls the harness's `evaluate`, not `simple_evaluate`, which inspects packages and git at each call.
@@ -98,13 +165,14 @@ def run_benchmark(language: LM, benchmark: Benchmark) -> tuple[dict[str, Any], l
         results = evaluate(
             lm=language,
             task_dict={"tasks": benchmark.tasks, "groups": benchmark.groups},
-            limit=benchmark.limit,
+            samples=benchmark.documents,
             bootstrap_iters=0,
             log_samples=True,
             apply_chat_template=True,
             fewshot_as_multiturn=True,
         )
-    record, samples = convert(results, benchmark.name, benchmark.metric)
+    fit = Fit(language.max_length, lambda text: len(language.tok_encode(text, add_special_tokens=False)))
+    record, samples = convert(results, benchmark.name, benchmark.metric, fit)
     return {**record, "task_version": benchmark.version, "harness": harness_version()}, samples
 
 

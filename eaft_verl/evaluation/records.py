@@ -3,8 +3,8 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 from eaft_verl.errors import DataError
 
@@ -41,28 +41,42 @@ def metric_entry(score: float, stderr: float | None, higher_is_better: bool) -> 
     return {"score": score, "stderr": stderr, "higher_is_better": higher_is_better}
 
 
-def convert(results: dict[str, Any], name: str, primary: str | None = None) -> tuple[dict[str, Any], list[Sample]]:
+class Fit(NamedTuple):
+    """What was cut: max_length of prompt and answer together, and a text's length, both in tokens."""
+
+    max_length: int
+    length: Callable[[str], int]
+
+    def cut(self, arguments: Sequence[tuple[str, Any]], response: Any) -> str | None:
+        """'answer' if it is as long as it might be; 'prompt' if it was shortened to fit; None if nothing was cut.
+
+        arguments: (prompt, generation settings) of an answer, or (prompt, choice) of every choice.
+        """
+        for prompt, second in arguments:
+            if isinstance(second, str):  # one token more than fits is scored: the last one is not fed
+                if self.length(prompt + second) > self.max_length + 1:
+                    return "prompt"
+            elif self.length(response) >= second.get("max_gen_toks", math.inf):
+                return "answer"
+        return None
+
+
+def convert(results: dict[str, Any], name: str, primary: str | None, fit: Fit) -> tuple[dict[str, Any], list[Sample]]:
     """(record fields, samples) of one benchmark from the harness's results, which may hold several tasks (a group).
 
     A metric's score is the mean over all examples of all tasks. Where the harness aggregates otherwise (instruction
     level accuracy, F1), its own score is kept, without a standard error and without per-example scores, since their
-    mean would be another number. primary: metric name; None means the first. Raises DataError for rows with equal ids.
+    mean would be another number. primary: metric name; None means the first. Samples whose prompt or answer was cut say
+    so in `truncated`, and the record counts them. Raises DataError for rows with equal ids.
     """
     tasks = {task: rows for task, rows in results["samples"].items() if rows}
-    samples = [row for task, rows in tasks.items() for row in _samples(task if len(tasks) > 1 else "", rows)]
-    if len({sample["id"] for sample in samples}) < len(samples):
-        raise DataError(f"task {name!r} has rows with the same id; examples are matched by id, so make them unique")
+    samples = [row for task, rows in tasks.items() for row in _samples(task if len(tasks) > 1 else "", rows, fit)]
+    check_ids(samples, f"task {name!r}")
     metrics: dict[str, dict[str, Any]] = {}
     for metric, higher in _metrics(tasks, results["higher_is_better"]).items():
         reported = _reported(results, name, list(tasks), metric)
-        scores = [sample["scores"].get(metric) for sample in samples]
-        score, stderr = (None, None) if None in scores else mean_and_stderr(scores)
-        if score is None or (len(tasks) == 1 and abs(score - reported) > _TOLERANCE):
-            score, stderr = reported, None
-            for sample in samples:
-                sample["scores"].pop(metric, None)
-        if score is not None:
-            metrics[metric] = metric_entry(score, stderr, higher)
+        if entry := _entry(metric, higher, samples, reported, single=len(tasks) == 1):
+            metrics[metric] = entry
     rows = [row for task_rows in tasks.values() for row in task_rows]
     record = {
         "metric": primary or next(iter(metrics)),
@@ -70,8 +84,34 @@ def convert(results: dict[str, Any], name: str, primary: str | None = None) -> t
         "n": len(samples),
         "prompt_hash": digest(row["arguments"] for row in rows),
         "data_hash": digest(row["doc"] for row in rows),
+        "truncated": {f"{part}s": _count(samples, truncated=part) for part in ("prompt", "answer")},
     }
     return record, samples
+
+
+def check_ids(rows: Iterable[Sample], source: str) -> None:
+    """DataError if two rows have the same id."""
+    ids = [row["id"] for row in rows]
+    if len(set(ids)) < len(ids):
+        raise DataError(f"{source} has rows with the same id; examples are matched by id, so make them unique")
+
+
+def _entry(
+    metric: str, higher: bool, samples: list[Sample], reported: float | None, *, single: bool
+) -> dict[str, Any] | None:
+    """The mean of the samples' scores, or what the harness reported, without which there is no such metric."""
+    scores = [sample["scores"].get(metric) for sample in samples]
+    if None not in scores:
+        mean, stderr = mean_and_stderr(scores)
+        if not single or (reported is not None and abs(mean - reported) <= _TOLERANCE):
+            return metric_entry(mean, stderr, higher)
+    for sample in samples:
+        sample["scores"].pop(metric, None)
+    return None if reported is None else metric_entry(reported, None, higher)
+
+
+def _count(samples: list[Sample], *, truncated: str) -> int:
+    return sum(sample.get("truncated") == truncated for sample in samples)
 
 
 def label(metric: str, filter_name: str) -> str:
@@ -98,12 +138,12 @@ def _reported(results: dict[str, Any], name: str, tasks: list[str], metric: str)
     return float(source[key]) if key in source else None
 
 
-def _samples(task: str, rows: list[Sample]) -> list[Sample]:
+def _samples(task: str, rows: list[Sample], fit: Fit) -> list[Sample]:
     """One row per document; the harness has one per document and filter."""
     merged: dict[Any, Sample] = {}
     for row in rows:
         if row["doc_id"] not in merged:
-            merged[row["doc_id"]] = _describe(task, row)
+            merged[row["doc_id"]] = _describe(task, row, fit)
         scores = merged[row["doc_id"]]["scores"]
         for metric in row["metrics"]:
             if isinstance(row[metric], bool | int | float):
@@ -111,8 +151,9 @@ def _samples(task: str, rows: list[Sample]) -> list[Sample]:
     return list(merged.values())
 
 
-def _describe(task: str, row: Sample) -> Sample:
-    """id, prompt, response and target. A multiple-choice response is the likeliest choice; all log-probs are kept."""
+def _describe(task: str, row: Sample, fit: Fit) -> Sample:
+    """id, prompt, response and target. A multiple-choice response is the likeliest choice, of equally likely ones the
+    first; all log-probs are kept."""
     own_id = row["doc"].get("id")
     identity = str(own_id if isinstance(own_id, str | int) else row["doc_id"])
     first = row["arguments"][0]
@@ -123,9 +164,11 @@ def _describe(task: str, row: Sample) -> Sample:
         "response": row["resps"][0][0],
         "target": row["target"],
     }
+    if cut := fit.cut(row["arguments"], sample["response"]):
+        sample["truncated"] = cut
     if not isinstance(sample["response"], str):
         logprobs = {
             arguments[1]: float(resps[0][0]) for arguments, resps in zip(row["arguments"], row["resps"], strict=True)
         }
-        sample |= {"response": max(logprobs, key=logprobs.get), "logprobs": logprobs}
+        sample |= {"response": max(logprobs, key=lambda choice: logprobs[choice]), "logprobs": logprobs}
     return sample

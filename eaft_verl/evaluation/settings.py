@@ -14,6 +14,7 @@ from eaft_verl.errors import ConfigError
 from eaft_verl.evaluation.tasks import TASK_FILES, Entry, absent, parse_entries
 
 BACKENDS = ("hf", "vllm")
+PROTOCOL = 2  # to be raised when the same settings give other scores than before; 2: float32 logits, prepared held-out
 HF_ARGUMENTS = ("dtype", "attn_implementation", "batch_size", "device", "token_budget")
 
 
@@ -30,9 +31,10 @@ class DriftSettings:
 class EvaluateSettings:
     """The `evaluate` section of a recipe.
 
-    target, general: task names or {task, data, limit, metric}. heldout: data source for the held-out NLL.
-    drift: see DriftSettings. limit: first examples of every benchmark. backend_args: for hf, HF_ARGUMENTS; for vllm,
-    arguments of lm_eval's vllm model. max_length: tokens of prompt and answer together.
+    target, general: task names or {task, data, limit, metric}. heldout: prepared data (a parquet file) whose NLL is
+    the held-out NLL. drift: see DriftSettings. limit: first examples of every benchmark, and of a group of tasks in
+    all, drawn evenly from its tasks. backend_args: for hf, HF_ARGUMENTS; for vllm, arguments of lm_eval's vllm model.
+    max_length: tokens of prompt and answer together.
     """
 
     target: list[Any] = field(default_factory=list)
@@ -43,7 +45,6 @@ class EvaluateSettings:
     backend: str = "hf"
     backend_args: dict[str, Any] = field(default_factory=dict)
     max_length: int = 2048
-    turns: str = "split"  # assistant turns of a held-out row that count: all of them, each by itself, or the 'last'
 
     def entries(self, side: str) -> list[Entry]:
         """Parsed entries of 'target' or 'general', the common limit filled in."""
@@ -120,10 +121,10 @@ def evaluation_key(settings: EvaluateSettings) -> str:
     sources = [entry.data or (entry.own.data if entry.own else None) for entry in _all_entries(settings)]
     boxed = any(entry.own and entry.own.checked == "boxed" for entry in _all_entries(settings))
     description = {
+        "protocol": PROTOCOL,
         "entries": {side: [_entry_key(entry) for entry in settings.entries(side)] for side in ("target", "general")},
         "sources": [_source_key(source) for source in sources],
         "heldout": _source_key(settings.heldout),
-        "heldout_turns": settings.turns,
         "drift": drift and {"rows": drift.rows, "new_tokens": drift.new_tokens, "data": _source_key(drift.data)},
         "limit": settings.limit,
         "backend": settings.backend,

@@ -82,7 +82,7 @@ def _score(run: Run, config: DictConfig, settings: EvaluateSettings, checkpoints
                 settings,
                 base_model=config.model,
                 work=Path(config.output) / "data",
-                full_steps={max(checkpoints)},
+                points=config.evaluate.points,
             )
         except BaseException as error:
             run.update(error=f"evaluation: {cause_of(error)}")

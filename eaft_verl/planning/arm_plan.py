@@ -25,9 +25,11 @@ from eaft_verl.planning.formulas import (
 )
 from eaft_verl.planning.setup import Arm, arm_of
 from eaft_verl.planning.speed import SPEED, Speed, concurrent, forward_flops, update_seconds
+from eaft_verl.recipe.budgets import evaluation_points
 
 MARGIN = 0.05  # of a device that must stay free
 EXPORT_BYTES = 2  # per parameter: bfloat16, the dtype of every model planned so far
+UNKNOWN_UPDATES = 4096  # taken for the number of exports where the number of examples is not known: 13 of them
 ASLEEP = 2 * GIB  # a sleeping vLLM: its CUDA context, graphs and buffers; an assumption
 
 
@@ -127,7 +129,7 @@ def _disk(arm: Arm) -> dict[str, float]:
     one, export = checkpoint_bytes(setup), export_bytes(setup.model, EXPORT_BYTES)
     kept = 0 if trainer.save_freq == -1 else (trainer.max_ckpt_to_keep or arm.updates or 1) + 1
     cache = cache_bytes(arm.reference_tokens, setup.cache_k)
-    exports = min(arm.config.evaluate.points, arm.updates or arm.config.evaluate.points)
+    exports = len(evaluation_points(arm.updates or UNKNOWN_UPDATES))
     parts = {"resumable checkpoint": one, "export": export, "reference cache": cache}
     return {**parts, "at once": one * max(kept, 1) + export * exports + cache}
 

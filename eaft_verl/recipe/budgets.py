@@ -71,3 +71,17 @@ def smoothed_nll(rows: Sequence[Row], window: int) -> float:
     """Mean training NLL, nats per token, over all tokens of the last `window` rows."""
     part = rows[-window:]
     return sum(float(row["nll"]) * row["step_tokens"] for row in part) / sum(row["step_tokens"] for row in part)
+
+
+def is_evaluated(step: int, total: int) -> bool:
+    """Whether the model is exported and evaluated after this step: the 1st, 2nd, 4th, 8th, ... and the last.
+
+    Learners of different speed are compared at equal gain, which a slow one reaches late and a fast one within its
+    first steps: equal ratios serve both. A power of two with more than 2/3 of the steps behind it leaves it to the end.
+    """
+    return step == total or (step & (step - 1) == 0 and 3 * step <= 2 * total)
+
+
+def evaluation_points(total: int) -> list[int]:
+    """All steps at which the arm is evaluated: 16 -> [1, 2, 4, 8, 16]."""
+    return [step for step in range(1, total + 1) if is_evaluated(step, total)]

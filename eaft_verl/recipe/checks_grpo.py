@@ -17,7 +17,7 @@ def check_grpo(config: DictConfig) -> None:
     require(
         trainer.test_freq == -1,
         f"verl.trainer.test_freq={trainer.test_freq} has no effect with trainer: grpo; its checkpoints are evaluated "
-        "at evaluate.points",
+        "after 1, 2, 4, 8, ... steps",
     )
 
 

@@ -46,5 +46,4 @@ def evaluate_settings(config: DictConfig, heldout: Path | None = None) -> Evalua
     block.pop("points")
     block["backend_args"] = block["backend_args"] or {}
     source = str(heldout) if heldout else config.data.heldout
-    turns = "last" if config.data.turns == "last" else "split"
-    return EvaluateSettings(**block, heldout=source, max_length=config.data.max_length, turns=turns)
+    return EvaluateSettings(**block, heldout=source, max_length=config.data.max_length)

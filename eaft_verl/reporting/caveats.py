@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from eaft_verl.reporting.collect import Arm
 from eaft_verl.reporting.wording import number
 
 SMALL = 100
@@ -32,6 +33,17 @@ def caveats(report: dict[str, Any], notes: list[str]) -> list[str]:
         lines.append("the arms do not have the same seeds, so their differences are paired by example but not by seed")
     lines.append("end points are the last step of each run; no checkpoint was chosen by its scores")
     return lines + list(dict.fromkeys(notes))
+
+
+def truncations(base: Arm, arms: list[Arm]) -> list[str]:
+    """One line per benchmark that had to cut prompts or answers at the end of a run: in which run, how many."""
+    found: dict[str, list[str]] = {}
+    for run in (run for arm in (base, *arms) for run in arm.runs):
+        for name, record in run.evals.get(run.step, {}).items():
+            for part, count in record.get("truncated", {}).items():
+                if count:
+                    found.setdefault(f"{name}: {part} cut off", []).append(f"{run.label} {count} of {record['n']}")
+    return [f"{what}: {', '.join(counts)}" for what, counts in sorted(found.items())]
 
 
 def _seeds(seeds: dict[str, list[int]]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from eaft_verl.files import write_json, write_text
 from eaft_verl.reporting import page
-from eaft_verl.reporting.caveats import caveats
+from eaft_verl.reporting.caveats import caveats, truncations
 from eaft_verl.reporting.collect import Arm, load
 from eaft_verl.reporting.comparability import check, config_differences
 from eaft_verl.reporting.controls import control_notes, controls
@@ -87,7 +87,8 @@ def measure(
         "samples": sample_answers(base, arms),
         "environment": environment(base, arms, out),
     }
-    return found | {"headline": headline(found), "caveats": caveats(found, [*control_notes(arms), *board.notes])}
+    notes = [*control_notes(arms), *truncations(base, arms), *board.notes]
+    return found | {"headline": headline(found), "caveats": caveats(found, notes)}
 
 
 def _write_bytes(path: Path, data: bytes) -> None:

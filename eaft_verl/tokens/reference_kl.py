@@ -3,6 +3,10 @@
 Dimension letters: T tokens of a packed micro-batch, V vocabulary, K reference candidates, R rows of a chunk. Sums run
 in float32 (float64 for float64 logits). The gradient is taken at once, because another consumer of the logits
 (flash-attention's cross-entropy works in place) may overwrite them before backward runs. Formulas: `anchors.py`.
+
+0 ln(0 / q) counts as 0, as in a padded vocabulary. p ln(p / 0) with p > 0 is infinite, and NaN logits give NaN: neither
+is a number that training could go on with. Only the tail of a TopReference is bounded: its probabilities count as TINY
+at least, so that it adds no more than r_tail ln(r_tail / TINY), 69 nats.
 """
 
 from typing import Any, NamedTuple
@@ -40,12 +44,17 @@ def plain_kl(kind: str, logits_TV: Tensor, reference: Tensor | TopReference) -> 
     logp_TV = logits_TV.to(accumulator(logits_TV)).log_softmax(dim=-1)
     if isinstance(reference, TopReference):
         ids_TK = reference.ids_TK.long()
-        inside_T = (reference.logprob_TK.exp() * (reference.logprob_TK - logp_TV.gather(-1, ids_TK))).sum(dim=-1)
+        inside_T = _weighed(reference.logprob_TK.exp(), reference.logprob_TK - logp_TV.gather(-1, ids_TK))
         tail_T = logp_TV.exp().scatter(-1, ids_TK, 0.0).sum(dim=-1).clamp(min=TINY)
         return inside_T + reference.tail_T * (reference.tail_T.clamp(min=TINY).log() - tail_T.log())
     logr_TV = reference.to(logp_TV.dtype).log_softmax(dim=-1)
     first, second = (logr_TV, logp_TV) if kind == "forward_kl" else (logp_TV, logr_TV)
-    return (first.exp() * (first - second)).sum(dim=-1)
+    return _weighed(first.exp(), first - second)
+
+
+def _weighed(weight: Tensor, ratio: Tensor) -> Tensor:
+    """sum(weight * ratio) over the last dimension, where a weight of exactly 0 annuls any ratio."""
+    return (weight * ratio.masked_fill(weight == 0, 0.0)).sum(dim=-1)
 
 
 def reference_kl(kind: str, logits_TV: Tensor, reference: Tensor | TopReference, mask_T: Tensor) -> Tensor:
@@ -93,15 +102,13 @@ class _ChunkedKl(torch.autograd.Function):
 
 def _full(kind: str, logp_RV: Tensor, logr_RV: Tensor) -> tuple[Tensor, Tensor]:
     """KL [R] and its gradient [R, V] over the whole vocabulary; overwrites its arguments."""
+    first_RV, second_RV = (logr_RV, logp_RV) if kind == "forward_kl" else (logp_RV, logr_RV)
+    weight_RV = first_RV.exp()
+    ratio_RV = first_RV.sub_(second_RV).masked_fill_(weight_RV == 0, 0.0)
+    kl_R = (weight_RV * ratio_RV).sum(dim=-1)  # autocast would do vecdot in bf16
     if kind == "forward_kl":
-        ref_RV = logr_RV.exp()
-        # padded vocabularies: -inf - -inf where a token is impossible in both
-        kl_R = logr_RV.sub_(logp_RV).nan_to_num_(nan=0.0).mul_(ref_RV).sum(dim=-1)  # autocast would do vecdot in bf16
-        return kl_R, logp_RV.exp_().sub_(ref_RV)
-    ratio_RV = (logp_RV - logr_RV).nan_to_num_(nan=0.0)
-    prob_RV = logp_RV.exp_()
-    kl_R = (prob_RV * ratio_RV).sum(dim=-1)
-    return kl_R, prob_RV.mul_(ratio_RV.sub_(kl_R[:, None]))
+        return kl_R, logp_RV.exp_().sub_(weight_RV)
+    return kl_R, weight_RV.mul_(ratio_RV.sub_(kl_R[:, None]))
 
 
 def _topk(logp_RV: Tensor, top: TopReference) -> tuple[Tensor, Tensor]:
@@ -112,7 +119,7 @@ def _topk(logp_RV: Tensor, top: TopReference) -> tuple[Tensor, Tensor]:
     prob_RV = logp_RV.exp_()
     tail_R = prob_RV.scatter(-1, ids_RK, 0.0).sum(dim=-1).clamp(min=TINY)
     ref_RK = logr_RK.exp()
-    kl_R = (ref_RK * (logr_RK - chosen_RK)).sum(dim=-1)
+    kl_R = _weighed(ref_RK, logr_RK - chosen_RK)
     kl_R += ref_tail_R * (ref_tail_R.clamp(min=TINY).log() - tail_R.log())
     candidates_RK = prob_RV.gather(-1, ids_RK) - ref_RK
     grad_RV = prob_RV.mul_((1.0 - ref_tail_R / tail_R)[:, None]).scatter_(-1, ids_RK, candidates_RK)

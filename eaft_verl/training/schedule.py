@@ -1,17 +1,11 @@
 """When an arm is evaluated and when its training ends."""
 
-import math
 from collections import deque
 from typing import NamedTuple
 
 from omegaconf import DictConfig
 
-from eaft_verl.recipe.budgets import Row, smoothed_nll
-
-
-def evaluation_points(total: int, points: int) -> list[int]:
-    """Steps at which the arm is evaluated: evenly spaced, the last at the end; fewer where there are fewer steps."""
-    return sorted({max(1, round(total * point / points)) for point in range(1, points + 1)})
+from eaft_verl.recipe.budgets import Row, is_evaluated, smoothed_nll
 
 
 class Moment(NamedTuple):
@@ -22,15 +16,14 @@ class Moment(NamedTuple):
 
 
 class FixedSteps:
-    """A number of updates known beforehand, evaluated at evenly spaced ones. `expected`: updates in the end."""
+    """A number of updates known beforehand. `expected`: updates in the end."""
 
-    def __init__(self, total: int, points: int) -> None:
+    def __init__(self, total: int) -> None:
         self.expected = total
-        self.points = set(evaluation_points(total, points))
 
     def after(self, row: Row) -> Moment:
         """What happens after this training row; rows come in order, after a restart from the first one again."""
-        return Moment(row["step"] in self.points, row["step"] >= self.expected)
+        return Moment(is_evaluated(row["step"], self.expected), row["step"] >= self.expected)
 
     def outcome(self) -> Row:
         """What run.json is to say of how training ended."""
@@ -38,24 +31,20 @@ class FixedSteps:
 
 
 class DeviceSeconds:
-    """Training until a budget of device seconds is used, evaluated whenever another share of it is.
+    """Training until a budget of device seconds is used; how many steps that takes is foretold by the pace so far.
 
     It ends with the step whose end is nearest to the budget, taking the next step to last as long as this one.
     """
 
-    def __init__(self, amount: float, devices: int, points: int, expected: int) -> None:
-        self.amount, self.devices, self.points, self.expected = amount, devices, points, expected
-        self.evaluated = 0
+    def __init__(self, amount: float, devices: int, expected: int) -> None:
+        self.amount, self.devices, self.expected = amount, devices, expected
 
     def after(self, row: Row) -> Moment:
         """As in FixedSteps."""
         used = row["seconds"] * self.devices
-        reached = (used + row["step_s"] * self.devices / 2) / self.amount
-        shares = min(self.points, math.floor(reached * self.points + 1e-9))
-        moment = Moment(shares > self.evaluated, shares == self.points)
-        self.evaluated = max(self.evaluated, shares)
-        self.expected = row["step"] if moment.last else max(row["step"] + 1, round(row["step"] * self.amount / used))
-        return moment
+        last = used + row["step_s"] * self.devices / 2 >= self.amount * (1 - 1e-9)
+        self.expected = row["step"] if last else max(row["step"] + 1, round(row["step"] * self.amount / used))
+        return Moment(is_evaluated(row["step"], self.expected), last)
 
     def outcome(self) -> Row:
         """As in FixedSteps."""
@@ -65,8 +54,8 @@ class DeviceSeconds:
 class UntilNll(FixedSteps):
     """At most `total` updates, ending with the first one at which the smoothed training NLL is down to `level`."""
 
-    def __init__(self, total: int, points: int, level: float, window: int) -> None:
-        super().__init__(total, points)
+    def __init__(self, total: int, level: float, window: int) -> None:
+        super().__init__(total)
         self.level, self.window = level, window
         self.rows: deque[Row] = deque(maxlen=window)
         self.reached = False
@@ -90,9 +79,8 @@ Plan = FixedSteps | DeviceSeconds | UntilNll
 
 def training_plan(config: DictConfig, steps: int, devices: int) -> Plan:
     """When the arm is evaluated and ends; `steps`: updates its learning rate schedule is laid over."""
-    points = config.evaluate.points
     if config.control and config.control.by == "nll":
-        return UntilNll(steps, points, config.control.level, config.control.window)
+        return UntilNll(steps, config.control.level, config.control.window)
     if config.budget and config.budget.unit == "device_seconds":
-        return DeviceSeconds(config.budget.amount, devices, points, steps)
-    return FixedSteps(steps, points)
+        return DeviceSeconds(config.budget.amount, devices, steps)
+    return FixedSteps(steps)

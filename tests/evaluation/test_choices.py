@@ -109,7 +109,7 @@ def test_real_files_load_and_their_own_answers_score(task: str, file: str):
     from eaft_verl.evaluation.benchmarks import load_benchmark
 
     entry = EvaluateSettings(target=[{"task": task, "data": str(SHARED / file)}]).entries("target")[0]
-    benchmark = load_benchmark(entry, 4096)
+    benchmark = load_benchmark(entry)
     harness_task = benchmark.tasks[task]
     docs = list(harness_task.test_docs())
     assert len(docs) >= 30

@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eaft_verl.data.encode import encode
 from eaft_verl.data.formats import to_messages
+from eaft_verl.data.parquet import Example, read_examples, write_examples
 from eaft_verl.errors import DataError
-from eaft_verl.evaluation import drift, teacher_forced
-from eaft_verl.evaluation.settings import DriftSettings
-from eaft_verl.evaluation.teacher_forced import Example
+from eaft_verl.evaluation import drift, harness, noise, teacher_forced
+from eaft_verl.evaluation.settings import DriftSettings, EvaluateSettings
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,8 @@ def moved(base_path):
 
 @pytest.fixture(scope="module")
 def examples(tokenizer) -> list[Example]:
-    return teacher_forced.encode_examples(tokenizer, sums(7, seed=3), 512, "sums")
+    encoded = [(to_messages(row)[0], encode(tokenizer, to_messages(row)[0], 512)[0]) for row in sums(7, seed=3)]
+    return [Example(f"{n}", messages, one.input_ids, one.loss_mask) for n, (messages, one) in enumerate(encoded)]
 
 
 def log_probs(model, example: Example) -> list[list[float]]:
@@ -52,7 +53,7 @@ def log_probs(model, example: Example) -> list[list[float]]:
     with torch.no_grad():
         logits = model(torch.tensor([example.input_ids])).logits[0].double()
     rows = []
-    for index, marked in enumerate(example.mask):
+    for index, marked in enumerate(example.loss_mask):
         if marked:
             row = logits[index - 1].tolist()
             total = math.log(math.fsum(math.exp(value - max(row)) for value in row)) + max(row)
@@ -60,23 +61,16 @@ def log_probs(model, example: Example) -> list[list[float]]:
     return rows
 
 
-def test_examples_mark_answers_and_stop_token(tokenizer, examples):
-    for example, row in zip(examples, sums(7, seed=3), strict=True):
-        assert tokenizer.decode(example.labels) == row["response"] + "<|im_end|>"
-        encoded = encode(tokenizer, to_messages(row)[0], 512)[0]
-        assert (example.input_ids, [int(value) for value in example.mask]) == (encoded.input_ids, encoded.loss_mask)
-
-
 def test_heldout_equals_cross_entropy_of_one_example_at_a_time(base, examples):
     record, samples = teacher_forced.heldout(base, examples, token_budget=128)
     total = tokens = 0.0
     for example, sample in zip(examples, samples, strict=True):
         labels = torch.tensor(example.input_ids)
-        labels[~torch.tensor(example.mask)] = -100
+        labels[torch.tensor(example.loss_mask) == 0] = -100
         with torch.no_grad():
             expected = base(torch.tensor([example.input_ids]), labels=labels[None]).loss.item()
         assert sample["scores"]["nll"] == pytest.approx(expected, rel=1e-5)
-        assert sample["tokens"] == sum(example.mask)
+        assert sample["tokens"] == sum(example.loss_mask)
         total += expected * sample["tokens"]
         tokens += sample["tokens"]
     assert record["metrics"]["nll"]["score"] == pytest.approx(total / tokens, rel=1e-5)
@@ -96,7 +90,9 @@ def test_drift_equals_a_float64_loop(base, moved, examples):
     sums_of = {"kl": 0.0, "agreement": 0.0, "nll": 0.0}
     for example, sample in zip(examples, samples, strict=True):
         token_scores = []
-        for p, q, label in zip(log_probs(base, example), log_probs(moved, example), example.labels, strict=True):
+        for p, q, label in zip(
+            log_probs(base, example), log_probs(moved, example), teacher_forced.labels(example), strict=True
+        ):
             kl = math.fsum(math.exp(a) * (a - b) for a, b in zip(p, q, strict=True))
             token_scores.append((kl, float(p.index(max(p)) == q.index(max(q))), -q[label]))
         for name, values in zip(sums_of, zip(*token_scores, strict=True), strict=True):
@@ -134,7 +130,7 @@ def test_probe_is_the_greedy_answer_of_each_prompt_alone(base, tokenizer):
     prompts = [{"id": str(n), "messages": [{"role": "user", "content": t}], "tools": None} for n, t in enumerate(texts)]
     probe = drift.make_probe(base, tokenizer, prompts, new_tokens=9)
     for example, text in zip(probe, texts, strict=True):
-        prompt = [token for token, marked in zip(example.input_ids, example.mask, strict=True) if not marked]
+        prompt = [token for token, marked in zip(example.input_ids, example.loss_mask, strict=True) if not marked]
         assert tokenizer.decode(prompt) == f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
         ids = list(prompt)
         while len(ids) < len(prompt) + 9 and ids[-1:] != [tokenizer.eos_token_id]:
@@ -147,8 +143,10 @@ def test_probe_survives_the_disk_and_its_name_says_what_it_depends_on(base, toke
     prompts = drift.prompts_of(DriftSettings(rows=3))
     probe = drift.make_probe(base, tokenizer, prompts, 4)
     path = drift.probe_path(tmp_path, "key", tokenizer, prompts, 4)
-    drift.write_probe(path, probe, tokenizer)
-    assert drift.read_probe(path) == probe
+    write_examples(path, probe)
+    assert read_examples(path) == probe
+    answer = tokenizer.decode(teacher_forced.labels(probe[0]), skip_special_tokens=True)
+    assert probe[0].messages[-1] == {"role": "assistant", "content": answer}
     others = [("other", prompts, 4), ("key", prompts[:2], 4), ("key", prompts, 5)]
     assert len({path, *(drift.probe_path(tmp_path, key, tokenizer, p, n) for key, p, n in others)}) == 4
 
@@ -160,7 +158,7 @@ def test_given_answers_are_cut(tokenizer, tmp_path):
     prompts = drift.prompts_of(settings)
     assert drift.has_answers(prompts)
     probe = drift.given_probe(tokenizer, prompts, settings, 512)
-    assert [len(example.labels) for example in probe] == [3] * 4
+    assert [sum(example.loss_mask) for example in probe] == [3] * 4
 
 
 def test_half_answered_rows_are_refused(tmp_path):
@@ -170,10 +168,106 @@ def test_half_answered_rows_are_refused(tmp_path):
         drift.prompts_of(DriftSettings(data=str(rows)))
 
 
-def test_rows_that_cannot_be_scored_are_named(tokenizer):
-    with pytest.raises(DataError, match=r"rows\.jsonl row 2"):
-        teacher_forced.encode_examples(tokenizer, [*sums(1, seed=0), {"text": "x"}], 512, "rows.jsonl")
+def test_given_answers_that_cannot_be_scored_are_named(tokenizer, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a", "response": "' + "c" * 99 + '"}\n')
+    settings = DriftSettings(data=str(rows))
+    prompts = drift.prompts_of(settings)
+    with pytest.raises(DataError, match=r"rows\.jsonl row 1: "):
+        drift.given_probe(tokenizer, prompts, settings, 5)
     with pytest.raises(DataError, match="same id"):
-        teacher_forced.encode_examples(tokenizer, [{"id": 1, **row} for row in sums(2, seed=0)], 512, "rows.jsonl")
-    with pytest.raises(DataError, match="no rows"):
-        teacher_forced.encode_examples(tokenizer, [], 512, "rows.jsonl")
+        drift.given_probe(tokenizer, [{**prompt, "id": "1"} for prompt in prompts], settings, 512)
+
+
+def test_every_turn_of_a_given_conversation_counts_once(tokenizer, tmp_path):
+    turns = [{"role": role, "content": text} for text in ("a", "b", "c") for role in ("user", "assistant")]
+    settings = DriftSettings()
+    probe = drift.given_probe(tokenizer, [{"id": "x", "messages": turns, "tools": None}], settings, 512)
+    assert [example.id for example in probe] == ["x/0", "x/1", "x/2"]
+    said = [tokenizer.decode(teacher_forced.labels(example), skip_special_tokens=True) for example in probe]
+    assert said == ["a", "b", "c"]
+    assert [len(example.messages) for example in probe] == [2, 4, 6]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_broken_model_has_no_score(base_path, examples, value: float):
+    model = AutoModelForCausalLM.from_pretrained(base_path, dtype=torch.float32).eval()
+    logits = drift.base_logits(model, examples)
+    with torch.no_grad():
+        model.model.norm.weight[0] = value
+    with pytest.raises(DataError, match="example 0: nll nan; the model's logits are not finite"):
+        teacher_forced.heldout(model, examples)
+    with pytest.raises(DataError, match="example 0: kl nan"):
+        drift.drift(model, examples, logits)
+    with pytest.raises(DataError, match="example 0: kl nan"):  # a broken base
+        drift.drift(AutoModelForCausalLM.from_pretrained(base_path), examples, drift.base_logits(model, examples))
+
+
+def test_a_word_that_only_the_model_calls_impossible_is_infinitely_far():
+    base, model = torch.tensor([[0.0, 0.0, 0.0]]), torch.tensor([[0.0, 0.0, -math.inf]])
+    assert drift.divergence(base, model, torch.tensor([1]))["kl"].item() == math.inf
+    assert drift.divergence(model, base, torch.tensor([1]))["kl"].item() == pytest.approx(math.log(1.5))
+    assert drift.divergence(base, model, torch.tensor([1]))["agreement"].item() == 1.0  # the lowest of equals
+
+
+def test_logits_are_float32_whatever_the_weights_are(base_path, examples):
+    """The head gets the last hidden state, in bfloat16, and works in float32: no rounding after it."""
+    settings = EvaluateSettings(backend_args={"dtype": "bfloat16", "device": "cpu"})
+    model, tokenizer = harness.load_model(base_path, settings)
+    assert model.get_input_embeddings().weight.dtype == torch.bfloat16
+    ids = torch.tensor([examples[0].input_ids])
+    with torch.no_grad():
+        output = model(ids, output_hidden_states=True)
+    expected = output.hidden_states[-1].double() @ model.get_input_embeddings().weight.double().T
+    assert output.logits.dtype == torch.float32
+    torch.testing.assert_close(output.logits.double(), expected, rtol=0, atol=1e-5)
+    plain = AutoModelForCausalLM.from_pretrained(base_path, dtype=torch.bfloat16)(ids).logits
+    assert plain.dtype == torch.bfloat16 and (plain.double() - expected).abs().max() > 1e-3
+    model.generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+
+
+def test_small_is_a_number_of_weights(base_path, base):
+    assert harness._parameters(base_path) == base.num_parameters() < harness.SMALL
+
+
+def test_float32_on_the_cpu_unless_told_otherwise(base_path):
+    model, _ = harness.load_model(base_path, EvaluateSettings(backend_args={"device": "cpu"}))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_noise_is_what_other_batches_and_another_order_change(base, moved, examples):
+    logits = drift.base_logits(base, examples)
+    _, of_drift = drift.drift(None, examples, logits)
+    _, of_heldout = teacher_forced.heldout(base, examples)
+    found = noise.drift_noise(base, examples, logits, of_drift)
+    assert 0 <= found["kl"] < 1e-6 and found["agreement"] == 1.0 and 0 <= found["nll"] < 1e-6
+    assert 0 <= noise.heldout_noise(base, examples, of_heldout) < 1e-6
+    # of two models that differ it is their difference, whatever the order
+    record, samples = drift.drift(moved, examples, logits)
+    apart = noise.drift_noise(moved, examples, logits, of_drift)
+    assert apart["kl"] == pytest.approx(record["metrics"]["kl"]["score"], rel=1e-4)
+    total = sum(sample["tokens"] for sample in samples)
+    pairs = zip(samples, of_drift, strict=True)
+    by_hand = sum(new["tokens"] * (new["scores"]["nll"] - old["scores"]["nll"]) for new, old in pairs) / total
+    assert apart["nll"] == pytest.approx(abs(by_hand), rel=1e-4)
+
+
+def test_noise_looks_at_the_first_examples_only(base, examples, monkeypatch):
+    seen = []
+    monkeypatch.setattr(noise, "QUESTIONS", 3)
+    monkeypatch.setattr(noise, "heldout", lambda model, chosen, budget: seen.append((chosen, budget)) or ({}, KNOWN))
+    assert noise.heldout_noise(base, examples, KNOWN) == 0
+    assert seen == [([examples[2], examples[1], examples[0]], 1)]
+
+
+KNOWN = [{"id": "0", "tokens": 2, "scores": {"nll": 1.0}}]
+
+
+def test_changed_answers_are_counted_by_id():
+    known = [{"id": str(number), "scores": {"accuracy": score}} for number, score in enumerate((1.0, 0.0, 1.0, 1.0))]
+    again = [{"id": id_, "scores": {"accuracy": score}} for id_, score in (("2", 0.0), ("1", 1.0), ("0", 0.0))]
+    found = noise.accuracy_noise(again, known, "accuracy")
+    assert found == {"changed": 3, "n": 3, "difference": pytest.approx(1 / 3)}
+    assert noise.accuracy_noise(known[:2], known, "accuracy") == {"changed": 0, "n": 2, "difference": 0.0}
+    assert noise.accuracy_noise(again, known, "f1") is None

@@ -26,7 +26,7 @@ verl:
   engine: {{mixed_precision: {{param_dtype: fp32, reduce_dtype: fp32}}}}
   optim: {{lr: 1.0e-3}}
   data: {{train_batch_size: 4, max_token_len_per_gpu: 256}}
-  trainer: {{total_epochs: 10, save_freq: 4}}
+  trainer: {{total_epochs: 10, save_freq: 4, test_freq: 8}}
 arms:
   eaft: {{objective: {{name: eaft}}}}
   again: {{objective: {{name: eaft}}}}
@@ -85,13 +85,22 @@ def test_training_learns_and_evaluation_is_complete(experiment: Path) -> None:
     run = Run(experiment / "eaft-seed0")
     assert run.metrics()[-1]["nll"] < 0.7 * run.metrics()[0]["nll"]
     evals = run.evals()
-    assert sorted(evals) == [STEPS // 2, STEPS]
-    assert set(evals[STEPS]) == {"heldout", "drift", "sums", "products"}
-    assert set(evals[STEPS // 2]) == {"heldout", "drift", "sums"}
+    assert {step: set(records) for step, records in evals.items()} == {
+        **{step: {"heldout", "drift"} for step in (1, 2, 4, 8)},
+        16: {"heldout", "drift", "sums"},
+        STEPS: {"heldout", "drift", "sums", "products"},
+    }
     assert evals[STEPS]["drift"]["metrics"]["kl"]["score"] > 0
     base = Run(experiment / "base").evals()[0]
     assert base["drift"]["metrics"]["kl"]["score"] == 0
     assert evals[STEPS]["heldout"]["metrics"]["nll"]["score"] < base["heldout"]["metrics"]["nll"]["score"]
+
+
+def test_the_held_out_nll_is_the_validation_loss_of_training(experiment: Path) -> None:
+    run = Run(experiment / "eaft-seed0")
+    validated = {row["step"]: row["nll"] for row in run.metrics("val")}
+    for step in (8, 16, STEPS):
+        assert run.evals()[step]["heldout"]["metrics"]["nll"]["score"] == pytest.approx(validated[step], abs=1e-4)
 
 
 def test_export_loads_in_transformers_and_is_what_was_evaluated(experiment: Path) -> None:

@@ -70,6 +70,13 @@ def test_what_each_anchor_loads(recipe: Path) -> None:
     assert plans["topk"].before_s > 0 == plans["sft"].before_s
 
 
+def test_disk_holds_an_export_after_1_2_4_8_updates_and_at_the_end(recipe: Path) -> None:
+    steps = "verl.trainer.total_training_steps="
+    two, three = (plan_arm(config(recipe, "sft", steps + count), A100).disk for count in ("20", "24"))
+    assert three["at once"] - two["at once"] == two["export"] == 2 * QWEN_32B.parameters  # 16 is too near to 20
+    assert two["at once"] == two["resumable checkpoint"] + 5 * two["export"]  # 1, 2, 4, 8, 20
+
+
 def test_grpo_wakes_vllm_beside_what_is_parked(tmp_path: Path) -> None:
     path = write_recipe(tmp_path, grpo=True)
     arm = ["compare.match=none"]

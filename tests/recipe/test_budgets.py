@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 
-from eaft_verl.recipe.budgets import matches, mean_weight, nll_window, smoothed_nll, spent, steps_for
-from eaft_verl.training.schedule import DeviceSeconds, FixedSteps, Moment, UntilNll, evaluation_points
+from eaft_verl.recipe.budgets import evaluation_points, matches, mean_weight, nll_window, smoothed_nll, spent, steps_for
+from eaft_verl.training.schedule import DeviceSeconds, FixedSteps, Moment, UntilNll
 
 
 def test_what_a_run_has_spent_in_four_units() -> None:
@@ -78,23 +78,32 @@ def test_means_over_training_are_means_over_tokens() -> None:
 
 
 @pytest.mark.parametrize(
-    ("total", "points", "expected"),
-    [(64, 4, [16, 32, 48, 64]), (3, 4, [1, 2, 3]), (1, 4, [1]), (10, 3, [3, 7, 10]), (5, 1, [5]), (2, 2, [1, 2])],
+    ("total", "expected"),
+    [
+        (1, [1]),
+        (2, [1, 2]),
+        (3, [1, 2, 3]),
+        (5, [1, 2, 5]),  # 4 is too near to the end
+        (6, [1, 2, 4, 6]),
+        (16, [1, 2, 4, 8, 16]),
+        (17, [1, 2, 4, 8, 17]),
+        (24, [1, 2, 4, 8, 16, 24]),
+        (2970, [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2970]),
+    ],
 )
-def test_evaluation_points(total: int, points: int, expected: list[int]) -> None:
-    assert evaluation_points(total, points) == expected
-    plan = FixedSteps(total, points)
+def test_evaluation_points(total: int, expected: list[int]) -> None:
+    assert evaluation_points(total) == expected
+    plan = FixedSteps(total)
     moments = [plan.after({"step": step}) for step in range(1, total + 1)]
     assert [step for step, moment in enumerate(moments, 1) if moment.evaluate] == expected
     assert [moment.last for moment in moments] == [False] * (total - 1) + [True]
 
 
-@pytest.mark.parametrize("total", [1, 2, 5, 7, 100, 101])
-@pytest.mark.parametrize("points", [1, 2, 3, 4, 9])
-def test_the_last_evaluation_is_at_the_end(total: int, points: int) -> None:
-    found = evaluation_points(total, points)
-    assert found[-1] == total
-    assert found == sorted(set(found)) and found[0] >= 1 and len(found) <= points
+def test_evaluations_are_spaced_by_ratios_up_to_the_end() -> None:
+    for total in range(1, 300):
+        found = evaluation_points(total)
+        assert found[0] == 1 and found[-1] == total
+        assert all(1.5 <= later / earlier <= 3 for earlier, later in itertools.pairwise(found))
 
 
 def timed(plan: DeviceSeconds, durations: list[float]) -> list[Moment]:
@@ -105,22 +114,22 @@ def timed(plan: DeviceSeconds, durations: list[float]) -> list[Moment]:
 
 def test_training_ends_when_the_device_seconds_are_used_up() -> None:
     # 2 devices, 40 device seconds: 20 seconds; steps of 3 end at 3, 6, ..., and 21 is nearer to 20 than 18
-    moments = timed(DeviceSeconds(40.0, 2, points=2, expected=9), [3.0] * 7)
+    moments = timed(DeviceSeconds(40.0, 2, expected=9), [3.0] * 7)
     assert [moment.last for moment in moments] == [False] * 6 + [True]
-    # half of it is 10: 9 is nearer than 12
-    assert [step for step, moment in enumerate(moments, 1) if moment.evaluate] == [3, 7]
+    # 7 steps are foretold, of which 4 are less than two thirds
+    assert [step for step, moment in enumerate(moments, 1) if moment.evaluate] == [1, 2, 4, 7]
 
 
-def test_a_long_step_may_pass_several_shares_at_once_and_one_step_is_enough() -> None:
-    moments = timed(DeviceSeconds(10.0, 1, points=4, expected=9), [1.0, 7.0, 2.0])
-    assert moments == [Moment(False, False), Moment(True, True), Moment(False, True)]  # 8 + 3.5 is past 10
-    assert timed(DeviceSeconds(5.0, 1, points=4, expected=9), [60.0]) == [Moment(True, True)]
+def test_a_long_step_ends_it_and_one_step_is_enough() -> None:
+    moments = timed(DeviceSeconds(10.0, 1, expected=9), [1.0, 7.0])
+    assert moments == [Moment(True, False), Moment(True, True)]  # 8 + 3.5 is past 10
+    assert timed(DeviceSeconds(5.0, 1, expected=9), [60.0]) == [Moment(True, True)]
 
 
 def test_a_restart_that_reads_its_rows_again_goes_on_as_before() -> None:
     durations = [2.0, 3.0, 2.5, 2.0, 3.0, 2.0, 2.0, 3.5]
-    whole = timed(DeviceSeconds(20.0, 1, points=4, expected=9), durations)
-    again = DeviceSeconds(20.0, 1, points=4, expected=9)
+    whole = timed(DeviceSeconds(20.0, 1, expected=9), durations)
+    again = DeviceSeconds(20.0, 1, expected=9)
     timed(again, durations[:4])
     at = sum(durations[:4])
     rest = []
@@ -131,32 +140,32 @@ def test_a_restart_that_reads_its_rows_again_goes_on_as_before() -> None:
 
 
 def test_the_expected_length_follows_the_pace() -> None:
-    plan = DeviceSeconds(100.0, 1, points=1, expected=9)
+    plan = DeviceSeconds(100.0, 1, expected=9)
     timed(plan, [4.0])
     assert plan.expected == 25
-    plan = DeviceSeconds(5.0, 1, points=1, expected=9)
+    plan = DeviceSeconds(5.0, 1, expected=9)
     timed(plan, [4.0])
     assert plan.expected == 1  # 4 + 2 is past 5, so it was the last
 
 
 def test_training_ends_with_the_first_step_at_the_level() -> None:
     nlls = [5.0, 1.0, 4.0, 2.0, 2.5, 1.0]  # means of two: -, 3, 2.5, 3, 2.25, 1.75
-    plan = UntilNll(9, points=3, level=2.25, window=2)
+    plan = UntilNll(9, level=2.25, window=2)
     moments = [plan.after({"step": step, "nll": nll, "step_tokens": 7}) for step, nll in enumerate(nlls[:5], 1)]
     assert [moment.last for moment in moments] == [False, False, False, False, True]
-    assert [moment.evaluate for moment in moments] == [False, False, True, False, True]  # 3 of 3, 6, 9; and the end
+    assert [moment.evaluate for moment in moments] == [True, True, False, True, True]  # 1, 2, 4, 9; and the end
     assert plan.outcome() == {"nll_reached": True} and plan.expected == 5
 
 
 def test_a_lucky_first_step_is_no_mean() -> None:
-    plan = UntilNll(9, points=1, level=2.0, window=3)
+    plan = UntilNll(9, level=2.0, window=3)
     assert not plan.after({"step": 1, "nll": 0.1, "step_tokens": 7}).last
 
 
 def test_a_level_that_is_never_reached_ends_with_the_plan() -> None:
-    plan = UntilNll(3, points=1, level=0.5, window=1)
+    plan = UntilNll(3, level=0.5, window=1)
     moments = [
         plan.after({"step": step, "nll": nll, "step_tokens": 7}) for step, nll in ((1, 3.0), (2, "nan"), (3, 1.0))
     ]
-    assert moments == [Moment(False, False), Moment(False, False), Moment(True, True)]
+    assert moments == [Moment(True, False), Moment(True, False), Moment(True, True)]
     assert plan.outcome() == {"nll_reached": False}

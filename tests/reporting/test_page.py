@@ -278,6 +278,32 @@ def test_a_score_that_is_no_mean_of_samples_gets_no_interval(tmp_path):
     assert any("gsm8k: the recorded exact_match is not the mean of its samples" in line for line in found["caveats"])
 
 
+def test_what_was_cut_off_is_said(tmp_path):
+    runs = make_runs(tmp_path)
+    for run, step, prompts, answers in ((0, 0, 0, 0), (1, 12, 0, 9), (1, 6, 0, 8), (2, 12, 1, 7)):
+        cut = {"prompts": prompts, "answers": answers}
+        edit(
+            runs[run] / "eval" / f"step_{step:06d}" / "gsm8k.json", lambda record, cut=cut: record | {"truncated": cut}
+        )
+    lines = [line for line in measured(runs, tmp_path / "report")["caveats"] if "cut off" in line]
+    assert lines == [
+        "gsm8k: answers cut off: sft seed 0 9 of 40, eaft seed 0 7 of 40",
+        "gsm8k: prompts cut off: eaft seed 0 1 of 40",
+    ]
+
+
+def test_measures_that_are_known_at_some_steps_only_are_drawn_where_they_are(tmp_path):
+    runs = make_runs(tmp_path)
+    for run in runs[1:]:
+        for step in (3, 6):
+            for name in ("chain_sum", "gsm8k", "ifeval", "mmlu"):
+                (run / "eval" / f"step_{step:06d}" / f"{name}.json").unlink()
+    found = measured(runs, tmp_path / "report")
+    assert [point["step"] for point in found["paths"]["heldout"]["eaft"]] == [0, 3, 6, 9, 12]
+    assert [point["step"] for point in found["paths"]["target_mean"]["eaft"]] == [0, 9, 12]
+    assert found["equal_gain"]["target_mean"]["levels"] and found["equal_gain"]["heldout"]["levels"]
+
+
 def test_seeds_are_averaged_and_widen_the_interval(tmp_path):
     runs = [make_base(tmp_path / "base")]
     runs += [make_arm(tmp_path / f"{arm}{seed}", arm, 10 * seed) for arm in ("sft", "eaft") for seed in (0, 1)]

@@ -139,6 +139,46 @@ def test_padded_vocabularies(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("broken", ["ours", "theirs"])
+def test_nan_is_never_a_divergence_of_zero(kind: str, broken: str) -> None:
+    ours, theirs = pair(11)
+    (ours if broken == "ours" else theirs)[3, 5] = math.nan
+    found = reference_kl(kind, ours, constant(kind, theirs), everything())
+    plain = plain_kl(kind, ours, constant(kind, theirs))
+    for value in (found, plain):
+        assert value[3].isnan() and torch.isfinite(torch.cat([value[:3], value[4:]])).all()
+
+
+@pytest.mark.parametrize(("kind", "impossible"), [("forward_kl", "ours"), ("reverse_kl", "theirs")])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_what_the_second_model_calls_impossible_is_infinitely_far(kind: str, impossible: str, dtype) -> None:
+    ours, theirs = pair(12, dtype)
+    (ours if impossible == "ours" else theirs)[7, 2] = -math.inf
+    found = reference_kl(kind, ours, theirs, everything())
+    assert found[7] == math.inf and torch.isfinite(found[torch.arange(TOKENS) != 7]).all()
+    assert plain_kl(kind, ours, theirs)[7] == math.inf
+    # the other way round it is a term of 0: sum over the words that are possible, by hand
+    turned = {"forward_kl": "reverse_kl", "reverse_kl": "forward_kl"}[kind]
+    p, r = (part[7].double().softmax(-1).tolist() for part in (ours, theirs))
+    pairs = zip(p, r, strict=True) if turned == "reverse_kl" else zip(r, p, strict=True)
+    by_hand = math.fsum(a * math.log(a / b) for a, b in pairs if a > 0)
+    assert reference_kl(turned, ours, theirs, everything())[7].item() == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_top_k_bounds_an_empty_tail_and_not_an_impossible_candidate() -> None:
+    theirs = torch.tensor([[0.6, 0.3, 0.1]], dtype=torch.float64).log()
+    tailless = torch.tensor([[0.5, 0.5, 0.0]], dtype=torch.float64).log()
+    found = reference_kl(TOPK_KIND, tailless, top_reference(theirs, 2), everything(1)).item()
+    bound = 0.6 * math.log(0.6 / 0.5) + 0.3 * math.log(0.3 / 0.5) + 0.1 * math.log(0.1 / module.TINY)
+    assert found == pytest.approx(bound, rel=1e-12)
+    candidate = torch.tensor([[0.0, 0.5, 0.5]], dtype=torch.float64).log()
+    assert reference_kl(TOPK_KIND, candidate, top_reference(theirs, 2), everything(1)).item() == math.inf
+    # a candidate that the reference itself calls impossible adds nothing
+    short = torch.tensor([[0.5, 0.5, 0.0]], dtype=torch.float64).log()
+    assert reference_kl(TOPK_KIND, short, top_reference(short, 3), everything(1)).item() == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sums_run_in_float32_under_autocast(kind: str, dtype: torch.dtype) -> None:
     ours, theirs = pair(9, dtype)

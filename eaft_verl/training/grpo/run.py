@@ -13,6 +13,7 @@ from eaft_verl.data.prepare import Prepared
 from eaft_verl.data.prompts import write_prompts
 from eaft_verl.errors import Interrupted, RunError
 from eaft_verl.files import write_text
+from eaft_verl.recipe.budgets import evaluation_points
 from eaft_verl.recipe.views import world_size
 from eaft_verl.runs import Run
 from eaft_verl.training.grpo.config import (
@@ -26,7 +27,6 @@ from eaft_verl.training.grpo.config import (
 )
 from eaft_verl.training.grpo.metrics import VERL_FILE, Follower, rewind
 from eaft_verl.training.grpo.states import CAUSE_FILE, tidy
-from eaft_verl.training.schedule import evaluation_points
 
 POLL_S = 0.2
 MAX_NONFINITE_STEPS = 5
@@ -98,8 +98,7 @@ def _plan(config: DictConfig, run: Run, data: Prepared, model: str, tokenizer: A
     drop_checkpoints_after(run, start * updates)
     for leftover in (CAUSE_FILE, TRACE_FILE):
         (run.path / leftover).unlink(missing_ok=True)
-    points = evaluation_points(steps, config.evaluate.points)
-    schedule = Schedule(steps, points, save_steps(config, steps, count), start)
+    schedule = Schedule(steps, evaluation_points(steps), save_steps(config, steps, count), start)
     return Plan(files, schedule, max(1, count // config.verl.data.train_batch_size), updates)
 
 

@@ -82,14 +82,14 @@ def test_metrics_follow_the_contract(run: Run) -> None:
 
 
 def test_exports_are_models_that_give_the_sampled_probabilities(run: Run) -> None:
-    """The export after step 3 is the model that sampled the responses of step 4."""
+    """The export after step 4 is the model that sampled the responses of step 5."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    assert sorted(run.checkpoints()) == [3, 6]
-    folder = run.checkpoints()[3]
+    assert sorted(run.checkpoints()) == [1, 2, 4, 6]
+    folder = run.checkpoints()[4]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    kept = [row for row in read_jsonl(run.path / "rollouts.jsonl") if row["step"] == 4]
+    kept = [row for row in read_jsonl(run.path / "rollouts.jsonl") if row["step"] == 5]
     assert len(kept) == 16
     for row in kept:
         prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)

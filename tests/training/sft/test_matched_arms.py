@@ -73,7 +73,7 @@ def test_the_tokens_are_those_of_the_reference(runs: dict[str, Run]) -> None:
     assert eaft[-1]["tokens"] == sft[-1]["tokens"] == rows(runs["slow"])[-1]["tokens"]
     assert runs["sft"].info["derived"]["budget"]["amount"] == eaft[-1]["tokens"]
     assert runs["sft"].config["verl"]["trainer"]["total_training_steps"] == runs["sft"].info["total_steps"] == 20
-    assert sorted(runs["sft"].checkpoints()) == [10, 20]
+    assert sorted(runs["sft"].checkpoints()) == [1, 2, 4, 8, 20]
 
 
 def test_the_control_by_weight_trained_at_the_scaled_rate(runs: dict[str, Run]) -> None:
