@@ -45,29 +45,35 @@ def compare(
     recipe = load_recipe(recipe_path)
     arms = arms or list(recipe.arms)
     configs = in_order(_resolve_all(recipe, arms, seeds, overrides, dry_run=dry_run))
-    output = Path(configs[0].output)
     base, stages = plan(recipe, configs, overrides)
     require_same(base.run, configs[0])
     for config, pair in zip(configs, stages, strict=True):
         require_same(pair[0].run, config)
     if dry_run:
-        for stage in (base, *(stage for pair in stages for stage in pair)):
-            print(f"{'done' if stage.done else 'todo'}  {stage.label:32} eaft {' '.join(stage.arguments)}")
-        runs = " ".join(str(stage.run) for stage in (base, *(pair[0] for pair in stages)))
-        print(f"todo  {'report':32} eaft report {runs}")
-        warn(list(dict.fromkeys(message for config in configs for message in pending(config))))
+        _show(configs, base, stages)
         return 0
     started = time.monotonic()
     if _run(base):
         return 1
-    finished, failed = [base.run], _run_arms(configs, stages)
-    finished += [pair[0].run for pair in stages if pair[0].run.name not in {row["run"] for row in failed}]
-    if len(finished) > 1:
-        report(finished, output / "report", failed=failed)
-        print(f"report: {output / 'report' / 'report.html'} ({time.monotonic() - started:.0f} s in all)", flush=True)
+    failed = _run_arms(configs, stages)
+    lost = {row["run"] for row in failed}
+    finished = [pair[0].run for pair in stages if pair[0].run.name not in lost]
+    if finished:
+        out = Path(configs[0].output) / "report"
+        report([base.run, *finished], out, failed=failed)
+        print(f"report: {out / 'report.html'} ({time.monotonic() - started:.0f} s in all)", flush=True)
     for row in failed:
         print(f"failed: {row['run']}: {row['error']}; run the same command again to go on", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _show(configs: list[DictConfig], base: Stage, stages: list[tuple[Stage, Stage]]) -> None:
+    """What a run would do, stage by stage, and where it would stop."""
+    for stage in (base, *(stage for pair in stages for stage in pair)):
+        print(f"{'done' if stage.done else 'todo'}  {stage.label:32} eaft {' '.join(stage.arguments)}")
+    runs = " ".join(str(stage.run) for stage in (base, *(pair[0] for pair in stages)))
+    print(f"todo  {'report':32} eaft report {runs}")
+    warn(list(dict.fromkeys(message for config in configs for message in pending(config))))
 
 
 def parse_seeds(text: str | None) -> list[int] | None:
