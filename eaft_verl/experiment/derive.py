@@ -84,14 +84,6 @@ def _control(config: DictConfig, keys: dict[str, str], changes: dict[str, Any]) 
     run = _finished(config, control.of, f"{config.arm} is a control of {control.of}")
     _same(run, keys, SAME_FOR_CONTROL)
     rows, found = run.metrics(), {"of": control.of, "by": control.by, "run": run.path.name}
-    if control.by == "weight":
-        weight = budgets.mean_weight(rows)
-        if not 0 < weight < float("inf"):
-            raise RunError(
-                f"{run.path}: the mean weight over its training is {weight}; no learning rate follows from it"
-            )
-        changes["verl.optim.lr"] = config.verl.optim.lr * weight
-        return {**found, "mean_weight": weight, "lr_before": config.verl.optim.lr, "lr": changes["verl.optim.lr"]}
     window = budgets.nll_window(len(rows))
     level = budgets.smoothed_nll(rows, window)
     if not abs(level) < float("inf"):

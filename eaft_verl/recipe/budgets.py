@@ -56,12 +56,6 @@ def matches(unit: str, own: Spent, reference: Spent) -> bool | None:
     return abs(mine - other) <= max(TOLERANCE * other, NEAREST[unit] * step)
 
 
-def mean_weight(rows: Sequence[Row]) -> float:
-    """Mean weight over all trained tokens of a run: sum of weight_mean * step_tokens over sum of step_tokens."""
-    tokens = sum(row["step_tokens"] for row in rows)
-    return sum(float(row["weight_mean"]) * row["step_tokens"] for row in rows) / tokens
-
-
 def nll_window(updates: int) -> int:
     """Steps of the trailing mean: a tenth of the reference's updates, at least one."""
     return max(1, round(WINDOW_SHARE * updates))

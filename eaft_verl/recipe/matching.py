@@ -7,7 +7,7 @@ from eaft_verl.errors import ConfigError
 from eaft_verl.recipe.budgets import MATCHES
 
 GRPO = "grpo"
-CONTROLS = ("weight", "nll")
+CONTROLS = ("nll",)
 LENGTH_KEYS = ("verl.trainer.total_epochs", "verl.trainer.total_training_steps")
 UPDATE_KEYS = (*LENGTH_KEYS, "verl.data.train_batch_size")
 AFTERWARDS = ("tokens", "device_seconds")  # what a GRPO arm has spent of these is known only when it has finished
@@ -60,7 +60,7 @@ def _reference(arms: Arms, trainers: Mapping[str, str], compare: Mapping[str, An
 
 
 def check_control(arms: Arms, trainers: Mapping[str, str], arm: str, control: Any) -> None:
-    """ConfigError unless `control` is {of: an SFT-trained arm that is no control, by: weight or nll}, or None."""
+    """ConfigError unless `control` is {of: an SFT-trained arm that is no control, by: nll}, or None."""
     if control is None:
         return
     if not isinstance(control, Mapping) or set(control) != {"of", "by"}:
@@ -75,8 +75,8 @@ def check_control(arms: Arms, trainers: Mapping[str, str], arm: str, control: An
         raise ConfigError(f"arm {arm}: control.of={of}, which is a control itself; name the arm it is a control of")
     if trainers[of] == GRPO:
         raise ConfigError(
-            f"arm {arm}: control.of={of} has trainer=grpo, which has neither token weights nor an NLL of "
-            "demonstrations to be matched by; use compare.match to give it and SFT equal budgets"
+            f"arm {arm}: control.of={of} has trainer=grpo, which has no NLL of demonstrations to be "
+            "matched by; use compare.match to give it and SFT equal budgets"
         )
 
 

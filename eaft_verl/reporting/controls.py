@@ -1,4 +1,4 @@
-"""Controls: SFT runs slowed or stopped like another arm, and what is left of that arm's effect beside them."""
+"""Controls: SFT runs stopped where they fit as well as another arm, and what of its effect is left beside them."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ Row = dict[str, Any]
 
 
 def controls(board: Board) -> list[Row]:
-    """[{arm, of, by, runs: {seed: what was derived}, versus: {measure: {delta, low, high, excludes_zero}}}].
+    """[{arm, of, by, runs: {seed: what was derived}, versus: {measure: `bounds`}}].
 
     versus: the arm minus its control, paired by example and seed; empty where that arm is not in the report.
     """

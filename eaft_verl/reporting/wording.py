@@ -23,16 +23,6 @@ def names(arms: Iterable[str]) -> str:
 def control_wording(row: Row) -> str:
     """What a control was made by, and what the difference to it does and does not say."""
     of, runs = arm_name(row["of"]), row["runs"]
-    if row["by"] == "weight":
-        made = ", ".join(
-            f"{number(run['mean_weight'])} (seed {seed}: lr {run['lr_before']:.3g} to {run['lr']:.3g})"
-            for seed, run in runs.items()
-        )
-        return (
-            f"{row['arm']} is SFT with its learning rate times the mean weight that {of} put on a token: {made}. A "
-            f"difference of {of} to it that excludes zero is not the effect of a smaller step alone. Adam divides a "
-            "constant factor of the loss out again, so this step is smaller than that of a constant weight would be."
-        )
     ends = ", ".join(
         f"seed {seed}: update {run['steps']:,}, NLL {number(run['level'])}"
         + ("" if run["nll_reached"] else ", not reached")

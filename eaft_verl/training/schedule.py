@@ -79,7 +79,7 @@ Plan = FixedSteps | DeviceSeconds | UntilNll
 
 def training_plan(config: DictConfig, steps: int, devices: int) -> Plan:
     """When the arm is evaluated and ends; `steps`: updates its learning rate schedule is laid over."""
-    if config.control and config.control.by == "nll":
+    if config.control:
         return UntilNll(steps, config.control.level, config.control.window)
     if config.budget and config.budget.unit == "device_seconds":
         return DeviceSeconds(config.budget.amount, devices, steps)

@@ -31,7 +31,7 @@ evaluate: {{target: [sums]}}
 compare: {{match: tokens, to: eaft}}
 verl: {{data: {{train_batch_size: 4, max_token_len_per_gpu: 64}}}}
 arms:
-  slow: {{control: {{of: eaft, by: weight}}}}
+  slow: {{control: {{of: eaft, by: nll}}}}
   sft: {{objective: {{name: sft}}}}
   eaft: {{objective: {{name: eaft}}}}
 """

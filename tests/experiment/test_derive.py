@@ -1,4 +1,4 @@
-"""What a run takes from a finished one: numbers of updates, learning rates and stop levels worked out by hand."""
+"""What a run takes from a finished one: numbers of updates and stop levels worked out by hand."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from eaft_verl.errors import RunError
 from eaft_verl.experiment.derive import derive
 from eaft_verl.recipe.resolve import load_recipe, resolve
 from eaft_verl.runs import Run
-from eaft_verl.training.schedule import DeviceSeconds, FixedSteps, UntilNll, training_plan
+from eaft_verl.training.schedule import DeviceSeconds, UntilNll, training_plan
 from eaft_verl.training.sft.order import PADDING, batch_indices
 
 KEYS = {"model": "m", "data": "d", "template": "t", "evaluation": "e"}
@@ -27,18 +27,17 @@ verl: {{optim: {{lr: 1.0e-4, lr_scheduler_type: constant}}, data: {{train_batch_
 arms:
   eaft: {{objective: {{name: eaft}}}}
   sft: {{objective: {{name: sft}}, verl: {{data: {{train_batch_size: {size}}}}}}}
-  slow: {{control: {{of: eaft, by: weight}}}}
+  slow: {{control: {{of: eaft, by: nll}}}}
   stopped: {{control: {{of: eaft, by: nll}}}}
   grpo: {{trainer: grpo, verl: {{actor_rollout_ref: {{rollout: {{n: 3}}}}}}}}
 """
 # five examples that train 1, 2, 4, 8 and 16 tokens
 EXAMPLES = [Example(str(i), [], list(range(20)), [0] * (20 - 2**i) + [1] * 2**i) for i in range(5)]
-ROWS = [  # 10 steps of 2 samples; mean weight (8 * 0.5 * 10 + 2 * 0.25 * 40) / 160 = 0.375
-    {"step": step, "tokens": 7 * step, "samples": 2 * step, "step_tokens": 10, "weight_mean": 0.5, "nll": 3.0}
-    for step in range(1, 9)
+ROWS = [  # 10 steps of 2 samples
+    {"step": step, "tokens": 7 * step, "samples": 2 * step, "step_tokens": 10, "nll": 3.0} for step in range(1, 9)
 ] + [
-    {"step": 9, "tokens": 80, "samples": 18, "step_tokens": 40, "weight_mean": 0.25, "nll": 2.0},
-    {"step": 10, "tokens": 93, "samples": 20, "step_tokens": 40, "weight_mean": 0.25, "nll": 1.0},
+    {"step": 9, "tokens": 80, "samples": 18, "step_tokens": 40, "nll": 2.0},
+    {"step": 10, "tokens": 93, "samples": 20, "step_tokens": 40, "nll": 1.0},
 ]
 
 
@@ -117,22 +116,6 @@ def test_a_grpo_arm_is_matched_by_its_number_of_steps(tmp_path: Path, match: str
     assert derived(tmp_path, "grpo", match).config.verl.trainer.total_training_steps == expected
 
 
-def test_a_control_by_weight_scales_the_learning_rate(tmp_path: Path) -> None:
-    finished(tmp_path)
-    config, declared, record = derived(tmp_path, "slow")
-    assert config.verl.optim.lr == pytest.approx(1e-4 * 0.375)
-    assert {"verl.optim.lr", "verl.trainer.total_training_steps"} <= set(declared)
-    assert record["control"] == {
-        "of": "eaft",
-        "by": "weight",
-        "run": "eaft-seed0",
-        "mean_weight": pytest.approx(0.375),
-        "lr_before": 1e-4,
-        "lr": pytest.approx(3.75e-5),
-    }
-    assert isinstance(training_plan(config, 9, 1), FixedSteps)
-
-
 def test_a_control_by_nll_stops_at_the_references_last_mean(tmp_path: Path) -> None:
     finished(tmp_path)
     config, _, record = derived(tmp_path, "stopped")
@@ -180,10 +163,8 @@ def test_a_reference_of_another_model_or_data_is_refused(tmp_path: Path) -> None
 
 def test_a_reference_that_did_not_log_the_unit_is_refused(tmp_path: Path) -> None:
     run = finished(tmp_path)
-    run.log({"split": "train", "step": 11, "tokens": 100, "step_tokens": 7, "nll": "nan", "weight_mean": "nan"})
+    run.log({"split": "train", "step": 11, "tokens": 100, "step_tokens": 7, "nll": "nan"})
     with pytest.raises(RunError, match="eaft-seed0 has not logged its samples"):
         derived(tmp_path, "sft", "samples")
-    with pytest.raises(RunError, match="mean weight over its training is nan"):
-        derived(tmp_path, "slow", "none")
     with pytest.raises(RunError, match="last training NLL is nan"):
         derived(tmp_path, "stopped", "none")

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from eaft_verl.recipe.budgets import evaluation_points, matches, mean_weight, nll_window, smoothed_nll, spent, steps_for
+from eaft_verl.recipe.budgets import evaluation_points, matches, nll_window, smoothed_nll, spent, steps_for
 from eaft_verl.training.schedule import DeviceSeconds, FixedSteps, Moment, UntilNll
 
 
@@ -64,14 +64,13 @@ def test_budgets_are_equal_within_a_tolerance(unit, mine, other, updates, expect
 
 
 ROWS = [
-    {"step": 1, "nll": 4.0, "weight_mean": 0.9, "step_tokens": 10},
-    {"step": 2, "nll": 3.0, "weight_mean": 0.5, "step_tokens": 30},
-    {"step": 3, "nll": 1.0, "weight_mean": 0.1, "step_tokens": 60},
+    {"step": 1, "nll": 4.0, "step_tokens": 10},
+    {"step": 2, "nll": 3.0, "step_tokens": 30},
+    {"step": 3, "nll": 1.0, "step_tokens": 60},
 ]
 
 
 def test_means_over_training_are_means_over_tokens() -> None:
-    assert mean_weight(ROWS) == pytest.approx((9 + 15 + 6) / 100)
     assert smoothed_nll(ROWS, 2) == pytest.approx((90 + 60) / 90)
     assert smoothed_nll(ROWS, 3) == pytest.approx((40 + 90 + 60) / 100)
     assert [nll_window(steps) for steps in (1, 14, 15, 30, 640)] == [1, 1, 2, 3, 64]

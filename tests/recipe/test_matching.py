@@ -18,7 +18,7 @@ ARMS = """
 arms:
   sft: {objective: {name: sft}}
   eaft: {objective: {name: eaft}}
-  slow: {control: {of: eaft, by: weight}}
+  slow: {control: {of: eaft, by: nll}}
   stopped: {control: {of: eaft, by: nll}}
 """
 
@@ -34,7 +34,7 @@ def source(arms: dict[str, dict[str, Any]], arm: str, match: str, to: str | None
     return budget_source(arms, trainers, arm, {"match": match, "to": to})
 
 
-SFT_EAFT = {"sft": {}, "eaft": {"objective": {"name": "eaft"}}, "slow": {"control": {"of": "eaft", "by": "weight"}}}
+SFT_EAFT = {"sft": {}, "eaft": {"objective": {"name": "eaft"}}, "slow": {"control": {"of": "eaft", "by": "nll"}}}
 WITH_GRPO = {**SFT_EAFT, "grpo": {"trainer": "grpo"}}
 
 
@@ -96,13 +96,13 @@ def test_matching_that_cannot_be_done(arms, arm, match, to, message) -> None:
 
 
 BAD_CONTROLS = [
-    ("{control: eaft}", "control='eaft' must be {of: ARM, by: weight or nll}"),
-    ("{control: {of: eaft}}", "must be {of: ARM, by: weight or nll}"),
-    ("{control: {of: eaft, by: loss}}", "control.by='loss' is not one of weight, nll"),
+    ("{control: eaft}", "control='eaft' must be {of: ARM, by: nll}"),
+    ("{control: {of: eaft}}", "must be {of: ARM, by: nll}"),
+    ("{control: {of: eaft, by: loss}}", "control.by='loss' is not one of nll"),
     ("{control: {of: nobody, by: nll}}", "control.of='nobody' is no other arm of the recipe; those are sft, eaft"),
     ("{control: {of: bad, by: nll}}", "control.of='bad' is no other arm"),
     ("{control: {of: slow, by: nll}}", "control.of=slow, which is a control itself"),
-    ("{control: {of: rl, by: weight}}", "control.of=rl has trainer=grpo, which has neither token weights"),
+    ("{control: {of: rl, by: nll}}", "control.of=rl has trainer=grpo, which has no NLL of demonstrations"),
 ]
 
 
@@ -114,7 +114,7 @@ def test_a_control_that_makes_no_sense(tmp_path: Path, arm: str, message: str) -
 
 
 def test_a_control_is_plain_sft(tmp_path: Path) -> None:
-    arms = f"{ARMS}  bad: {{objective: {{name: dft}}, control: {{of: eaft, by: weight}}}}\n"
+    arms = f"{ARMS}  bad: {{objective: {{name: dft}}, control: {{of: eaft, by: nll}}}}\n"
     with pytest.raises(ConfigError, match="the arm must have trainer sft and objective.name sft, not sft and dft"):
         check(resolve(recipe(tmp_path, arms=arms), "bad"))
     check(resolve(recipe(tmp_path), "slow"))

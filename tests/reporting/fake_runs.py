@@ -3,7 +3,7 @@
 base, sft, eaft = make_runs(folder)              # the three runs of one recipe
 make_arm(folder / "sft1", "sft", seed=1)         # another seed
 make_arm(folder / "grpo", "grpo")                # an arm that generates: no objective, no weights, rewards instead
-make_arm(folder / "slow", "slow", shape="sft", control={"of": "eaft", "by": "weight", ...})
+make_arm(folder / "slow", "slow", shape="sft", control={"of": "eaft", "by": "nll", ...})
 edit(sft / "run.json", lambda info: {**info, "status": "running"})
 """
 

@@ -13,7 +13,7 @@ from eaft_verl.reporting.report import measure, report
 from eaft_verl.reporting.spending import budgets, unequal
 from eaft_verl.reporting.tables import budgets_table, config_table, cost_table, results_table
 
-SLOW = {"of": "eaft", "by": "weight", "run": "eaft-seed0", "mean_weight": 0.25, "lr_before": 1e-5, "lr": 2.5e-6}
+SLOW = {"of": "eaft", "by": "nll", "run": "eaft-seed0", "level": 0.25, "window": 2}
 STOPPED = {"of": "eaft", "by": "nll", "run": "eaft-seed0", "level": 0.5125, "window": 1}
 
 
@@ -42,7 +42,8 @@ def everything(tmp_path_factory):
     runs = make_runs(folder, ("sft", "eaft", "grpo"))
     runs.append(make_arm(folder / "slow", "slow", shape="eaft", control=SLOW))
     runs.append(make_arm(folder / "stopped", "stopped", shape="sft", control=STOPPED, steps=(3, 6, 7)))
-    edit(folder / "stopped" / "run.json", lambda info: {**info, "nll_reached": True})
+    for path, reached in ((runs[-2], False), (runs[-1], True)):
+        edit(path / "run.json", lambda info, reached=reached: {**info, "nll_reached": reached})
     return report(runs, folder / "report"), folder / "report", runs
 
 
@@ -136,7 +137,7 @@ def test_nothing_is_judged_where_nothing_is_matched(tmp_path):
 
 def test_the_arm_minus_its_control(everything):
     slow, stopped = everything[0]["controls"]
-    assert (slow["arm"], slow["of"], slow["by"]) == ("slow", "eaft", "weight")
+    assert (slow["arm"], slow["of"], slow["by"]) == ("slow", "eaft", "nll")
     assert slow["versus"]["drift.kl"]["delta"] == 0  # the fake control is the same model
     # sft at the third evaluation, where it was stopped: KL 0.16, chain_sum 28; eaft at its end: 0.15, 29
     assert stopped["versus"]["drift.kl"]["delta"] == pytest.approx(0.15 - 0.16)
@@ -146,9 +147,9 @@ def test_the_arm_minus_its_control(everything):
 
 def test_what_controls_answer_is_said(everything):
     text = (everything[1] / "report.md").read_text()
-    assert "Is it only a smaller step?" in text
-    assert "slow is SFT with its learning rate times the mean weight that EAFT put on a token: 0.250" in text
-    assert "(seed 0: lr 1e-05 to 2.5e-06)" in text
+    assert "Is it only less training?" in text
+    assert "slow is SFT stopped where its training NLL, a mean over the last 2 updates" in text
+    assert "(seed 0: update 12, NLL 0.250, not reached)" in text
     assert (
         "a mean over the last 1 updates, first came down to the final one of EAFT (seed 0: update 7, NLL 0.512" in text
     )
@@ -179,6 +180,7 @@ def test_a_control_that_was_never_reached_is_a_caveat(tmp_path):
 def test_a_control_without_its_arm_is_still_an_arm(tmp_path):
     runs = [make_base(tmp_path / "base"), make_arm(tmp_path / "sft", "sft")]
     runs.append(make_arm(tmp_path / "slow", "slow", shape="sft", control=SLOW))
+    edit(runs[-1] / "run.json", lambda info: {**info, "nll_reached": True})
     found = report(runs, tmp_path / "report")
     assert found["controls"][0]["versus"] == {}
 
@@ -248,7 +250,35 @@ def test_arms_with_other_seeds_are_refused_unless_the_missing_ones_failed(tmp_pa
     row = {"arm": "eaft", "seed": 1, "run": "eaft-seed1", "error": "RunError: x"}
     found = report(runs, tmp_path / "report", failed=[row])
     assert found["problems"] == []
-    assert any("do not have the same seeds" in line for line in found["caveats"])
+    assert any("do not have the same seeds: eaft has no run of seed 1" in line for line in found["caveats"])
+    assert "Eaft has no run of seed 1: its differences" in (tmp_path / "report" / "report.md").read_text()
+    # sft's seed 1 has one right answer more in each of the benchmarks; the difference knows seed 0 only
+    cells = found["versus"]["arms"]["eaft"]
+    assert cells["chain_sum"]["delta"] == pytest.approx((29 - 28) / 40) and cells["chain_sum"]["seeds"] == 1
+    assert found["results"]["sft"]["chain_sum"]["score"] == pytest.approx(28.5 / 40)
+
+
+def test_arms_without_a_common_seed_have_no_difference(tmp_path):
+    runs = [make_base(tmp_path / "base"), make_arm(tmp_path / "sft", "sft", 0), make_arm(tmp_path / "eaft", "eaft", 1)]
+    found = report(runs, tmp_path / "report", force=True)
+    assert found["versus"]["arms"]["eaft"] == {}
+    assert [found["equal_gain"][axis]["levels"] for axis in found["equal_gain"]] == [[], []]
+    assert (
+        "sft has no run of seed 1" in found["lost_seeds"][0] and "eaft has no run of seed 0" in found["lost_seeds"][1]
+    )
+
+
+# spend
+
+
+def test_passes_before_the_first_step_are_spent_but_slow_no_step(tmp_path):
+    runs = make_runs(tmp_path)
+    passes = {"base_pass": {"seconds": 15.0}, "reference_cache": {"seconds": 5.0, "bytes": 9}, "train_seconds": 140.0}
+    edit(runs[2] / "run.json", lambda info: {**info, **passes})
+    found = measured(runs, tmp_path)
+    assert [row["spent"]["device_seconds"] for row in found["budgets"]["arms"]] == [240, 280]
+    assert [row["train_seconds"] for row in found["cost"]] == [120, 140]
+    assert [row["tokens_per_s"] for row in found["cost"]] == [60, 60]  # 7200 tokens in 120 s of steps
 
 
 # an arm that generates
@@ -283,7 +313,7 @@ def test_keys_of_one_trainer_are_declared_with_it_and_kept_out_of_the_table(ever
     rows = {row["key"]: row for row in everything[0]["config_differences"]}
     assert rows["verl.rollout.n"]["declared"] and rows["verl.rollout.n"]["of_trainer"]
     assert rows["trainer"]["declared"] and not rows["trainer"]["of_trainer"]
-    assert rows["control"]["values"]["slow seed 0"] == '"weight of eaft"'
+    assert rows["control"]["values"]["slow seed 0"] == '"nll of eaft"'
     shown = [row[0].text for row in config_table(everything[0]).rows]
     assert "verl.rollout.n" not in shown and {"trainer", "control", "objective.name"} <= set(shown)
     runs = make_runs(tmp_path, ("sft", "grpo"))

@@ -28,7 +28,6 @@ verl:
 arms:
   eaft: {{objective: {{name: eaft}}}}
   sft: {{verl: {{data: {{train_batch_size: 2}}}}}}
-  slow: {{control: {{of: eaft, by: weight}}}}
   stopped: {{control: {{of: eaft, by: nll}}}}
   timed: {{objective: {{name: eaft}}}}
 """
@@ -52,10 +51,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_model_path: Path) -> dic
         check(config)
         return train(config, declared_keys(recipe, arm))
 
-    with pytest.raises(RunError, match="slow is a control of eaft|gives slow the budget of eaft"):
-        trained("slow")
+    with pytest.raises(RunError, match="stopped is a control of eaft|gives stopped the budget of eaft"):
+        trained("stopped")
     with ray_session("cpu", 1):
-        found = {arm: trained(arm) for arm in ("eaft", "sft", "slow", "stopped")}
+        found = {arm: trained(arm) for arm in ("eaft", "sft", "stopped")}
         return found | {"timed": trained("timed", *TIMED)}
 
 
@@ -70,20 +69,10 @@ def test_samples_are_counted_without_padding(runs: dict[str, Run]) -> None:
 def test_the_tokens_are_those_of_the_reference(runs: dict[str, Run]) -> None:
     eaft, sft = (rows(runs[arm]) for arm in ("eaft", "sft"))
     assert len(eaft) == 12 and len(sft) == 20  # four epochs of 10 examples, 4 or 2 at a time
-    assert eaft[-1]["tokens"] == sft[-1]["tokens"] == rows(runs["slow"])[-1]["tokens"]
+    assert eaft[-1]["tokens"] == sft[-1]["tokens"]
     assert runs["sft"].info["derived"]["budget"]["amount"] == eaft[-1]["tokens"]
     assert runs["sft"].config["verl"]["trainer"]["total_training_steps"] == runs["sft"].info["total_steps"] == 20
     assert sorted(runs["sft"].checkpoints()) == [1, 2, 4, 8, 20]
-
-
-def test_the_control_by_weight_trained_at_the_scaled_rate(runs: dict[str, Run]) -> None:
-    reference, slow = rows(runs["eaft"]), rows(runs["slow"])
-    tokens = [row["step_tokens"] for row in reference]
-    weight = sum(row["weight_mean"] * count for row, count in zip(reference, tokens, strict=True)) / sum(tokens)
-    assert 0 < weight < 1
-    ours = [row["lr"] for row in slow]
-    assert ours == pytest.approx([weight * row["lr"] for row in reference], rel=1e-6)
-    assert {row["weight_mean"] for row in slow} == {1.0}
 
 
 def test_the_control_by_nll_stopped_at_the_first_step_at_the_level(runs: dict[str, Run]) -> None:
@@ -122,10 +111,9 @@ def test_the_arms_are_evaluated_at_their_own_ends_and_reported_together(
     assert [(row["arm"], row["equal"]) for row in found["budgets"]["arms"]] == [
         ("sft", True),
         ("eaft", None),
-        ("slow", None),
         ("stopped", None),
     ]
-    assert {row["arm"]: row["of"] for row in found["controls"]} == {"slow": "eaft", "stopped": "eaft"}
+    assert {row["arm"]: row["of"] for row in found["controls"]} == {"stopped": "eaft"}
     assert found["paths"]["heldout"]["stopped"][-1]["step"] == runs["stopped"].info["total_steps"]
     assert found["controls"][0]["versus"]["drift.kl"]["low"] is not None
     assert json.loads((tmp_path / "report" / "report.json").read_text())["controls"] == found["controls"]
