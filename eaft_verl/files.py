@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,8 @@ def computed_once(folder: Path, key: str, make: Callable[[Path], None]) -> Path:
     """`folder` as `make` filled it, made once for every process that asks, and kept.
 
     `make` writes into an empty folder of this process alone, which gets its name when it is whole; meta.json holds
-    `key` and the size of every file. RunError for a folder that was made for another key, or that has lost a part.
+    `key`, the seconds it took and the size of every file. RunError for a folder that was made for another key, or that
+    has lost a part.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with locked(folder.with_name(f".{folder.name}.lock"), busy=f"another process computes {folder}", wait=True):
@@ -115,9 +117,11 @@ def computed_once(folder: Path, key: str, make: Callable[[Path], None]) -> Path:
                 shutil.rmtree(leftover)
             partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".partial"))
             partial.chmod(0o755)
+            started = time.monotonic()
             make(partial)
+            seconds = time.monotonic() - started
             sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
-            write_json(partial / "meta.json", {"key": key, "sizes": sizes})
+            write_json(partial / "meta.json", {"key": key, "sizes": sizes, "seconds": seconds})
             shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)
         stored = read_json(folder / "meta.json")
@@ -130,3 +134,8 @@ def computed_once(folder: Path, key: str, make: Callable[[Path], None]) -> Path:
             if not (folder / name).is_file() or (folder / name).stat().st_size != size:
                 raise RunError(f"{folder / name} is not whole ({size} bytes were written); delete {folder}")
     return folder
+
+
+def seconds_to_compute(folder: Path) -> float:
+    """What `computed_once` took: all who need it have spent that, whoever made it."""
+    return float(read_json(folder / "meta.json")["seconds"])

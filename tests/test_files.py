@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from eaft_verl.errors import RunError
-from eaft_verl.files import computed_once, locked, read_json
+from eaft_verl.files import computed_once, locked, read_json, seconds_to_compute
 
 MAKER = """
 import sys, time
@@ -62,7 +62,9 @@ def test_a_maker_that_fails_leaves_nothing_under_the_name(tmp_path: Path) -> Non
         computed_once(tmp_path / "store", "key", fails)
     assert not (tmp_path / "store").exists()
     made = computed_once(tmp_path / "store", "key", lambda folder: (folder / "whole").write_text("abc") and None)
-    assert read_json(made / "meta.json") == {"key": "key", "sizes": {"whole": 3}}
+    stored = read_json(made / "meta.json")
+    assert (stored["key"], stored["sizes"]) == ("key", {"whole": 3})
+    assert seconds_to_compute(made) == stored["seconds"] >= 0  # of the making, also for whom it is only read
 
 
 def test_another_key_or_a_lost_part_is_refused(tmp_path: Path) -> None:

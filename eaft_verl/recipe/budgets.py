@@ -3,7 +3,7 @@
 updates         optimizer updates
 tokens          trained tokens + generated tokens: generation is a cost
 samples         sequences trained on
-device_seconds  seconds of training, generation included, times devices
+device_seconds  seconds of training times devices, with generation and the passes over the data before the first step
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,6 +13,7 @@ UNITS = ("updates", "tokens", "samples", "device_seconds")
 MATCHES = (*UNITS, "none")
 TOLERANCE = 0.05  # relative difference up to which two budgets count as equal
 NEAREST = {"updates": 0.0, "tokens": 0.5, "samples": 0.5, "device_seconds": 1.0}  # of a step: how near an arm can stop
+PASSES = ("base_pass", "reference_cache")  # of run.json: the base model's statistics, the stored reference
 WINDOW_SHARE = 0.1  # of the reference's updates: the trailing mean over which a training NLL is read
 
 Row = dict[str, Any]
@@ -22,13 +23,24 @@ Spent = dict[str, float | None]
 def spent(info: Row, rows: Sequence[Row]) -> Spent:
     """{unit: amount} of one run, from its run.json and its training rows; None where the run did not log it."""
     last = rows[-1] if rows else {}
-    tokens, seconds = last.get("tokens"), info.get("train_seconds")
+    seconds = info.get("train_seconds")
     return {
-        "updates": last.get("step"),
-        "tokens": None if tokens is None else tokens + (last.get("generated_tokens") or 0),
+        "updates": last.get("step", info.get("total_steps")),
+        "tokens": paid_tokens(last),
         "samples": last.get("samples"),
         "device_seconds": None if seconds is None or "workers" not in info else seconds * info["workers"],
     }
+
+
+def paid_tokens(row: Row) -> float | None:
+    """Trained and generated tokens up to this training row; None where it does not say."""
+    tokens = row.get("tokens")
+    return None if tokens is None else tokens + (row.get("generated_tokens") or 0)
+
+
+def before_training(info: Row) -> float:
+    """Seconds of `train_seconds` that went into passes over the data before the first step."""
+    return float(sum(info[name]["seconds"] for name in PASSES if name in info))
 
 
 def steps_for(amount: float, costs: Iterable[float]) -> int:

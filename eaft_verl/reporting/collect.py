@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,11 @@ class RunData:
     def label(self) -> str:
         """What tables and messages call this run."""
         return BASE if self.arm == BASE else f"{self.arm} seed {self.info['seed']}"
+
+    @cached_property
+    def rows(self) -> list[Record]:
+        """Rows of training, in order of step."""
+        return self.run.metrics("train")
 
     @property
     def step(self) -> int:

@@ -13,12 +13,12 @@ from eaft_verl.reporting.collect import Arm, load
 from eaft_verl.reporting.comparability import check, config_differences
 from eaft_verl.reporting.controls import control_notes, controls
 from eaft_verl.reporting.failures import split
-from eaft_verl.reporting.history import cost, curves
+from eaft_verl.reporting.history import curves
 from eaft_verl.reporting.measures import build_board
 from eaft_verl.reporting.paths import axes, equal_gain, paths
 from eaft_verl.reporting.provenance import environment, sample_answers
 from eaft_verl.reporting.results import columns, pareto, results, versus
-from eaft_verl.reporting.spending import budgets
+from eaft_verl.reporting.spending import budgets, cost
 from eaft_verl.reporting.wording import headline
 
 SCHEMA = 1

@@ -1,15 +1,42 @@
-"""What every arm spent, in the four units of `budgets`, and whether that is equal in the unit the recipe matches."""
+"""What every run spent, read once: budgets in the four units of `budgets`, time, speed and memory."""
 
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from eaft_verl.recipe.budgets import TOLERANCE, UNITS, Spent, matches, spent
+from eaft_verl.recipe.budgets import TOLERANCE, UNITS, Spent, before_training, matches, spent
 from eaft_verl.reporting.collect import Arm, RunData
+from eaft_verl.reporting.history import finite, series
 
 Row = dict[str, Any]
 WORDS = {"device_seconds": "device seconds"}
+
+
+def ledger(run: RunData) -> Row:
+    """One run: the four units of `spent`, trained and generated tokens, seconds, speed and peak memory.
+
+    Speed is trained tokens per second from the first step on; None where something was not logged.
+    """
+    info, rows = run.info, run.rows
+    last = rows[-1] if rows else {}
+    trained, generation = finite(last.get("tokens")), _known(rows, "generation_s")
+    seconds = finite(info.get("train_seconds")) or finite(last.get("seconds"))
+    stepping = seconds - before_training(info) if seconds else None
+    return {
+        **spent(info, rows),
+        "generated_tokens": last.get("generated_tokens") or 0,
+        "trained_tokens": trained,
+        "train_seconds": seconds,
+        "eval_seconds": finite(info.get("eval_seconds")),
+        "tokens_per_s": trained / stepping if trained and stepping else None,
+        "generation_share": sum(generation) / seconds if generation and seconds else None,
+        "memory_gib": max(_known(rows, "memory_gib"), default=None),
+    }
+
+
+def _known(rows: list[Row], name: str) -> list[float]:
+    return [value for value in series(rows, name) if value is not None]
 
 
 def budgets(arms: list[Arm]) -> Row:
@@ -19,22 +46,37 @@ def budgets(arms: list[Arm]) -> Row:
     equal: whether that is within the tolerance for every seed; None where it is not judged, as for controls.
     """
     match, reference = matching(arms)
-    rows = []
+    budget, rows = _means(reference).get(match), []
     for arm in arms:
-        own, other = _mean(arm), _mean(reference)
-        known = match != "none" and own[match] is not None and other[match]
+        own = _means(arm)
+        mine = own.get(match)
         verdicts = [] if match == "none" or arm.control else [item[-1] for item in _pairs(arm, reference, match)]
         rows.append(
             {
                 "arm": arm.name,
                 "control": arm.control and arm.control["of"],
-                "spent": own,
-                "generated_tokens": _generated(arm),
-                "ratio": own[match] / other[match] if known else None,
+                "spent": {unit: own[unit] for unit in UNITS},
+                "generated_tokens": own["generated_tokens"],
+                "ratio": mine / budget if mine is not None and budget else None,
                 "equal": None if not verdicts or None in verdicts else all(verdicts),
             }
         )
     return {"match": match, "to": reference.name, "tolerance": TOLERANCE, "arms": rows}
+
+
+def cost(arms: list[Arm]) -> list[Row]:
+    """Per arm, means over its seeds: steps, trained tokens, seconds, tokens per second, share of the seconds spent on
+    generation; the highest peak memory.
+    """
+    found = []
+    for arm in arms:
+        means = _means(arm)
+        peaks = [peak for run in arm.runs if (peak := ledger(run)["memory_gib"]) is not None]
+        row = {"arm": arm.name, "seeds": list(arm.seeds), "tokens": means["trained_tokens"]}
+        row |= {"steps": _mean([run.info["total_steps"] for run in arm.runs]), "memory_gib": max(peaks, default=None)}
+        kept = ("train_seconds", "eval_seconds", "tokens_per_s", "generation_share")
+        found.append(row | {name: means[name] for name in kept})
+    return found
 
 
 def matching(arms: list[Arm]) -> tuple[str, Arm]:
@@ -53,7 +95,7 @@ def unequal(arms: list[Arm]) -> Iterator[str]:
         if arm.control is not None:
             continue
         for run, other, mine, theirs, equal in _pairs(arm, reference, match):
-            if equal is None:
+            if mine is None or theirs is None:
                 yield f"budget: the {unit} of {run.label} or {other.label} are not logged, and compare.match={match}"
             elif not equal:
                 yield (
@@ -67,30 +109,22 @@ def _pairs(
     arm: Arm, reference: Arm, match: str
 ) -> Iterator[tuple[RunData, RunData, float | None, float | None, bool | None]]:
     """(run, reference's run, their amounts, equal) per seed that both have and have finished."""
-    others = {run.info["seed"]: run for run in reference.runs}
-    for run in arm.runs:
-        other = others.get(run.info["seed"])
+    others = dict(zip(reference.seeds, reference.runs, strict=True))
+    for seed, run in zip(arm.seeds, arm.runs, strict=True):
+        other = others.get(seed)
         if other is None or other is run or {run.info["status"], other.info["status"]} != {"finished"}:
             continue
-        mine, theirs = of_run(run), of_run(other)
+        mine: Spent = ledger(run)
+        theirs: Spent = ledger(other)
         yield run, other, mine[match], theirs[match], matches(match, mine, theirs)
 
 
-def of_run(run: RunData) -> Spent:
-    """{unit: amount} of one run; updates also where nothing was logged."""
-    found = spent(run.info, run.run.metrics())
-    return found | {"updates": found["updates"] or run.info["total_steps"]}
+def _means(arm: Arm) -> dict[str, float | None]:
+    """The ledger's entries as means over the seeds; None where a seed lacks one."""
+    found = [ledger(run) for run in arm.runs]
+    return {name: _mean([item[name] for item in found]) for name in found[0]}
 
 
-def _mean(arm: Arm) -> Spent:
-    found = [of_run(run) for run in arm.runs]
-    return {unit: _average([item[unit] for item in found]) for unit in UNITS}
-
-
-def _average(values: list[float | None]) -> float | None:
-    return None if any(value is None for value in values) else float(np.mean(values))
-
-
-def _generated(arm: Arm) -> float:
-    last = [rows[-1] if (rows := run.run.metrics()) else {} for run in arm.runs]
-    return float(np.mean([row.get("generated_tokens") or 0 for row in last]))
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if len(known) == len(values) else None

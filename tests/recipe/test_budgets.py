@@ -15,6 +15,7 @@ def test_what_a_run_has_spent_in_four_units() -> None:
     assert found == {"updates": 2, "tokens": 590, "samples": 8, "device_seconds": 120.0}
     sft = spent({"train_seconds": 30.0, "workers": 1}, [{"step": 5, "tokens": 70, "samples": 20}])
     assert sft == {"updates": 5, "tokens": 70, "samples": 20, "device_seconds": 30.0}
+    assert spent({"total_steps": 5}, [])["updates"] == 5
     assert spent({}, []) == dict.fromkeys(("updates", "tokens", "samples", "device_seconds"))
 
 

@@ -1,6 +1,5 @@
 """What an anchored objective needs before its first step: the reference beside the model, or its stored values."""
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +34,9 @@ def anchor_sources(
     if anchor.full:
         trainer.group.open_reference()
         return []
-    started = time.monotonic()
     cache = _cache(config, trainer, anchor, keys)
-    trainer.run.update(reference_cache={"bytes": cache.bytes, "seconds": time.monotonic() - started})
+    trainer.state["seconds"] += cache.seconds
+    trainer.run.update(reference_cache={"bytes": cache.bytes, "seconds": cache.seconds})
     return [cache]
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from eaft_verl.data.prepare import Example
 from eaft_verl.errors import RunError
-from eaft_verl.files import computed_once
+from eaft_verl.files import computed_once, seconds_to_compute
 from eaft_verl.tokens.reference_kl import TopReference, top_reference
 from eaft_verl.training.sft.batches import sequential_batches
 from eaft_verl.training.sft.loss import LogitsHook
@@ -58,6 +58,7 @@ class ReferenceCache:
                 raise RunError(
                     f"{folder / name}.npy holds {len(array)} tokens, the data {self.starts[-1]}; delete {folder}"
                 )
+        self.seconds = seconds_to_compute(folder)
         self.bytes = sum((folder / f"{name}.npy").stat().st_size for name in FIELDS)
 
     def tokens(self, index: int) -> dict[str, Tensor]:

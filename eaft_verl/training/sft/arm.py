@@ -8,6 +8,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from eaft_verl.data.prepare import Example
+from eaft_verl.files import seconds_to_compute
 from eaft_verl.objectives import Objective, Psft, Sft
 from eaft_verl.recipe.views import objective_of
 from eaft_verl.runs import Run, drop_checkpoints_after
@@ -83,5 +84,7 @@ def _calibrate(config: DictConfig, trainer: Trainer, objective: Objective, keys:
     weights = objective.sample_weights(base)
     trainer.sample_weights = None if weights is None else weights.tolist()
     calibrated = objective.calibrate(base)
-    trainer.run.update(calibrated=asdict(calibrated))  # anchors included
+    seconds = seconds_to_compute(path)
+    trainer.state["seconds"] += seconds
+    trainer.run.update(calibrated=asdict(calibrated), base_pass={"seconds": seconds})  # anchors included
     return calibrated

@@ -73,6 +73,7 @@ def test_a_stored_reference_is_read_not_made_again(tmp_path: Path) -> None:
     second = reference_cache(tmp_path / "cache", "key", EXAMPLES, K, refuse, 3)
     assert all(np.array_equal(first.arrays[name], second.arrays[name]) for name in first.arrays)
     assert first.bytes == second.bytes > 0
+    assert first.seconds == second.seconds > 0  # what the pass took, also for whom it is only read
     with pytest.raises(RunError, match="stale; delete it, or use another output folder"):
         reference_cache(tmp_path / "cache", "another", EXAMPLES, K, refuse, 3)
 
