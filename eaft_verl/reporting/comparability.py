@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from itertools import combinations
 from typing import Any
 
 from eaft_verl.errors import RunError
 from eaft_verl.reporting.collect import Arm, RunData
 from eaft_verl.reporting.spending import unequal
 
+Row = dict[str, Any]
 RUN_KEYS = ("model", "data", "template", "evaluation")
 BENCHMARK_KEYS = ("side", "metric", "prompt_hash", "task_version", "data_hash", "n")
 IGNORED_CONFIG = frozenset({"arm", "seed", "output", "output_dir", "out", "run", "run_dir", "recipe", "budget"})
@@ -18,25 +20,43 @@ CHOSEN_WHOLE = {
 ABSENT = "(absent)"
 
 
-def config_differences(arms: list[Arm]) -> list[dict[str, Any]]:
+DERIVED = {"verl.trainer.total_training_steps": "budget"}  # keys that follow from another run, seed by seed
+
+
+def config_differences(arms: list[Arm]) -> list[Row]:
     """Dotted config keys that are not equal in all arm runs: [{key, values: {run: text}, declared, of_trainer}].
 
-    The arm's name, seeds, output folders and the recipe's path are left out. `declared` is True if the recipe's arm of
-    any run sets the key, or one above it, itself. `of_trainer`: the key exists for one trainer only and is equal in all
-    its runs; an arm that declares its trainer declares those.
+    The arm's name, seeds, output folders and the recipe's path are left out. `declared` is True if every two runs that
+    differ in the key are of two arms of which one sets it, or one above it, itself. `of_trainer`: the key exists for
+    one trainer only and is equal in all its runs; an arm that declares its trainer declares those.
     """
+    return [{**row, "declared": row["undeclared"] is None} for row in _differences(arms)]
+
+
+def _differences(arms: list[Arm]) -> list[Row]:
+    """As above, with `undeclared`: the first two runs that may not differ, None if there are none."""
     runs = [run for arm in arms for run in arm.runs]
     flat = {run.label: _config(run) for run in runs}
-    declared = {CHOSEN_WHOLE.get(key, key) for run in runs for key in run.info.get("declared", [])}
+    trainers = {label: config.get("trainer", ABSENT) for label, config in flat.items()}
     rows = []
-    for key in sorted({key for values in flat.values() for key in values}):
+    for key in sorted({key for config in flat.values() for key in config}):
         values = {label: config.get(key, ABSENT) for label, config in flat.items()}
         if len(set(values.values())) > 1 and not _ignored(key):
-            prefixes = {key} | {key[:index] for index, char in enumerate(key) if char == "."}
-            own = _of_trainer(values, {run.label: flat[run.label].get("trainer", ABSENT) for run in runs})
-            said = not declared.isdisjoint({*prefixes, "trainer"} if own else prefixes)
-            rows.append({"key": key, "values": values, "declared": said, "of_trainer": own})
+            pairs = ((x, y) for x, y in combinations(runs, 2) if values[x.label] != values[y.label])
+            bad = next((pair for pair in pairs if not _may_differ(key, values, trainers, *pair)), None)
+            rows.append({"key": key, "values": values, "undeclared": bad, "of_trainer": _of_trainer(values, trainers)})
     return rows
+
+
+def _may_differ(key: str, values: dict[str, str], trainers: dict[str, str], x: RunData, y: RunData) -> bool:
+    """Two arms may differ in what one of them declares; seeds of one arm only in what follows from another run."""
+    if x.arm == y.arm:
+        return all(DERIVED.get(key) in run.info.get("derived", {}) for run in (x, y))
+    declared = {CHOSEN_WHOLE.get(name, name) for run in (x, y) for name in run.info.get("declared", [])}
+    said = {key} | {key[:index] for index, char in enumerate(key) if char == "."}
+    if trainers[x.label] != trainers[y.label] and ABSENT in (values[x.label], values[y.label]):
+        said.add("trainer")
+    return not declared.isdisjoint(said)
 
 
 def _of_trainer(values: dict[str, str], trainers: dict[str, str]) -> bool:
@@ -68,7 +88,7 @@ def _ignored(key: str) -> bool:
     return key.split(".")[0] in IGNORED_CONFIG or key.split(".")[-1] in ("seed", "output_dir", "run_dir")
 
 
-def check(base: Arm, arms: list[Arm], *, force: bool = False, failed: Sequence[dict[str, Any]] = ()) -> list[str]:
+def check(base: Arm, arms: list[Arm], *, force: bool = False, failed: Sequence[Row] = ()) -> list[str]:
     """Every reason why the runs are not comparable; empty if they are.
 
     Raises RunError listing them unless `force`, with which the caller must show them to the reader. failed: runs that
@@ -148,7 +168,7 @@ def _benchmark(name: str, base: RunData, run: RunData, step: int) -> Iterator[st
         )
 
 
-def _seeds(arms: list[Arm], failed: Sequence[dict[str, Any]]) -> Iterator[str]:
+def _seeds(arms: list[Arm], failed: Sequence[Row]) -> Iterator[str]:
     seeds = {arm.name: {*arm.seeds, *(int(row["seed"]) for row in failed if row["arm"] == arm.name)} for arm in arms}
     first, *others = seeds
     for name in others:
@@ -160,11 +180,14 @@ def _seeds(arms: list[Arm], failed: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def _undeclared(arms: list[Arm]) -> Iterator[str]:
-    for row in config_differences(arms):
-        if not row["declared"]:
-            first, *rest = row["values"].items()
-            other = next(item for item in rest if item[1] != first[1])
-            yield (
-                f"config {row['key']}: {first[1]} in {first[0]}, {other[1]} in {other[0]}, and no arm declares it; "
-                "set it in the recipe's arms if the difference is meant"
-            )
+    for row in _differences(arms):
+        if row["undeclared"] is not None:
+            x, y = row["undeclared"]
+            found = f"config {row['key']}: {row['values'][x.label]} in {x.label}, {row['values'][y.label]} in {y.label}"
+            if x.arm == y.arm:
+                yield f"{found}; runs of one arm may differ in their seed only, so train them with one recipe"
+            else:
+                yield (
+                    f"{found}, and neither {x.arm} nor {y.arm} declares it; "
+                    "set it in the recipe's arms if the difference is meant"
+                )

@@ -108,7 +108,9 @@ def test_a_missing_final_evaluation_is_refused(folder):
 def test_an_undeclared_difference_is_refused(folder):
     path = folder / "eaft" / "config.yaml"
     path.write_text(path.read_text().replace("lr: 1.0e-5", "lr: 2.0e-5"))
-    refused(folder, "config verl.optim.lr: 1e-05 in sft seed 0, 2e-05 in eaft seed 0", "no arm declares it")
+    refused(
+        folder, "config verl.optim.lr: 1e-05 in sft seed 0, 2e-05 in eaft seed 0", "neither sft nor eaft declares it"
+    )
 
 
 def test_a_declared_difference_passes_also_through_its_parent(folder):
@@ -121,6 +123,56 @@ def test_a_declared_difference_passes_also_through_its_parent(folder):
     assert rows.keys() == {"objective.name", "objective.top_k", "verl.optim.lr"}
     assert rows["objective.top_k"]["values"] == {"sft seed 0": "20", "eaft seed 0": "50"}
     assert all(row["declared"] for row in rows.values())
+
+
+def with_lr(path, lr, *declared):
+    config = path / "config.yaml"
+    config.write_text(config.read_text().replace("lr: 1.0e-5", f"lr: {lr}"))
+    edit(path / "run.json", lambda info: {**info, "declared": [*info["declared"], *declared]})
+
+
+def test_what_a_third_arm_declares_excuses_nobody_else(tmp_path):
+    runs = make_runs(tmp_path, ("sft", "eaft", "grpo"))
+    with_lr(runs[2], 1e-4)
+    with_lr(runs[3], 1e-6, "verl.optim.lr")
+    base, arms = load(runs)
+    (line,) = check(base, arms, force=True)
+    assert line.startswith(
+        "config verl.optim.lr: 1e-05 in sft seed 0, 0.0001 in eaft seed 0, and neither sft nor eaft declares it"
+    )
+    assert {row["key"]: row["declared"] for row in config_differences(arms)}["verl.optim.lr"] is False
+    edit(runs[2] / "run.json", lambda info: {**info, "declared": [*info["declared"], "verl.optim.lr"]})
+    assert check(*load(runs)) == []
+
+
+def seeds_of_two_arms(folder):
+    return [make_base(folder / "base"), *(make_arm(folder / f"{a}{s}", a, s) for a in ("sft", "eaft") for s in (0, 1))]
+
+
+def test_within_an_arm_only_the_seed_differs_whatever_is_declared(tmp_path):
+    runs = seeds_of_two_arms(tmp_path)
+    assert check(*load(runs)) == []
+    for run in runs[3:]:
+        with_lr(run, 1e-4 if run.name == "eaft1" else 2e-5, "verl.optim.lr")
+    (line,) = check(*load(runs), force=True)
+    assert line == (
+        "config verl.optim.lr: 2e-05 in eaft seed 0, 0.0001 in eaft seed 1; runs of one arm may differ in their seed "
+        "only, so train them with one recipe"
+    )
+
+
+@pytest.mark.parametrize("budget", [{}, {"budget": {"of": "sft", "unit": "tokens"}}])
+def test_seeds_differ_in_length_only_where_it_follows_from_a_budget(tmp_path, budget):
+    runs = seeds_of_two_arms(tmp_path)
+    for run, steps in zip(runs[3:], (11, 12), strict=True):
+        config = run / "config.yaml"
+        config.write_text(
+            config.read_text().replace("verl:\n", f"verl:\n  trainer: {{total_training_steps: {steps}}}\n")
+        )
+        declared = ["objective.name", "verl.trainer.total_training_steps"]
+        edit(run / "run.json", lambda info, d=declared: {**info, "declared": d, "derived": budget})
+    found = check(*load(runs), force=True)
+    assert [line.split(":")[0] for line in found] == ([] if budget else ["config verl.trainer.total_training_steps"])
 
 
 def test_choosing_an_objective_declares_its_parameters(folder):
