@@ -29,8 +29,8 @@ def caveats(report: dict[str, Any], notes: list[str]) -> list[str]:
     if len(set(steps.values())) > 1:
         counts = ", ".join(f"{arm} {number(count, 0)}" for arm, count in steps.items())
         lines.append(f"the arms were trained for different numbers of updates: {counts}")
-    if len({tuple(seeds) for seeds in report["seeds"].values()}) > 1:
-        lines.append("the arms do not have the same seeds, so their differences are paired by example but not by seed")
+    if report["lost_seeds"]:
+        lines.append(f"the arms do not have the same seeds: {'; '.join(report['lost_seeds'])}")
     lines.append("end points are the last step of each run; no checkpoint was chosen by its scores")
     return lines + list(dict.fromkeys(notes))
 

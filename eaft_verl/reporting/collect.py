@@ -91,6 +91,11 @@ class Arm:
         return [(step,) * len(steps) for step in sorted(shared) if step < min(self.end)] + [self.end]
 
 
+def shared_seeds(*arms: Arm) -> list[int]:
+    """The seeds that all these arms have, ascending."""
+    return sorted(set.intersection(*(set(arm.seeds) for arm in arms)))
+
+
 def load(paths: Sequence[Path]) -> tuple[Arm, list[Arm]]:
     """(base, arms): the reference arm first, then in the order given, controls last.
 

@@ -12,14 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from eaft_verl.reporting.collect import Arm, Point, RunData
+from eaft_verl.reporting.collect import Arm, Point, RunData, shared_seeds
 from eaft_verl.reporting.statistics import (
     Floats,
     Interval,
-    over_seeds,
-    percentile_interval,
     resampled_means,
-    seed_picks,
+    seeds_interval,
+    variance_parts,
 )
 
 Key = tuple[str, int]  # run label, step
@@ -56,38 +55,46 @@ class Board:
     arms: list[Arm]
     measures: dict[str, Measure]
     resamples: int
-    seed: int
     notes: list[str]
 
     def has(self, name: str, arm: Arm, point: Point) -> bool:
         """True if every seed of the arm has the measure at that evaluation."""
         return all(key in self.measures[name].scores for key in _keys(arm, point))
 
-    def score(self, name: str, arm: Arm, point: Point) -> float:
-        """Mean over the arm's seeds."""
-        return float(np.mean([self.measures[name].scores[key] for key in _keys(arm, point)]))
-
-    def draw(self, name: str, arm: Arm, point: Point) -> Floats:
-        """[R] resampled means over seeds and examples; NaN if the samples are not known."""
-        draws, keys = self.measures[name].draws, _keys(arm, point)
-        if any(key not in draws for key in keys):
-            return np.full(self.resamples, np.nan)
-        columns = np.column_stack([draws[key] for key in keys])
-        return over_seeds(columns, seed_picks(arm.seeds, self.resamples, self.seed))
+    def resampled(self, name: str, key: Key) -> Floats:
+        """[1 + R] the score and its resamples over examples; those are NaN if the samples are not known."""
+        measure = self.measures[name]
+        draws = measure.draws.get(key, np.full(self.resamples, np.nan))
+        return np.concatenate([[measure.scores[key]], draws])
 
     def interval(self, name: str, arm: Arm, point: Point, other: Arm | None = None) -> Interval:
-        """The arm's score, or with `other` its paired difference to the end of that arm, with its interval."""
-        score, draw = self.score(name, arm, point), self.draw(name, arm, point)
-        if other is not None:
-            score, draw = score - self.score(name, other, other.end), draw - self.draw(name, other, other.end)
-        return percentile_interval(score, draw)
+        """The arm's mean score, or with `other` its paired difference to the end of that arm, with its interval.
+
+        Differences of two arms are over the seeds that both have, at least one; the base has no seeds.
+        """
+        columns = self._columns(name, arm, point, other)
+        return seeds_interval(columns[0], columns[1:])
+
+    def _columns(self, name: str, arm: Arm, point: Point, other: Arm | None = None) -> Floats:
+        """[1 + R, S] scores or differences of every seed, and their resamples."""
+        own = self._by_seed(name, arm, point)
+        if other is None:
+            return np.column_stack(list(own.values()))
+        theirs = self._by_seed(name, other, other.end)
+        if other is self.base:
+            return np.column_stack([column - theirs[0] for column in own.values()])
+        return np.column_stack([own[seed] - theirs[seed] for seed in shared_seeds(arm, other)])
+
+    def _by_seed(self, name: str, arm: Arm, point: Point) -> dict[int, Floats]:
+        return {seed: self.resampled(name, key) for seed, key in zip(arm.seeds, _keys(arm, point), strict=True)}
 
     def stderr(self, name: str, arm: Arm, point: Point) -> float | None:
-        """The recorded standard error of a single run, else the standard deviation of the resampled means."""
+        """The recorded standard error of a single run, else that of the mean over seeds and examples."""
         first, *others = _keys(arm, point)
         if not others and (known := self.measures[name].stderrs.get(first)) is not None:
             return known
-        spread = float(np.std(self.draw(name, arm, point), ddof=1))
+        columns = self._columns(name, arm, point)
+        spread = math.sqrt(sum(variance_parts(columns[0], columns[1:])))
         return spread if math.isfinite(spread) else None
 
 
@@ -106,7 +113,7 @@ def build_board(base: Arm, arms: list[Arm], *, resamples: int, seed: int) -> Boa
         ordered += [*members, *_mean(side, members, notes)]
         ordered += [item for item in found if item.side == side and not item.higher_is_better]
     ordered += [item for item in found if item.side == "drift"]
-    return Board(base, arms, {item.id: item for item in ordered}, resamples, seed, notes)
+    return Board(base, arms, {item.id: item for item in ordered}, resamples, notes)
 
 
 def _names(runs: list[RunData]) -> list[str]:

@@ -1,20 +1,15 @@
 """Arms as paths on the plane (target learning, forgetting), and their forgetting at equal target gain."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from eaft_verl.reporting.collect import Arm, Point
+from eaft_verl.reporting.collect import Arm, Point, RunData, shared_seeds
 from eaft_verl.reporting.measures import Board
 from eaft_verl.reporting.results import bounds
-from eaft_verl.reporting.statistics import (
-    Floats,
-    at_positions,
-    crossing_positions,
-    first_crossing,
-    percentile_interval,
-)
+from eaft_verl.reporting.statistics import Floats, Interval, at_positions, crossing_positions, seeds_interval
 
+Row = dict[str, Any]
 COST = "drift.kl"
 FRACTIONS = (0.5, 0.75, 1.0)
 TOLERATED = 0.05  # share of resamples that may lack a common gain before intervals are withheld
@@ -27,7 +22,7 @@ def axes(board: Board) -> list[str]:
     return [name for name in ("target_mean", "heldout") if name in board.measures]
 
 
-def paths(board: Board, axis: str) -> dict[str, list[dict[str, Any]]]:
+def paths(board: Board, axis: str) -> dict[str, list[Row]]:
     """{arm: [{step, x, x_low, x_high, kl, kl_low, kl_high}]}; the first point is the base at step 0."""
     found = {}
     for arm in board.arms:
@@ -42,7 +37,7 @@ def _known(board: Board, axis: str, arm: Arm) -> list[Point]:
     return [point for point in arm.points() if board.has(axis, arm, point) and board.has(COST, arm, point)]
 
 
-def _point(board: Board, axis: str, arm: Arm, point: Point) -> dict[str, Any]:
+def _point(board: Board, axis: str, arm: Arm, point: Point) -> Row:
     x, kl = board.interval(axis, arm, point), board.interval(COST, arm, point)
     return {
         "step": point[0] if len(set(point)) == 1 else sum(point) / len(point),
@@ -55,60 +50,99 @@ def _point(board: Board, axis: str, arm: Arm, point: Point) -> dict[str, Any]:
     }
 
 
-def equal_gain(board: Board, axis: str, found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+def equal_gain(board: Board, axis: str) -> Row:
     """KL of each arm where its path first reaches 50, 75 and 100 % of the gain that all arms reach.
 
-    gain = distance of x to the base in the better direction; common gain = min over arms of max over the path. Controls
-    take no part in it: one that is stopped early would lower the level for all.
-    Intervals: examples and seeds are resampled and gains, levels, crossings and KL computed again each time.
-    Returns {common_gain, levels: [{fraction, level, arms: {arm: {kl, step, low, high, difference} or None}}]}.
+    Every seed is compared within itself, over the seeds that all arms but controls have. gain = the best x so far, as
+    a distance to the base; common gain = min over arms of the last gain, controls aside: one that is stopped early
+    would lower the level for all. Between two evaluations sqrt(KL) is linear in the gain: both grow about in
+    proportion to the distance moved, KL with its square. Before an arm's first evaluation nothing is known but
+    that, so a level that it reaches there is withheld. Numbers are means over the seeds; intervals compute gain, level,
+    crossing and KL again in every resample.
+    Returns {common_gain, levels: [{fraction, level, arms: {arm: row or None where not reached}}]}; a row is {kl, step,
+    low, high, difference: `bounds` to the first arm}, or {withheld: True}.
     """
+    judged = [arm for arm in board.arms if arm.control is None] or board.arms
+    tracks = {arm.name: _tracks(board, axis, arm) for arm in board.arms}
+    seeds = [seed for seed in shared_seeds(*judged) if all(seed in tracks[arm.name] for arm in judged)]
+    common = {seed: np.min([tracks[arm.name][seed].gain_RP[:, -1] for arm in judged], axis=0) for seed in seeds}
+    if not seeds or not all(common_R[0] > 0 for common_R in common.values()):
+        return {"common_gain": 0.0, "levels": []}
+    gain = float(np.mean([common_R[0] for common_R in common.values()]))
+    levels = [
+        {"fraction": fraction, "level": gain * fraction, "arms": _rows(tracks, common, fraction)}
+        for fraction in FRACTIONS
+    ]
+    return {"common_gain": gain, "levels": levels}
+
+
+def _rows(tracks: dict[str, dict[int, "_Track"]], common: dict[int, Floats], fraction: float) -> Row:
+    """{arm: row} at that share of every seed's common gain; the first arm is the reference."""
+    reached = {
+        name: {seed: own[seed].at(level_R * fraction) for seed, level_R in common.items() if seed in own}
+        for name, own in tracks.items()
+    }
+    first = next(iter(reached.values()))
+    return {name: _row(found, None if found is first else first) for name, found in reached.items()}
+
+
+class _Reached(NamedTuple):
+    """Where one run reaches a level: KL as measured and of every resample, step, whether an evaluation precedes it."""
+
+    kl_R: Floats
+    step: float
+    evaluated: bool
+
+
+class _Track(NamedTuple):
+    """One run along its evaluations, the base first: R is the run as measured, then its resamples."""
+
+    gain_RP: Floats
+    root_kl_RP: Floats
+    steps_P: Floats
+
+    def at(self, level_R: Floats) -> _Reached:
+        """Where the gain first reaches the level; NaN where it does not, or where the level is no gain."""
+        position_R = crossing_positions(self.gain_RP, np.where(level_R > 0, level_R, np.nan))
+        step = float(at_positions(self.steps_P[None], position_R[:1])[0])
+        return _Reached(at_positions(self.root_kl_RP, position_R) ** 2, step, not position_R[0] < 1)
+
+
+def _tracks(board: Board, axis: str, arm: Arm) -> dict[int, _Track]:
+    """{seed: its track} of the runs with an evaluation of both measures."""
     sign = 1.0 if board.measures[axis].higher_is_better else -1.0
-    gains = {name: [sign * (point["x"] - points[0]["x"]) for point in points] for name, points in found.items()}
-    judged = [arm.name for arm in board.arms if arm.control is None]
-    common = min((max(gains[name]) for name in judged if name in gains), default=0.0)
-    if not set(judged) <= set(found) or not common > 0:
-        return {"common_gain": common, "levels": []}
-    drawn = _drawn(board, axis, sign)
-    levels = []
-    for fraction in FRACTIONS:
-        level = common * fraction
-        arms = {}
-        for name, points in found.items():
-            kl, steps = [point["kl"] for point in points], [point["step"] for point in points]
-            crossing = first_crossing(gains[name], kl, steps, level)
-            arms[name] = None if crossing is None else {"kl": crossing.cost, "step": crossing.step}
-        levels.append({"fraction": fraction, "level": level, "arms": _with_intervals(arms, drawn, fraction, judged)})
-    return {"common_gain": common, "levels": levels}
-
-
-def _drawn(board: Board, axis: str, sign: float) -> dict[str, tuple[Floats, Floats]]:
-    """{arm: resampled gains [R, P] and costs [R, P]} along the paths."""
-    base = board.draw(axis, board.base, board.base.end)
-    origin = board.draw(COST, board.base, board.base.end)
-    drawn = {}
-    for arm in board.arms:
-        points = _known(board, axis, arm)
-        gain = [np.zeros(board.resamples), *(sign * (board.draw(axis, arm, point) - base) for point in points)]
-        cost = [origin, *(board.draw(COST, arm, point) for point in points)]
-        drawn[arm.name] = np.column_stack(gain), np.column_stack(cost)
-    return drawn
-
-
-def _with_intervals(
-    arms: dict[str, dict[str, Any] | None], drawn: dict[str, tuple[Floats, Floats]], fraction: float, judged: list[str]
-) -> dict[str, dict[str, Any] | None]:
-    """Add low, high and the paired difference to the first arm; withheld if too many resamples lack a common gain."""
-    common = np.min([drawn[name][0].max(axis=1) for name in judged], axis=0)
-    level = np.where(common > 0, common * fraction, np.nan)
-    costs = {name: at_positions(cost, crossing_positions(gain, level)) for name, (gain, cost) in drawn.items()}
-    reference = next(iter(arms))
-    for name, row in arms.items():
-        if row is None:
+    base = (board.base.runs[0].label, board.base.runs[0].step)
+    found = {}
+    for run in arm.runs:
+        steps = [step for step in sorted(run.evals) if 0 < step <= run.step and _both(board, axis, run, step)]
+        if not steps:
             continue
-        interval = percentile_interval(row["kl"], costs[name], TOLERATED)
-        row |= {"low": interval.bounds[0], "high": interval.bounds[1]}
-        if name != reference and (first := arms[reference]) is not None:
-            apart = percentile_interval(row["kl"] - first["kl"], costs[name] - costs[reference], TOLERATED)
-            row["difference"] = bounds(apart)
-    return arms
+        keys = [base, *((run.label, step) for step in steps)]
+        x_RP, kl_RP = (np.column_stack([board.resampled(name, key) for key in keys]) for name in (axis, COST))
+        gain_RP = np.maximum.accumulate(sign * (x_RP - x_RP[:, :1]), axis=1)
+        found[int(run.info["seed"])] = _Track(gain_RP, np.sqrt(np.maximum(kl_RP, 0.0)), np.array([0.0, *steps]))
+    return found
+
+
+def _both(board: Board, axis: str, run: RunData, step: int) -> bool:
+    return all((run.label, step) in board.measures[name].scores for name in (axis, COST))
+
+
+def _row(found: dict[int, _Reached], first: dict[int, _Reached] | None) -> Row | None:
+    """What the table says of an arm at a level; `first`: the reference arm there, None for itself."""
+    if not found or any(np.isnan(item.step) for item in found.values()):
+        return None
+    if not all(item.evaluated for item in found.values()):
+        return {"withheld": True}
+    kl = _interval([item.kl_R for item in found.values()])
+    row: Row = {"kl": kl.delta, "step": float(np.mean([item.step for item in found.values()]))}
+    row |= {"low": kl.bounds[0], "high": kl.bounds[1]}
+    if first is not None and all(item.evaluated for item in first.values()):
+        apart = _interval([item.kl_R - first[seed].kl_R for seed, item in found.items()])
+        row["difference"] = bounds(apart, len(found))
+    return row
+
+
+def _interval(columns: list[Floats]) -> Interval:
+    values_RS = np.column_stack(columns)
+    return seeds_interval(values_RS[0], values_RS[1:], TOLERATED)

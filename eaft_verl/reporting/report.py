@@ -12,7 +12,7 @@ from eaft_verl.reporting.caveats import caveats, truncations
 from eaft_verl.reporting.collect import Arm, load
 from eaft_verl.reporting.comparability import check, config_differences
 from eaft_verl.reporting.controls import control_notes, controls
-from eaft_verl.reporting.failures import split
+from eaft_verl.reporting.failures import lost_seeds, split
 from eaft_verl.reporting.history import curves
 from eaft_verl.reporting.measures import build_board
 from eaft_verl.reporting.paths import axes, equal_gain, paths
@@ -71,6 +71,7 @@ def measure(
         "seeds": {arm.name: list(arm.seeds) for arm in arms},
         "problems": problems,
         "failed": list(failed),
+        "lost_seeds": lost_seeds(arms),
         "resamples": RESAMPLES,
         "bootstrap_seed": seed,
         "columns": columns(board),
@@ -78,7 +79,7 @@ def measure(
         "versus": versus(board),
         "controls": controls(board),
         "paths": tracks,
-        "equal_gain": {axis: equal_gain(board, axis, track) for axis, track in tracks.items()},
+        "equal_gain": {axis: equal_gain(board, axis) for axis in tracks},
         "pareto": pareto(table),
         "curves": curves(arms, board.notes),
         "config_differences": config_differences(arms),

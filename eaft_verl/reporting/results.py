@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from eaft_verl.reporting.collect import Arm
+from eaft_verl.reporting.collect import Arm, shared_seeds
 from eaft_verl.reporting.measures import Board, Measure
 from eaft_verl.reporting.statistics import Interval, pareto_front
 
@@ -48,14 +48,15 @@ def _decimals(measure: Measure) -> int:
     return 1 if measure.percent else 3 if largest >= 0.1 else 4 if largest >= 0.01 else 5
 
 
-def bounds(interval: Interval) -> Row:
-    """{delta, low, high, excludes_zero}; low and high are None if not known."""
+def bounds(interval: Interval, seeds: int) -> Row:
+    """{delta, low, high, excludes_zero, p, seeds: number that it is over}; low, high and p are None if not known."""
     low, high = interval.bounds
-    return {"delta": interval.delta, "low": low, "high": high, "excludes_zero": interval.excludes_zero}
+    known = {"delta": interval.delta, "low": low, "high": high, "excludes_zero": interval.excludes_zero}
+    return {**known, "p": None if low is None else interval.p, "seeds": seeds}
 
 
 def results(board: Board) -> dict[str, dict[str, Row]]:
-    """{arm: {measure: {score, low, high, stderr, seeds, delta: {delta, low, high, excludes_zero}}}}, base included."""
+    """{arm: {measure: {score, low, high, stderr, seeds, delta: `bounds` against the base}}}, base included."""
     table: dict[str, dict[str, Row]] = {}
     for arm in [board.base, *board.arms]:
         table[arm.name] = {name: _cell(board, arm, name) for name in board.measures if board.has(name, arm, arm.end)}
@@ -72,12 +73,12 @@ def _cell(board: Board, arm: Arm, name: str) -> Row:
         "seeds": {str(run.info["seed"]): board.measures[name].scores[run.label, run.step] for run in arm.runs},
     }
     if arm is not board.base and board.has(name, board.base, board.base.end):
-        cell["delta"] = bounds(board.interval(name, arm, arm.end, board.base))
+        cell["delta"] = bounds(board.interval(name, arm, arm.end, board.base), len(arm.runs))
     return cell
 
 
 def versus(board: Board) -> Row:
-    """Paired differences of every arm to the first: {reference, arms: {arm: {measure: {delta, low, high, ...}}}}."""
+    """Paired differences of every arm to the first: {reference, arms: {arm: {measure: `bounds`}}}."""
     reference, *others = board.arms
     return {
         "reference": reference.name,
@@ -86,29 +87,30 @@ def versus(board: Board) -> Row:
 
 
 def differences(board: Board, arm: Arm, other: Arm) -> dict[str, Row]:
-    """{measure: {delta, low, high, excludes_zero}} of arm - other at their ends, paired by example and seed."""
+    """{measure: `bounds`} of arm - other at their ends, paired by example and seed; empty if they share no seed."""
+    seeds = len(shared_seeds(arm, other))
     return {
-        name: bounds(board.interval(name, arm, arm.end, other))
+        name: bounds(board.interval(name, arm, arm.end, other), seeds)
         for name in board.measures
-        if board.has(name, arm, arm.end) and board.has(name, other, other.end)
+        if seeds and board.has(name, arm, arm.end) and board.has(name, other, other.end)
     }
 
 
 def pareto(table: dict[str, dict[str, Row]]) -> list[Row]:
     """[{arm, general, target, efficient}] of base and arms; empty if one of the two means is not measured."""
-    points = [
-        {"arm": arm, "general": cells["general_mean"], "target": cells["target_mean"]}
+    points = {
+        arm: (cells["general_mean"], cells["target_mean"])
         for arm, cells in table.items()
         if "general_mean" in cells and "target_mean" in cells
-    ]
+    }
+    front = pareto_front([(general["score"], target["score"]) for general, target in points.values()])
     keep = ("score", "low", "high")
-    front = pareto_front([(point["general"]["score"], point["target"]["score"]) for point in points])
     return [
         {
-            "arm": point["arm"],
-            "general": {key: point["general"][key] for key in keep},
-            "target": {key: point["target"][key] for key in keep},
+            "arm": arm,
+            "general": {key: general[key] for key in keep},
+            "target": {key: target[key] for key in keep},
             "efficient": efficient,
         }
-        for point, efficient in zip(points, front, strict=True)
+        for (arm, (general, target)), efficient in zip(points.items(), front, strict=True)
     ]

@@ -1,13 +1,15 @@
-"""Resampling statistics of paired examples, Pareto fronts and crossings of paths. Pure numpy.
+"""Resampling statistics of paired examples and of seeds, Holm's correction, Pareto fronts and crossings of paths.
 
 Shape suffixes: N examples, K columns (one model at one step each), R resamples, S seeds, P points of a path.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import stdtrit
 
 Floats = NDArray[np.float64]
 LEVEL = 0.95
@@ -16,11 +18,12 @@ _DRAWS_IN_MEMORY = 4_000_000  # example picks held at once: 32 MB of int64
 
 
 class Interval(NamedTuple):
-    """An estimate with the bounds of its 95 % percentile bootstrap interval. NaN bounds mean: not known."""
+    """An estimate with the bounds of its 95 % interval and its two-sided p-value against zero. NaN: not known."""
 
     delta: float
     low: float
     high: float
+    p: float = math.nan
 
     @property
     def excludes_zero(self) -> bool:
@@ -31,13 +34,6 @@ class Interval(NamedTuple):
     def bounds(self) -> tuple[float | None, float | None]:
         """(low, high) for a file: None where not known."""
         return (None, None) if np.isnan(self.low) or np.isnan(self.high) else (self.low, self.high)
-
-
-class Crossing(NamedTuple):
-    """Where a path first reaches a level: cost and step there, interpolated linearly between two points."""
-
-    cost: float
-    step: float
 
 
 def resampled_means(values_NK: Floats, weights_N: Floats, resamples: int, rng: np.random.Generator) -> Floats:
@@ -59,39 +55,82 @@ def resampled_means(values_NK: Floats, weights_N: Floats, resamples: int, rng: n
     return means
 
 
-def seed_picks(seeds: Sequence[int], resamples: int, seed: int) -> NDArray[np.int64]:
-    """[R, S] seeds drawn with replacement. Equal seed sets give equal draws, which pairs two arms by seed."""
-    rng = np.random.default_rng([seed, len(seeds), *(abs(item) for item in seeds)])
-    return rng.integers(0, len(seeds), size=(resamples, len(seeds)))
+def variance_parts(scores_S: Floats, draws_RS: Floats) -> tuple[float, float]:
+    """Variance of the mean over seeds that is due to the examples, and that is due to the seeds.
 
-
-def over_seeds(draws_RS: Floats, picks_RS: NDArray[np.int64]) -> Floats:
-    """[R] means over resampled seeds of means over resampled examples.
-
-    Examples are crossed with seeds (every seed answers the same examples), so both factors are resampled once per r;
-    fresh examples for every seed would shrink their share by S. With M[r] = mean over s of m[r, s]:
-    M[r] + sqrt(S / (S - 1)) * (sum_s m[r, p[r, s]] / S - M[r]). The factor makes up for the variance of S drawn seeds
-    being (S - 1) / S of theirs, half of it at two seeds (Hesterberg 2015, "What teachers should know about the
-    bootstrap", narrowness bias). One seed has no spread.
+    Two-way random effects without replication, y[i, s] = mu + a[i] + b[s] + e[i, s]: examples are crossed with seeds,
+    for every seed answers the same ones. var(mean) = var_a / N + (var_b / S + var_e / (N S)); the second part is the
+    variance between the seeds' scores over S, which holds all of the interaction e. The bootstrap of the mean over
+    examples holds it too, so there it is taken off: sum_s var_R(m[r, s] - mean_s m[r, s]) / (S (S - 1)).
+    Seeds that all score the same do so because scores are discrete; then the interaction is the seeds' part.
+    One seed: all is due to the examples.
     """
-    number = draws_RS.shape[1]
+    number = len(scores_S)
+    if number == 1:
+        return float(draws_RS[:, 0].var(ddof=1)), 0.0
+    center_R = draws_RS.mean(axis=1)
+    interaction = (draws_RS - center_R[:, None]).var(axis=0, ddof=1).sum() / (number * (number - 1))
+    tied = np.ptp(scores_S) < _NOISE
+    seeds = float(interaction if tied else scores_S.var(ddof=1) / number)
+    return max(0.0, float(center_R.var(ddof=1) - interaction)), seeds
+
+
+def over_seeds(scores_S: Floats, draws_RS: Floats) -> Floats:
+    """[R] resamples of the mean over seeds: its percentiles bound it for a new draw of examples and of seeds.
+
+    mean + c (M[r] - mean M) + sqrt(B) t[r], with M[r] the mean over seeds of resample r, scaled by c to the variance
+    of the examples' part, B the seeds' part (`variance_parts`), and t of Student's distribution with S - 1 degrees of
+    freedom, at equally likely quantiles. Exact where one part dominates; in between the sum covers more than 95 %,
+    never less: at most 98.6, 97.7, 96.9, 96.5 % at 2, 3, 4, 5 seeds (Behrens-Fisher: Robinson 1976,
+    Annals of Statistics 4:963). One seed: its resamples, over examples only.
+    """
+    resamples, number = draws_RS.shape
     if number == 1:
         return draws_RS[:, 0]
+    examples, seeds = variance_parts(scores_S, draws_RS)
     center_R = draws_RS.mean(axis=1)
-    picked_R = np.take_along_axis(draws_RS, picks_RS, axis=1).mean(axis=1)
-    return center_R + np.sqrt(number / (number - 1)) * (picked_R - center_R)
+    spread = center_R.std(ddof=1)
+    scale = np.sqrt(examples) / spread if spread > 0 else 0.0
+    quantiles_R = stdtrit(number - 1, (np.arange(resamples) + 0.5) / resamples)
+    student_R = np.random.default_rng([resamples, number]).permutation(quantiles_R)
+    return scores_S.mean() + scale * (center_R - center_R.mean()) + np.sqrt(seeds) * student_R
 
 
-def percentile_interval(estimate: float, draws_R: Floats, tolerated: float = 0.0) -> Interval:
-    """The estimate with the 2.5 % and 97.5 % percentiles of its resampled distribution.
+def seeds_interval(scores_S: Floats, draws_RS: Floats, tolerated: float = 0.0) -> Interval:
+    """The mean over seeds of paired scores or differences, with its interval over examples and seeds.
 
-    NaN resamples are left out if their share is at most `tolerated`; with more of them the bounds are NaN.
+    scores_S: as measured; draws_RS: the same of every resample of the examples. Resamples with a NaN are left out if
+    their share is at most `tolerated`; with more of them the bounds are NaN.
     """
-    known = draws_R[~np.isnan(draws_R)]
-    if len(known) == 0 or len(known) < (1 - tolerated) * len(draws_R):
-        return Interval(float(estimate), np.nan, np.nan)
-    low, high = np.percentile(known, [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
-    return Interval(float(estimate), float(low), float(high))
+    known_RS = draws_RS[np.isnan(draws_RS).sum(axis=1) == 0]
+    if len(known_RS) < max(2, (1 - tolerated) * len(draws_RS)):
+        return Interval(float(scores_S.mean()), math.nan, math.nan)
+    return percentile_interval(float(scores_S.mean()), over_seeds(scores_S, known_RS))
+
+
+def percentile_interval(estimate: float, draws_R: Floats) -> Interval:
+    """The estimate with the 2.5 % and 97.5 % percentiles of its resampled distribution; NaN if one is NaN.
+
+    p = 2 (1 + the number of resamples on the rarer side of zero) / (1 + R), at most 1.
+    """
+    if np.isnan(draws_R).any():
+        return Interval(float(estimate), math.nan, math.nan)
+    low, high = np.percentile(draws_R, [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
+    beyond = min((draws_R <= _NOISE).sum(), (draws_R >= -_NOISE).sum())
+    return Interval(float(estimate), float(low), float(high), min(1.0, float(2 * (1 + beyond) / (1 + len(draws_R)))))
+
+
+def holm(p: Sequence[float]) -> list[bool]:
+    """Which of the hypotheses are rejected at a familywise error of 5 % (Holm 1979); NaN is never rejected.
+
+    The smallest p must be at most 0.05 / m, the next 0.05 / (m - 1), ...; the first that is not ends it.
+    """
+    rejected = [False] * len(p)
+    for place, index in enumerate(sorted(range(len(p)), key=lambda index: (math.isnan(p[index]), p[index]))):
+        if not p[index] <= (1 - LEVEL) / (len(p) - place) + 1e-12:
+            break
+        rejected[index] = True
+    return rejected
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
@@ -124,17 +163,3 @@ def at_positions(values_RP: Floats, position_R: Floats) -> Floats:
     rows = np.arange(len(values_RP))
     low, high = values_RP[rows, left], values_RP[rows, right]
     return np.where(np.isnan(position_R), np.nan, low + (known - left) * (high - low))
-
-
-def first_crossing(
-    gain: Sequence[float], cost: Sequence[float], steps: Sequence[float], level: float
-) -> Crossing | None:
-    """Cost and step where the gain first reaches `level` along a path, or None if it never does.
-
-    Between two points everything is linear. A path need not be monotone: the first crossing counts.
-    """
-    rows = np.array([gain, cost, steps], dtype=np.float64)
-    position = crossing_positions(rows[:1], np.array([level], dtype=np.float64))
-    if np.isnan(position[0]):
-        return None
-    return Crossing(*(float(at_positions(rows[i : i + 1], position)[0]) for i in (1, 2)))

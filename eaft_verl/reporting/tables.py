@@ -120,6 +120,8 @@ def equal_gain_table(report: Row) -> Table:
 def _reached(kl: Row, item: Row | None, reference: str) -> Cell:
     if item is None:
         return Cell("not reached")
+    if "withheld" in item:
+        return Cell("before its first evaluation")
     step = number(item["step"], 0 if item["step"] == int(item["step"]) else 1)
     text, lines = f"KL {score(kl, item['kl'])}", [_bracket(kl, item, signed=False), f"step {step}"]
     mark = ""
