@@ -3,6 +3,7 @@
 from typing import Any
 
 from eaft_verl.reporting.collect import Arm
+from eaft_verl.reporting.marks import MIN_SEEDS
 from eaft_verl.reporting.wording import number
 
 SMALL = 100
@@ -11,19 +12,7 @@ SMALL = 100
 def caveats(report: dict[str, Any], notes: list[str]) -> list[str]:
     """Seeds, sample sizes, number of intervals, end points; then whatever was noted while reading the runs."""
     lines = [_seeds(report["seeds"])]
-    small = [f"{item['name']} ({item['n']:,})" for item in report["columns"] if item["n"] and item["n"] < SMALL]
-    if small:
-        lines.append(
-            f"fewer than {SMALL} examples: {', '.join(dict.fromkeys(small))}; only large effects can be seen there"
-        )
-    intervals = [cell for cells in report["results"].values() for cell in cells.values() if "delta" in cell]
-    lines.append(
-        f"{len(intervals)} intervals against the base are shown without correction: "
-        f"about {max(1, round(len(intervals) / 20))} would exclude zero by chance alone"
-    )
-    zero = _flat(report)
-    if zero:
-        lines.append(f"no example differs from the base, so the interval has no width: {', '.join(zero)}")
+    lines += _small(report) + _intervals(report)
     aside = {item["arm"] for item in report["controls"]}
     steps = {item["arm"]: item["steps"] for item in report["cost"] if item["arm"] not in aside}
     if len(set(steps.values())) > 1:
@@ -46,16 +35,36 @@ def truncations(base: Arm, arms: list[Arm]) -> list[str]:
     return [f"{what}: {', '.join(counts)}" for what, counts in sorted(found.items())]
 
 
+def _small(report: dict[str, Any]) -> list[str]:
+    small = [f"{item['name']} ({item['n']:,})" for item in report["columns"] if item["n"] and item["n"] < SMALL]
+    names = ", ".join(dict.fromkeys(small))
+    return [f"fewer than {SMALL} examples: {names}; only large effects can be seen there"] if small else []
+
+
+def _intervals(report: dict[str, Any]) -> list[str]:
+    count = sum("delta" in cell for cells in report["results"].values() for cell in cells.values())
+    lines = [
+        f"{count} intervals against the base are shown without correction: about {max(1, round(count / 20))} would "
+        "exclude zero by chance alone; marks are corrected for the number of differences in their table (Holm): the "
+        "chance of any false one in a table is at most 5 %"
+    ]
+    if lacking := [column["name"] for column in report["columns"] if column["floor"] is None]:
+        what = "" if report["noise"] is None else f" for {', '.join(lacking)}"
+        lines.append(f"noise floor not measured{what}: a mark there may be as small as the noise of the evaluation")
+    if zero := _flat(report):
+        lines.append(f"no example differs from the base, so the interval has no width: {', '.join(zero)}")
+    return lines
+
+
 def _seeds(seeds: dict[str, list[int]]) -> str:
     counts = {len(found) for found in seeds.values()}
+    claim = "no arm is called better or worse than another"
     if counts == {1}:
-        return "one seed: intervals cover examples only, not the chance of training"
+        return f"one seed: intervals cover examples only, not the chance of training, so {claim}"
     some = "" if min(counts) > 1 else "; arms with one seed have intervals that cover examples only"
     number = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
-    return (
-        f"scores are means over {number} seeds and intervals resample seeds and examples; "
-        f"with so few seeds their share of the interval is rough{some}"
-    )
+    few = f"; below {MIN_SEEDS} shared seeds {claim}" if min(counts) < MIN_SEEDS else ""
+    return f"scores are means over {number} seeds, and intervals are for new examples and new seeds{few}{some}"
 
 
 def _flat(report: dict[str, Any]) -> list[str]:

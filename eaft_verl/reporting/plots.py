@@ -127,7 +127,7 @@ def _deltas(report: Row, rows: list[Row]) -> Figure:
                 continue
             bars = _bars(bounds["delta"], bounds["low"], bounds["high"], scale=100)
             spot = (bounds["delta"] * 100, line + 0.7 / len(arms) * (index - (len(arms) - 1) / 2))
-            filled = colors[arm] if bounds["excludes_zero"] else "white"
+            filled = colors[arm] if bounds["unmarked"] is None else "white"
             axes.errorbar(*spot, xerr=bars, color=colors[arm], linewidth=1.8)
             axes.plot(*spot, marker(index), color=colors[arm], markersize=6, markerfacecolor=filled)
     axes.axvline(0, color=INK, linewidth=1)

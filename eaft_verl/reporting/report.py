@@ -14,6 +14,7 @@ from eaft_verl.reporting.comparability import check, config_differences
 from eaft_verl.reporting.controls import control_notes, controls
 from eaft_verl.reporting.failures import lost_seeds, split
 from eaft_verl.reporting.history import curves
+from eaft_verl.reporting.marks import read_noise, set_marks, with_floors
 from eaft_verl.reporting.measures import build_board
 from eaft_verl.reporting.paths import axes, equal_gain, paths
 from eaft_verl.reporting.provenance import environment, sample_answers
@@ -60,7 +61,9 @@ def measure(
     base: Arm, arms: list[Arm], out: Path, *, problems: list[str], seed: int, failed: Sequence[dict[str, Any]] = ()
 ) -> dict[str, Any]:
     """Everything the report states, as plain data; `out` only makes the run folders relative."""
-    board = build_board(base, arms, resamples=RESAMPLES, seed=seed)
+    resamples = _resamples(base, arms)
+    board = build_board(base, arms, resamples=resamples, seed=seed)
+    noise = read_noise(base)
     table, tracks = results(board), {axis: paths(board, axis) for axis in axes(board)}
     first = arms[0].runs[0].info
     found = {
@@ -72,9 +75,10 @@ def measure(
         "problems": problems,
         "failed": list(failed),
         "lost_seeds": lost_seeds(arms),
-        "resamples": RESAMPLES,
+        "resamples": resamples,
         "bootstrap_seed": seed,
-        "columns": columns(board),
+        "noise": noise,
+        "columns": with_floors(columns(board), noise),
         "results": table,
         "versus": versus(board),
         "controls": controls(board),
@@ -88,8 +92,15 @@ def measure(
         "samples": sample_answers(base, arms),
         "environment": environment(base, arms, out),
     }
+    set_marks(found)
     notes = [*control_notes(arms), *truncations(base, arms), *board.notes]
     return found | {"headline": headline(found), "caveats": caveats(found, notes)}
+
+
+def _resamples(base: Arm, arms: list[Arm]) -> int:
+    """Enough that the smallest p-value, 2 / (1 + R), can pass Holm's first step, 0.05 over the marks of a table."""
+    benchmarks = max((len(records) for records in base.runs[0].evals.values()), default=0)
+    return max(RESAMPLES, 50 * len(arms) * (benchmarks + 5))
 
 
 def _write_bytes(path: Path, data: bytes) -> None:

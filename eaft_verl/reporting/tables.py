@@ -3,10 +3,9 @@
 from typing import Any
 
 from eaft_verl.reporting.markdown import Cell, Table
-from eaft_verl.reporting.wording import AXES_IN_WORDS, DASH, arm_name, direction, number, percent, score, span
+from eaft_verl.reporting.wording import AXES_IN_WORDS, DASH, arm_name, direction, floor, number, percent, score, span
 
 Row = dict[str, Any]
-ONE_WAY = ("drift.kl", "drift.agreement")  # the base is their best value, so every arm is 'worse' than it
 SIDES = {"target": "target", "general": "general", "drift": "drift from the base"}
 UNITS = ("updates", "tokens", "samples", "device_seconds")
 
@@ -48,7 +47,8 @@ def _heading(column: Row) -> Cell:
     better = "\u2191" if column["higher_is_better"] else "\u2193"
     what = column["metric"] if not column["members"] and column["name"] == column["id"] else ""
     size = f"n = {column['n']:,}" if column["n"] else ""
-    lines = (SIDES[column["side"]], what, column["unit"], size)
+    noise = f"noise {floor(column)}" if column["floor"] is not None else ""
+    lines = (SIDES[column["side"]], what, column["unit"], size, noise)
     return Cell(f"{column['name']} {better}", tuple(line for line in lines if line))
 
 
@@ -68,8 +68,8 @@ def _score(column: Row, cell: Row | None) -> Cell:
     if "delta" not in cell:
         return Cell(text, strong=bool(column["members"]))
     change = score(column, cell["delta"]["delta"], signed=True)
-    mark = "" if column["id"] in ONE_WAY else direction(column, cell["delta"])
-    return Cell(text, (change, span(column, cell["delta"])), mark, strong=bool(column["members"]))
+    lines = (change, span(column, cell["delta"]))
+    return Cell(text, lines, direction(column, cell["delta"]), strong=bool(column["members"]))
 
 
 def versus_table(report: Row) -> Table:

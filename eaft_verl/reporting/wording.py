@@ -7,6 +7,13 @@ from typing import Any
 Row = dict[str, Any]
 MINUS, DASH = "\u2212", "\u2013"
 AXES_IN_WORDS = {"heldout": "held-out NLL", "target_mean": "target mean"}
+UNMARKED = {
+    "interval": "no interval",
+    "zero": "no clear difference",
+    "noise": "within the noise floor",
+    "seeds": "too few seeds for a claim",
+    "holm": "no clear difference among so many",
+}
 SPELLED = {"sft": "SFT", "eaft": "EAFT", "dft": "DFT", "grpo": "GRPO", "sft_kl": "SFT-KL", "base": "Base"}
 
 
@@ -68,20 +75,34 @@ def span(column: Row, bounds: Row, *, signed: bool = True) -> str:
 
 
 def direction(column: Row, bounds: Row) -> str:
-    """'better', 'worse', or '' if the interval holds zero or is not known."""
-    if not bounds["excludes_zero"]:
+    """'better', 'worse', or '' where no mark is due (`marks.set_marks`)."""
+    if bounds["unmarked"]:
         return ""
-    return "better" if (bounds["low"] > 0) == column["higher_is_better"] else "worse"
+    return "better" if (bounds["delta"] > 0) == column["higher_is_better"] else "worse"
 
 
 def verdict(column: Row, bounds: Row) -> str:
     """A finding in words: 'better', 'less forgetting', 'no clear difference', 'no interval' ..."""
-    if bounds["low"] is None:
-        return "no interval"
-    words = {"better": "better", "worse": "worse", "": "no clear difference"}
-    if column["id"] == "drift.kl":
-        words = {"better": "less forgetting", "worse": "more forgetting", "": "no clear difference"}
-    return words[direction(column, bounds)]
+    if bounds["unmarked"]:
+        return UNMARKED[bounds["unmarked"]]
+    words = {"better": "less forgetting", "worse": "more forgetting"} if column["id"] == "drift.kl" else {}
+    return words.get(direction(column, bounds), direction(column, bounds))
+
+
+def marked(report: Row) -> str:
+    """What it takes to be called better or worse, and what the noise floor is."""
+    noise = "Noise floor not measured."
+    if report["noise"] is not None:
+        noise = "Noise: what changes between two evaluations of the base, at another batch size and in another order."
+    return (
+        "A change is called better or worse only if its interval excludes zero, also after correction for the number "
+        f"of differences in its table (Holm), and if it is larger than the noise floor. {noise}"
+    )
+
+
+def floor(column: Row) -> str:
+    """The noise floor of a measure in its own unit."""
+    return f"{column['floor'] * 100:.2g} %" if column["percent"] else f"{column['floor']:.2g}"
 
 
 def headline(report: Row) -> list[Row]:
@@ -127,6 +148,8 @@ def _forgetting(columns: dict[str, Row], cells: Row) -> str:
     if "drift.kl" not in cells:
         return "Drift from the base was not measured."
     kl, column = cells["drift.kl"], columns["drift.kl"]
+    if kl.get("delta", {}).get("unmarked") == "noise":
+        return f"On general text its KL to the base is within the noise floor of {floor(column)} nats per token."
     text = f"On general text it moved {score(column, kl['score'])} nats per token away from the base (KL"
     text += f", {span(column, kl, signed=False)})" if kl["low"] is not None else ")"
     if "drift.agreement" in cells:

@@ -251,7 +251,7 @@ def test_arms_with_other_seeds_are_refused_unless_the_missing_ones_failed(tmp_pa
     found = report(runs, tmp_path / "report", failed=[row])
     assert found["problems"] == []
     assert any("do not have the same seeds: eaft has no run of seed 1" in line for line in found["caveats"])
-    assert "Eaft has no run of seed 1: its differences" in (tmp_path / "report" / "report.md").read_text()
+    assert "eaft has no run of seed 1: its differences" in (tmp_path / "report" / "report.md").read_text()
     # sft's seed 1 has one right answer more in each of the benchmarks; the difference knows seed 0 only
     cells = found["versus"]["arms"]["eaft"]
     assert cells["chain_sum"]["delta"] == pytest.approx((29 - 28) / 40) and cells["chain_sum"]["seeds"] == 1
@@ -321,6 +321,5 @@ def test_keys_of_one_trainer_are_declared_with_it_and_kept_out_of_the_table(ever
     edit(again / "run.json", lambda info: {**info, "arm": "again"})
     config = again / "config.yaml"
     config.write_text(config.read_text().replace("n: 4", "n: 8"))
-    assert (
-        "config verl.rollout.n: (absent) in sft seed 0, 4 in grpo seed 0" in check(*load([*runs, again]), force=True)[0]
-    )
+    (line,) = check(*load([*runs, again]), force=True)  # sft has no such key, but that is the trainer's difference
+    assert line.startswith("config verl.rollout.n: 4 in grpo seed 0, 8 in again seed 0, and neither grpo nor again")

@@ -106,14 +106,16 @@ def test_paths_start_at_the_base_and_visit_every_evaluation(stored):
 def test_forgetting_at_equal_gain_by_hand(stored):
     gain = stored["equal_gain"]["heldout"]
     assert gain["common_gain"] == pytest.approx(1.60 - 0.89)  # sft reaches 0.72, eaft 0.71
-    half, _, full = gain["levels"]
-    assert half["arms"]["sft"]["kl"] == pytest.approx(0.05 * 0.355 / 0.60)
-    assert half["arms"]["sft"]["step"] == pytest.approx(3 * 0.355 / 0.60)
-    assert half["arms"]["eaft"]["kl"] == pytest.approx(0.035 * 0.355 / 0.54)
-    assert full["arms"]["sft"]["kl"] == pytest.approx(0.05 + 0.05 * (0.71 - 0.60) / 0.12)
+    half, three_quarters, full = gain["levels"]
+    # by step 3 sft gained 0.60 and eaft 0.54: half of 0.71 and three quarters of it lie before that
+    assert half["arms"] == three_quarters["arms"] == {"sft": {"withheld": True}, "eaft": {"withheld": True}}
+    share = (0.71 - 0.60) / 0.12  # of the way from step 3 to step 6
+    assert full["arms"]["sft"]["kl"] == pytest.approx((0.05**0.5 + (0.10**0.5 - 0.05**0.5) * share) ** 2)
+    assert full["arms"]["sft"]["step"] == pytest.approx(3 + 3 * share)
     assert (full["arms"]["eaft"]["kl"], full["arms"]["eaft"]["step"]) == pytest.approx((0.115, 9))
-    apart = half["arms"]["eaft"]["difference"]
-    assert apart["low"] < apart["delta"] < apart["high"] < 0
+    apart = full["arms"]["eaft"]["difference"]
+    assert 0 < apart["low"] < apart["delta"] < apart["high"]
+    assert apart["excludes_zero"] and apart["unmarked"] == "seeds"  # one seed says nothing of the chance of training
 
 
 def test_pareto_by_hand(stored):
