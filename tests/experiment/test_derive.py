@@ -77,7 +77,8 @@ def test_a_budget_of_tokens_is_three_epochs(tmp_path: Path) -> None:
     assert config.verl.trainer.total_training_steps == 9
     assert sum(trained(9, 2)) == 93
     assert declared == ["own.key", "verl.trainer.total_training_steps"]
-    assert record == {"budget": {"of": "eaft", "unit": "tokens", "amount": 93, "run": "eaft-seed0"}}
+    assert record["budget"] == {"of": "eaft", "unit": "tokens", "amount": 93, "run": "eaft-seed0"}
+    assert record["asked"] == {"budget": {"of": "eaft"}, "verl.trainer.total_training_steps": None}
     assert config.budget == {"of": "eaft", "unit": "tokens", "amount": 93}
 
 
