@@ -130,7 +130,7 @@ def test_loading_refuses_before_any_model(tmp_path: Path):
     )
     entry = EvaluateSettings(target=[{"task": "gsm8k", "data": str(path)}]).entries("target")[0]
     with pytest.raises(DataError, match=f"{path}: task 'gsm8k' has rows with the same id 'a'"):
-        load_benchmark(entry, 1024)
+        load_benchmark(entry)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_thinking_that_the_prompt_opens(prompt: str, opened: str, tmp_path: Path
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({**MMLU, "answer": 1}))
     entry = EvaluateSettings(target=[{"task": "mmlu_chat", "data": str(path)}]).entries("target")[0]
-    task = load_benchmark(entry, 1024).tasks["mmlu_chat"]
+    task = load_benchmark(entry).tasks["mmlu_chat"]
     doc = next(iter(task.test_docs()))
     task._instances = [Instance("generate_until", doc, (prompt, {}), 0)]
     assert task.process_results(doc, ["Answer: B"])["answered"] == float(not opened)
