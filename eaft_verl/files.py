@@ -33,9 +33,13 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Atomic, readable JSON. NaN and infinities become strings, because JSON has none."""
-    write_text(path, json.dumps(_finite(value), indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+def write_json(path: Path, value: Any, *, exact: bool = False) -> None:
+    """Atomic, readable JSON. NaN and infinities become strings, because JSON has none.
+
+    `exact`: for state that only we read back; they stay the numbers they are, as Python writes and reads them.
+    """
+    chosen = value if exact else _finite(value)
+    write_text(path, json.dumps(chosen, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -21,7 +21,7 @@ def save(run: Run, group: Any, step: int, state: dict[str, Any], keep: int | Non
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     group.save_checkpoint(str(partial), None, step, None)
-    write_json(partial / STATE_FILE, {"step": step, "world_size": group.world_size, **state})
+    write_json(partial / STATE_FILE, {"step": step, "world_size": group.world_size, **state}, exact=True)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
     if keep is not None:

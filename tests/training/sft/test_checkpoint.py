@@ -1,6 +1,7 @@
 """Resumable checkpoints, the progress line and the workers' environment."""
 
 import io
+import math
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,14 @@ def test_the_newest_checkpoint_is_loaded_with_its_state(run: Run) -> None:
         checkpoint.save(run, group, step, {"tokens": step * 10, "tau": None}, keep=None)
     assert checkpoint.load(run, group) == {"step": 1000000, "world_size": 2, "tokens": 10000000, "tau": None}
     assert group.loaded == "1000000"
+
+
+def test_numbers_come_back_as_numbers(run: Run) -> None:
+    """A median loss that was not finite came back as text, and the next step compared text with a number."""
+    state = {"tau": math.nan, "seconds": math.inf, "tokens": 3}
+    checkpoint.save(run, FakeGroup(), 2, state, keep=None)
+    found = checkpoint.load(run, FakeGroup())
+    assert found is not None and math.isnan(found["tau"]) and found["seconds"] == math.inf and found["tokens"] == 3
 
 
 def test_older_checkpoints_go_after_the_new_one_is_complete(run: Run) -> None:
