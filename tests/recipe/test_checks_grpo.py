@@ -133,7 +133,9 @@ def test_shared_keys_mean_the_same_to_main_ppo(recipe: Any) -> None:
     assert (rollout.prompt_length, rollout.response_length, rollout.max_model_len) == (112, 16, 128)
     assert actor.ppo_max_token_len_per_gpu == 256 and rollout.log_prob_max_token_len_per_gpu == 256
     assert {tree.data.seed, rollout.seed, actor.data_loader_seed, tree.trainer.eaft.seed} == {3}
-    assert tree.trainer.total_training_steps == 10 and tree.trainer.save_freq == 3
+    assert tree.trainer.total_training_steps == 10 and tree.trainer.save_freq == -1
+    ours = tree.trainer.eaft
+    assert (ours.points, ours.saves, ours.steps, ours.save_seconds) == ([5, 10], [3, 6, 9], 10, 1800)
     assert tree.reward.custom_reward_function.path == "pkg://eaft_verl.training.grpo.reward"
     assert tree.data.train_files == "/run/prompts.parquet" and tree.actor_rollout_ref.model.path == "/model"
     assert not OmegaConf.missing_keys(tree) - {key for key in OmegaConf.missing_keys(tree) if "reward_model" in key}
