@@ -127,7 +127,8 @@ def _disk(arm: Arm) -> dict[str, float]:
     """Bytes of one of each, and of all that are on disk at once."""
     trainer, setup = arm.config.verl.trainer, arm.setup
     one, export = checkpoint_bytes(setup), export_bytes(setup.model, EXPORT_BYTES)
-    kept = 0 if trainer.save_freq == -1 else (trainer.max_ckpt_to_keep or arm.updates or 1) + 1
+    never = trainer.save_freq == -1 and arm.config.trainer != "grpo"  # which also saves by time
+    kept = 0 if never else (trainer.max_ckpt_to_keep or arm.updates or 1) + 1
     cache = cache_bytes(arm.reference_tokens, setup.cache_k)
     exports = len(evaluation_points(arm.updates or UNKNOWN_UPDATES))
     parts = {"resumable checkpoint": one, "export": export, "reference cache": cache}

@@ -3,14 +3,18 @@
 from omegaconf import DictConfig, OmegaConf
 
 from eaft_verl.errors import require
-from eaft_verl.recipe.verl_keys import VLLM_ONLY, grpo_tree
+from eaft_verl.recipe.verl_keys import CHOICES, REJECTIONS, VLLM_ONLY, grpo_tree
 
-ROLLOUTS = ("hf", "vllm")
+ROLLOUTS = {"cpu": "hf", "cuda": "vllm"}
+_ROLLOUT = "verl.actor_rollout_ref.rollout"
 
 
 def check_grpo(config: DictConfig) -> None:
     """Raise ConfigError for the first setting that main_ppo would refuse later, ignore, or train wrongly with."""
+    _check_choices(config)
     _check_rollout(config)
+    _check_sampling(config)
+    _check_correction(config)
     _check_lengths(config)
     _check_groups(config)
     trainer = config.verl.trainer
@@ -21,31 +25,97 @@ def check_grpo(config: DictConfig) -> None:
     )
 
 
+def _check_choices(config: DictConfig) -> None:
+    for key, allowed in CHOICES.items():
+        value = OmegaConf.select(config.verl, key)
+        names = ", ".join(name or "null" for name in allowed)
+        require(value in allowed, f"verl.{key}={value!r} is not one of {names}")
+    actor, algorithm = config.verl.actor_rollout_ref.actor, config.verl.algorithm
+    loss, penalty, groups = actor.policy_loss, algorithm.kl_ctrl, algorithm.filter_groups
+    require(
+        loss.loss_mode != "dro" or (loss.dro_beta or 0) > 0,
+        f"verl.actor_rollout_ref.actor.policy_loss.dro_beta={loss.dro_beta} must be above 0 with loss_mode=dro",
+    )
+    require(
+        penalty.type != "adaptive" or penalty.horizon > 0,
+        f"verl.algorithm.kl_ctrl.horizon={penalty.horizon} must be above 0 with type=adaptive",
+    )
+    for name in ("max_num_gen_batches", "max_inflight_gen_batches"):
+        require(groups[name] >= 1, f"verl.algorithm.filter_groups.{name}={groups[name]} must be at least 1")
+
+
 def _check_rollout(config: DictConfig) -> None:
     rollout, device = config.verl.actor_rollout_ref.rollout, config.device
-    key = "verl.actor_rollout_ref.rollout"
-    require(rollout.name in ROLLOUTS, f"{key}.name={rollout.name!r} is not one of {', '.join(ROLLOUTS)}")
+    known = ROLLOUTS.values()
+    require(rollout.name in known, f"{_ROLLOUT}.name={rollout.name!r} is not one of {', '.join(known)}")
+    why = "vllm needs a GPU" if device == "cpu" else "hf decodes on the CPU"
     require(
-        device == "cuda" or rollout.name == "hf",
-        f"{key}.name=vllm needs a GPU; on device=cpu use hf, the rollout server on transformers",
+        rollout.name == ROLLOUTS[device],
+        f"{_ROLLOUT}.name={why}; on device={device} use {ROLLOUTS[device]}",
     )
     if rollout.name == "hf":
         usual = grpo_tree(device)["actor_rollout_ref"]["rollout"]
-        changed = [name for name in VLLM_ONLY if OmegaConf.to_container(rollout)[name] != usual[name]]
-        require(not changed, f"{key}.{changed[0] if changed else ''} has no effect with {key}.name=hf; remove it")
+        changed = [name for name in VLLM_ONLY if rollout[name] != usual[name]]
+        require(not changed, f"{_ROLLOUT}.{changed[0] if changed else ''} has no effect with {_ROLLOUT}.name=hf")
     else:
         parallel, devices = rollout.tensor_model_parallel_size, config.verl.trainer.n_gpus_per_node
         require(
             parallel >= 1 and devices % parallel == 0,
-            f"{key}.tensor_model_parallel_size={parallel} must divide verl.trainer.n_gpus_per_node={devices}",
+            f"{_ROLLOUT}.tensor_model_parallel_size={parallel} must divide verl.trainer.n_gpus_per_node={devices}",
         )
     require(
         config.verl.model.lora_rank == 0,
         f"verl.model.lora_rank={config.verl.model.lora_rank}: a GRPO arm trains and exports whole weights (the hf "
         "rollout takes no adapter, and verl would export one unmerged); set it to 0 in this arm",
     )
+
+
+def _check_sampling(config: DictConfig) -> None:
+    rollout = config.verl.actor_rollout_ref.rollout
+    heat, top_k, top_p = rollout.temperature, rollout.top_k, rollout.top_p
+    require(heat > 0, f"{_ROLLOUT}.temperature={heat} must be above 0: equal answers teach nothing")
+    require(top_k == -1 or top_k >= 1, f"{_ROLLOUT}.top_k={top_k} must be -1 (off) or at least 1")
+    require(0 < top_p <= 1, f"{_ROLLOUT}.top_p={top_p} must be above 0 and at most 1 (off)")
+    bypass = config.verl.algorithm.rollout_correction.bypass_mode
     require(
-        rollout.temperature > 0, f"{key}.temperature={rollout.temperature} must be above 0: equal answers teach nothing"
+        rollout.name == "hf" or not bypass or (top_k == -1 and top_p == 1),
+        f"verl.algorithm.rollout_correction.bypass_mode=true trains on vllm's log-probabilities, which under {_ROLLOUT}"
+        f".top_k={top_k}, top_p={top_p} are not the policy's; switch it off, or leave top_k at -1 and top_p at 1.0",
+    )
+
+
+def _check_correction(config: DictConfig) -> None:
+    """rollout_correction: importance weights and rejection act where old log-probabilities are computed again."""
+    key, block = "verl.algorithm.rollout_correction", config.verl.algorithm.rollout_correction
+    for name in ("rollout_is", "rollout_rs"):
+        require(
+            block[name] is None or not block.bypass_mode,
+            f"{key}.{name}={block[name]} has no effect with bypass_mode=true; set that to false or remove it",
+        )
+    _check_bounds(f"{key}.rollout_is_threshold", block.rollout_is_threshold, pair=False)
+    if block.rollout_rs is None:
+        return
+    chosen = [name.strip() for name in str(block.rollout_rs).split(",")]
+    for name in chosen:
+        require(name in REJECTIONS, f"{key}.rollout_rs={name!r} is not one of {', '.join(REJECTIONS)}")
+    bounds = str(block.rollout_rs_threshold).split(",")
+    require(
+        len(bounds) in (1, len(chosen)),
+        f"{key}.rollout_rs_threshold={block.rollout_rs_threshold} must be one bound, or one for each of rollout_rs",
+    )
+    for name, bound in zip(chosen, bounds * (len(chosen) // len(bounds)), strict=True):
+        _check_bounds(f"{key}.rollout_rs_threshold", bound.strip(), pair=name.endswith("k1"))
+
+
+def _check_bounds(key: str, value: object, *, pair: bool) -> None:
+    """UPPER, or where a pair is allowed LOWER_UPPER; all above 0."""
+    try:
+        numbers = [float(part) for part in str(value).split("_")]
+    except ValueError:
+        numbers = [0.0]
+    require(
+        len(numbers) <= 1 + pair and 0 < numbers[0] <= numbers[-1],
+        f"{key}={value} must be a number above 0" + (" or LOWER_UPPER, such as 0.5_2.0" if pair else ""),
     )
 
 

@@ -37,8 +37,32 @@ NESTED: dict[str, tuple[str, ...]] = {  # of a kept mapping, the keys that act
     "actor_rollout_ref.rollout.agent": ("num_workers",),
     "actor_rollout_ref.rollout.checkpoint_engine": ("update_weights_bucket_megabytes",),
     "actor_rollout_ref.rollout.engine_kwargs": ("vllm",),
-    "algorithm.filter_groups": ("enable", "metric", "max_inflight_gen_batches"),
+    "algorithm.filter_groups": ("enable", "metric", "max_num_gen_batches", "max_inflight_gen_batches"),
+    "algorithm.rollout_correction": (
+        *("bypass_mode", "rollout_is", "rollout_is_threshold", "rollout_is_batch_normalize"),
+        *("rollout_rs", "rollout_rs_threshold"),
+    ),
 }
+REWARD_FIELDS = ("score", "acc", "format", "reward_timeouts", "reward_errors")  # of training.reward.compute_score
+_ESTIMATORS = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3")
+_KL = (*_ESTIMATORS, *(f"{name}+" for name in _ESTIMATORS))  # "+": the gradient of k2 whatever the value
+CHOICES: dict[str, tuple[str | None, ...]] = {  # what verl only tells once it runs; a test holds these to its own
+    "actor_rollout_ref.actor.loss_agg_mode": (
+        *("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"),
+    ),
+    "actor_rollout_ref.actor.kl_loss_type": _KL,
+    "actor_rollout_ref.actor.policy_loss.loss_mode": (
+        *("vanilla", "dppo_tv", "dppo_kl", "gspo", "sapo", "gpg", "clip_cov", "kl_cov", "geo_mean", "dro", "cispo"),
+    ),
+    "algorithm.kl_penalty": _KL,
+    "algorithm.kl_ctrl.type": ("fixed", "adaptive"),
+    "algorithm.filter_groups.metric": ("reward", *REWARD_FIELDS),
+    "algorithm.rollout_correction.rollout_is": (None, "token", "sequence"),
+}
+REJECTIONS = (  # algorithm.rollout_correction.rollout_rs: some of these, comma-separated
+    *("token_k1", "token_k2", "token_k3", "seq_sum_k1", "seq_sum_k2", "seq_sum_k3"),
+    *("seq_mean_k1", "seq_mean_k2", "seq_mean_k3", "seq_max_k2", "seq_max_k3"),
+)
 VLLM_ONLY = (  # keys of the rollout that the server for CPUs has no use for
     *("tensor_model_parallel_size", "gpu_memory_utilization", "enforce_eager", "free_cache_engine"),
     *("enable_chunked_prefill", "enable_prefix_caching", "engine_kwargs"),
@@ -49,6 +73,7 @@ GRPO_DEFAULTS: dict[str, Any] = {
         "rollout": {"n": 8, "top_p": 1.0, "tensor_model_parallel_size": 1},
         "ref": {"fsdp_config": {"model_dtype": "bf16"}},
     },
+    "algorithm": {"filter_groups": {"max_num_gen_batches": 10}},  # verl: no limit, and its trainer keeps none
 }
 CUDA_DEFAULTS: dict[str, Any] = {
     "actor_rollout_ref": {
@@ -126,7 +151,8 @@ def extension(ppo: dict[str, Any], device: str) -> dict[str, Any]:
 
 def grpo_tree(device: str) -> dict[str, Any]:
     """What a GRPO arm's `verl` tree has besides, with the defaults of the device."""
-    return extension(OmegaConf.to_container(compose_verl(PPO_TREE), resolve=True, throw_on_missing=False), device)
+    ppo: Any = OmegaConf.to_container(compose_verl(PPO_TREE), resolve=True, throw_on_missing=False)
+    return extension(ppo, device)
 
 
 def lay(tree: dict[str, Any], layer: dict[str, Any]) -> None:

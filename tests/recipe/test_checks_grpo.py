@@ -27,6 +27,8 @@ arms:
 """
 THREE = "verl.trainer.n_gpus_per_node=3"
 A, R = "verl.actor_rollout_ref.actor", "verl.actor_rollout_ref.rollout"
+F, C = "verl.algorithm.filter_groups", "verl.algorithm.rollout_correction"
+BYPASS = f"{C}.bypass_mode=true"
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +62,29 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Any:
         ([f"{R}.nn=4"], "did you mean verl.actor_rollout_ref.rollout.n"),
         ([f"{A}.optim.lr=1e-6"], f"{A}.optim is set through `verl.optim`"),
         (["device=cuda", f"{R}.tensor_model_parallel_size=2"], "tensor_model_parallel_size=2 must divide"),
+        (["device=cuda", f"{R}.name=hf"], "name=hf decodes on the CPU; on device=cuda use vllm"),
+        (["device=cuda", BYPASS, f"{R}.top_p=0.9"], "are not the policy's"),
+        (["device=cuda", BYPASS, f"{R}.top_k=20"], "are not the policy's"),
+        ([f"{R}.top_p=0.0"], "top_p=0.0 must be above 0"),
+        ([f"{R}.top_k=0"], "top_k=0 must be -1 (off) or at least 1"),
+        ([f"{A}.loss_agg_mode=bogus"], f"{A}.loss_agg_mode='bogus' is not one of token-mean, token-sum, seq-mean"),
+        ([f"{A}.kl_loss_type=k9"], f"{A}.kl_loss_type='k9' is not one of kl, k1, abs"),
+        ([f"{A}.policy_loss.loss_mode=ppo"], "policy_loss.loss_mode='ppo' is not one of vanilla"),
+        ([f"{A}.policy_loss.loss_mode=dro"], "dro_beta=None must be above 0 with loss_mode=dro"),
+        (["verl.algorithm.kl_penalty=full"], "kl_penalty='full' is not one of kl, k1"),
+        (["verl.algorithm.kl_ctrl.type=pid"], "kl_ctrl.type='pid' is not one of fixed, adaptive"),
+        (["verl.algorithm.kl_ctrl={type: adaptive, horizon: 0}"], "horizon=0 must be above 0"),
+        ([f"{F}.metric=nosuch"], "filter_groups.metric='nosuch' is not one of reward, score, acc"),
+        ([f"{F}.max_num_gen_batches=0"], "max_num_gen_batches=0 must be at least 1"),
+        ([f"{C}.rollout_is=tokens", f"{C}.bypass_mode=false"], "rollout_is='tokens' is not one of null, token, seq"),
+        ([f"{C}.rollout_is=token"], "rollout_is=token has no effect with bypass_mode=true"),
+        ([f"{C}.rollout_is_threshold=0.0"], "rollout_is_threshold=0.0 must be a number above 0"),
+        ([f"{C}.loss_type=reinforce"], "loss_type"),
+        (["device=cuda", f"{C}.rollout_rs=token_k9"], "rollout_rs='token_k9' is not one of token_k1"),
+        (["device=cuda", f"{C}.rollout_rs=token_k2"], "rollout_rs_threshold=None must be a number above 0"),
+        (["device=cuda", f"{C}.rollout_rs=token_k2", f"{C}.rollout_rs_threshold='1_2'"], "1_2 must be a number above"),
+        (["device=cuda", f"{C}.rollout_rs=token_k1", f"{C}.rollout_rs_threshold='3_2'"], "or LOWER_UPPER, such as"),
+        (["device=cuda", f"{C}.rollout_rs='token_k1,seq_sum_k3'", f"{C}.rollout_rs_threshold='1,2,3'"], "one for each"),
     ],
 )  # fmt: skip
 def test_what_is_refused(recipe: Any, overrides: list[str], words: str) -> None:
@@ -73,7 +98,21 @@ def test_a_key_of_main_ppo_in_an_sft_arm_says_where_it_belongs(recipe: Any) -> N
         resolve(recipe, "sft", [f"{R}.n=4"])
 
 
-@pytest.mark.parametrize("overrides", [[], ["device=cuda"], [f"{A}.use_kl_loss=true"], [f"{A}.ppo_mini_batch_size=4"]])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["device=cuda"],
+        [f"{A}.use_kl_loss=true", f"{A}.kl_loss_type=k3+"],
+        [f"{A}.ppo_mini_batch_size=4"],
+        [f"{R}.top_p=0.9", f"{R}.top_k=20"],
+        ["device=cuda", f"{R}.top_p=0.9"],
+        ["device=cuda", f"{C}.rollout_is=token", f"{C}.rollout_is_threshold=5.0"],
+        ["device=cuda", f"{C}.rollout_rs='token_k1,seq_max_k3'", f"{C}.rollout_rs_threshold='0.5_2.0,3'"],
+        ["device=cuda", f"{C}.rollout_rs='token_k1,seq_max_k3'", f"{C}.rollout_rs_threshold=2.0"],
+        [f"{F}.enable=true", f"{F}.metric=acc", f"{F}.max_num_gen_batches=3"],
+    ],
+)
 def test_what_is_accepted(recipe: Any, overrides: list[str]) -> None:
     check(resolve(recipe, "grpo", overrides))
 
@@ -94,7 +133,9 @@ def test_shared_keys_mean_the_same_to_main_ppo(recipe: Any) -> None:
     assert (rollout.prompt_length, rollout.response_length, rollout.max_model_len) == (112, 16, 128)
     assert actor.ppo_max_token_len_per_gpu == 256 and rollout.log_prob_max_token_len_per_gpu == 256
     assert {tree.data.seed, rollout.seed, actor.data_loader_seed, tree.trainer.eaft.seed} == {3}
-    assert tree.trainer.total_training_steps == 10 and tree.trainer.save_freq == 3
+    assert tree.trainer.total_training_steps == 10 and tree.trainer.save_freq == -1
+    ours = tree.trainer.eaft
+    assert (ours.points, ours.saves, ours.steps, ours.save_seconds) == ([5, 10], [3, 6, 9], 10, 1800)
     assert tree.reward.custom_reward_function.path == "pkg://eaft_verl.training.grpo.reward"
     assert tree.data.train_files == "/run/prompts.parquet" and tree.actor_rollout_ref.model.path == "/model"
     assert not OmegaConf.missing_keys(tree) - {key for key in OmegaConf.missing_keys(tree) if "reward_model" in key}

@@ -7,13 +7,15 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from eaft_verl.recipe.verl_keys import PPO_TREE, compose_verl
+from eaft_verl.recipe.verl_keys import PPO_TREE, compose_verl, lay
+from eaft_verl.recipe.views import world_size
 from eaft_verl.training.grpo.reward import reward_function
-from eaft_verl.training.grpo.states import server_name
+from eaft_verl.training.grpo.states import TRAINER, server_name
 
 OURS = "eaft_verl.training"
 FLOAT32 = ("fp32", "float32")
 KEPT_ROLLOUTS = 16  # per step in rollouts.jsonl
+SAVE_SECONDS = 1800.0  # at most this and one step is lost, whatever save_freq says
 
 
 @dataclass(frozen=True)
@@ -32,17 +34,16 @@ class RunFiles:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Steps of verl's trainer. steps: all; points: to export after; saves: to keep a resumable state after."""
+    """Steps of verl's trainer. steps: all; points: to export after; saves: to keep a resumable state after.
+
+    A state is also kept at every point and whenever the last save is `save_seconds` old.
+    """
 
     steps: int
     points: list[int]
     saves: list[int]
     start: int = 0
-
-    @property
-    def first_save(self) -> int:
-        """The first step after `start` at which verl must save; -1 is verl's never."""
-        return min((step for step in (*self.points, *self.saves) if step > self.start), default=-1)
+    save_seconds: float = SAVE_SECONDS
 
 
 def updates_per_step(config: DictConfig) -> int:
@@ -62,34 +63,31 @@ def ppo_config(config: DictConfig, files: RunFiles, schedule: Schedule, stop_ids
 
     Verbatim parts of the arm are laid over verl's own tree; the shared keys are put where main_ppo reads them.
     """
-    tree = compose_verl(PPO_TREE)
-    OmegaConf.set_struct(tree, False)
-    verl = OmegaConf.to_container(config.verl)
-    for part in ("actor", "rollout", "ref"):
-        _lay(tree.actor_rollout_ref[part], verl["actor_rollout_ref"][part])
-    _lay(tree.algorithm, {**verl["algorithm"], "adv_estimator": "grpo"})
-    _lay(tree.reward, {**verl["reward"], "custom_reward_function": reward_function(config)})
+    verl: Any = OmegaConf.to_container(config.verl)
+    base: Any = OmegaConf.to_container(compose_verl(PPO_TREE))
+    lay(
+        base,
+        {
+            "actor_rollout_ref": {**verl["actor_rollout_ref"], "model": verl["model"]},
+            "algorithm": {**verl["algorithm"], "adv_estimator": "grpo"},
+            "reward": {**verl["reward"], "custom_reward_function": reward_function(config)},
+        },
+    )
+    tree = OmegaConf.create(base)
     _set_model(tree.actor_rollout_ref, verl, files)
-    _set_actor(tree.actor_rollout_ref.actor, config, verl, resumable=bool(schedule.saves))
+    _set_actor(tree.actor_rollout_ref.actor, config, verl)
     _set_rollout(tree.actor_rollout_ref.rollout, config)
     _set_reference(tree.actor_rollout_ref.ref, config, verl)
     _set_data(tree.data, config, files)
     _set_trainer(tree.trainer, config, files, schedule)
     tree.trainer.eaft.update(dtype=dtype, model=files.model)
+    tree.trainer.v1.trainer_mode = TRAINER
     tree.trainer.v1.sampler.update(_sampler(config, files, stop_ids))
     tree.critic.enable = False  # what group advantages imply; left null, verl warns that it infers it
     if config.device == "cpu":
         tree.transfer_queue.backend.SimpleStorage.num_data_storage_units = 1
-    return OmegaConf.create(OmegaConf.to_container(tree, resolve=True))
-
-
-def _lay(base: DictConfig, layer: dict[str, Any]) -> None:
-    """Write the leaves of `layer` into `base`; mappings whose keys somebody else defines may be new."""
-    for key, value in layer.items():
-        if isinstance(value, dict) and isinstance(base.get(key), DictConfig):
-            _lay(base[key], value)
-        else:
-            base[key] = value
+    resolved: Any = OmegaConf.to_container(tree, resolve=True)
+    return OmegaConf.create(resolved)
 
 
 def _set_model(tree: DictConfig, verl: dict[str, Any], files: RunFiles) -> None:
@@ -97,7 +95,6 @@ def _set_model(tree: DictConfig, verl: dict[str, Any], files: RunFiles) -> None:
     libraries = [f"{OURS}.grpo.agent_loop"]
     if verl["actor_rollout_ref"]["rollout"]["name"] == "hf":
         libraries += [f"{OURS}.grpo.rollout_server", f"{OURS}.verl_cpu.engine"]
-    _lay(tree.model, verl["model"])
     tree.model.path = tree.model.hf_config_path = tree.model.tokenizer_path = files.model
     tree.model.external_lib = libraries + ([own] if isinstance(own, str) else list(own or []))
 
@@ -106,7 +103,7 @@ def _engine(config: DictConfig, verl: dict[str, Any]) -> dict[str, Any]:
     return {**verl["engine"], "seed": config.seed}
 
 
-def _set_actor(actor: DictConfig, config: DictConfig, verl: dict[str, Any], *, resumable: bool) -> None:
+def _set_actor(actor: DictConfig, config: DictConfig, verl: dict[str, Any]) -> None:
     data, engine = config.verl.data, config.verl.engine
     actor.optim, actor.fsdp_config = verl["optim"], _engine(config, verl)
     actor.update(
@@ -123,7 +120,7 @@ def _set_actor(actor: DictConfig, config: DictConfig, verl: dict[str, Any], *, r
         rollout_n=config.verl.actor_rollout_ref.rollout.n,
     )
     state = ["model", "optimizer", "extra"]
-    actor.checkpoint.update(save_contents=[*(state if resumable else []), "hf_model"], load_contents=state)
+    actor.checkpoint.update(save_contents=[*state, "hf_model"], load_contents=state)
 
 
 def _set_rollout(rollout: DictConfig, config: DictConfig) -> None:
@@ -179,7 +176,7 @@ def _set_trainer(trainer: DictConfig, config: DictConfig, files: RunFiles, sched
         project_name=config.name,
         experiment_name=f"{config.arm}-seed{config.seed}",
         logger=["file"],
-        save_freq=schedule.first_save,
+        save_freq=-1,  # SavingTrainer does
         test_freq=-1,
         val_before_train=False,
         default_local_dir=str(files.resume),
@@ -198,21 +195,22 @@ def _set_trainer(trainer: DictConfig, config: DictConfig, files: RunFiles, sched
 
 def _sampler(config: DictConfig, files: RunFiles, stop_ids: list[int]) -> dict[str, Any]:
     """Our sampler, and in `verl` the settings that verl gives to its own sampler only."""
-    filtering, prompts = config.verl.algorithm.filter_groups, config.verl.data.train_batch_size
-    workers = config.verl.trainer.nnodes * config.verl.trainer.n_gpus_per_node
-    local = config.verl.actor_rollout_ref.rollout.name == "hf"
+    filtering, data = config.verl.algorithm.filter_groups, config.verl.data
+    rollout = config.verl.actor_rollout_ref.rollout
     ours = {
         "run": files.run,
         "tokenizer": files.model,
         "updates": updates_per_step(config),
         "kept": KEPT_ROLLOUTS,
-        "stop_ids": stop_ids,
-        "servers": [server_name(rank) for rank in range(workers)] if local else [],
+        "stop_ids": [] if rollout.ignore_eos else stop_ids,
+        "longest": data.max_response_length,
+        "most_batches": filtering.max_num_gen_batches,
+        "servers": [server_name(rank) for rank in range(world_size(config))] if rollout.name == "hf" else [],
     }
     theirs = {
         "filter_groups_metric": filtering.metric if filtering.enable else None,
-        "train_batch_size": prompts,
-        "gen_batch_size": 1 if filtering.enable else prompts,
+        "train_batch_size": data.train_batch_size,
+        "gen_batch_size": 1 if filtering.enable else data.train_batch_size,
         "max_inflight_gen_batches": filtering.max_inflight_gen_batches,
     }
     return {
@@ -234,3 +232,17 @@ def save_steps(config: DictConfig, steps: int, prompts: int) -> list[int]:
         frequency = prompts // config.verl.data.train_batch_size
     every = math.inf if frequency == -1 else frequency
     return [step for step in range(1, steps) if step % every == 0]
+
+
+def stop_ids(model: str) -> list[int]:
+    """Tokens that end a response, as the rollout servers know them: the tokenizer's and the generation config's."""
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    found = {AutoTokenizer.from_pretrained(model).eos_token_id}
+    try:
+        config: Any = GenerationConfig.from_pretrained(model)
+    except OSError:  # many base models carry none; transformers then takes the model's
+        config = AutoConfig.from_pretrained(model)
+    ended = config.eos_token_id
+    found.update(ended if isinstance(ended, list) else [ended])
+    return sorted(found - {None})

@@ -1,4 +1,4 @@
-"""What verl's checkpoints become: a Hugging Face folder at every evaluation point, a resumable state on request."""
+"""What verl's checkpoints become: a Hugging Face folder at every evaluation point, and states to resume."""
 
 import shutil
 from collections.abc import Iterator
@@ -12,31 +12,28 @@ from verl.trainer.ppo.checkpoint_callback import CheckpointCallback
 from eaft_verl.files import write_json
 from eaft_verl.runs import step_name
 from eaft_verl.training.export import export_weights
-from eaft_verl.training.grpo.states import COMPLETE, next_save, tidy
+from eaft_verl.training.grpo.states import COMPLETE, tidy
 
 
 class ExportCallback(CheckpointCallback):
-    """Called by verl after every save. `trainer.eaft`: run, model, dtype, updates, points, saves, keep.
+    """Called by verl after every save. `trainer.eaft`: a Schedule's fields, run, model, dtype, updates, keep."""
 
-    verl saves every `save_freq` steps; the steps that are wanted are not evenly spaced, so the next one is set here:
-    step % n is 0 at n for the first time.
-    """
-
-    def on_save(self, trainer: Any, global_step: int, checkpoint_dir: str, **kwargs: Any) -> None:
-        """Move the exported model to the run, keep or remove the rest, and set the step of the next save."""
+    def on_save(
+        self, trainer: Any, global_step: int, checkpoint_dir: str, async_save: bool = False, **kwargs: Any
+    ) -> None:
+        """Move the exported model to the run; the rest is a state to resume, except of the last step."""
         ours, folder = self.config.trainer.eaft, Path(checkpoint_dir)
         exported = folder / "actor" / "huggingface"
         if global_step in ours.points:
             target = Path(ours.run) / "checkpoints" / step_name(global_step * ours.updates)
             if not (target / "config.json").exists():
                 export_weights(saved_weights(exported), target, ours.model, ours.dtype, write=True)
-        if global_step in ours.saves:
+        if global_step < ours.steps:
             shutil.rmtree(exported)
             write_json(folder / COMPLETE, {"step": global_step})
         else:
             shutil.rmtree(folder)
         tidy(folder.parent, ours.keep)
-        trainer.config.trainer.save_freq = next_save(global_step, [*ours.points, *ours.saves])
 
 
 def saved_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:

@@ -1,10 +1,13 @@
 """verl's metrics of a GRPO run, followed while it runs: all as they are, and a row under this project's names."""
 
 import json
+import math
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from eaft_verl.errors import RunError
 from eaft_verl.files import read_jsonl, write_jsonl
 from eaft_verl.runs import Run
 
@@ -29,6 +32,8 @@ COUNTED = (
     *("reward", "reward_std", "groups", "groups_equal", "clip_share", "rollout_memory_gib"),
     *("reward_timeouts", "reward_errors"),
 )
+FAULTS = ("reward_timeouts", "reward_errors")
+MAX_NONFINITE_STEPS = 5  # in a row
 TOTALS = ("seconds", "tokens", "samples", "generated_tokens")
 
 
@@ -87,6 +92,43 @@ class Follower:
             self.run.log(self.totals)
             rows.append(self.totals)
         return rows
+
+
+class Watch:
+    """What verl's trainer does not stop at. `see` every row as it comes; samples: those of the rows before."""
+
+    def __init__(self, samples: int) -> None:
+        self.nonfinite, self.silent, self.samples = 0, 0, samples
+
+    def see(self, row: dict[str, Any]) -> None:
+        """Warn of the first step whose rewards teach nothing.
+
+        Raises RunError when no response of the step could be graded, or the gradient has long not been finite.
+        """
+        samples, self.samples = row["samples"] - self.samples, row["samples"]
+        faults = {name: int(row.get(name, 0)) for name in FAULTS}
+        if sum(faults.values()) >= samples:
+            raise RunError(
+                f"step {row['step']}: none of {samples} responses could be graded: {faults['reward_timeouts']} times "
+                f"the grader hung or crashed, {faults['reward_errors']} times it raised; mend reward.grader or raise "
+                "reward.seconds"
+            )
+        self.nonfinite = 0 if math.isfinite(row["grad_norm"]) else self.nonfinite + 1
+        if self.nonfinite >= MAX_NONFINITE_STEPS:
+            raise RunError(f"the gradient norm was not finite for {self.nonfinite} steps in a row; lower verl.optim.lr")
+        if no_signal(row):
+            self.silent += 1
+            if self.silent == 1:
+                print(
+                    f"eaft: warning: step {row['step']}: all rewards of a prompt are equal, for every prompt (mean "
+                    f"{row['reward']:.3g}): the policy gradient of such a step is zero",
+                    file=sys.stderr,
+                )
+
+
+def no_signal(row: dict[str, Any]) -> bool:
+    """Whether every group of the step had equal rewards, so that all advantages were 0."""
+    return "groups" in row and row["groups_equal"] == row["groups"]
 
 
 def rewind(path: Path, step: int) -> None:

@@ -1,28 +1,25 @@
-"""Sampling from a causal language model on one device: requests join and leave a running batch at any step.
+"""Sampling from a causal language model with transformers' `generate`, every response from a seed of its own.
 
-The n samples of one prompt share its prefill: keys and values of a prompt are computed once per version of the weights
-and copied into the batch for each request. Rows are padded on the left, so that all of them grow at the same end.
+The n samples of one prompt share its prefill: keys and values of a prompt are computed once and copied into the batch
+for each request. Rows are padded on the left; those that have ended leave the batch when they are half of it.
 """
 
-from collections import OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
 LARGEST_UNIFORM = 1 - 1e-12  # keeps the inverse of the distribution function off its last, rounded entry
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one request is sampled. temperature 0 is greedy; top_k -1 and top_p 1 leave every token possible."""
+    """How the requests of a batch are sampled. temperature 0 is greedy; top_k -1 and top_p 1 exclude no token."""
 
     max_tokens: int
-    seed: int
     temperature: float = 1.0
     top_k: int = -1
     top_p: float = 1.0
@@ -35,226 +32,131 @@ class Request:
 
     prompt: tuple[int, ...]
     sampling: Sampling
+    seed: int
     tokens: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     finish: str | None = None
     uniforms: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        generator = torch.Generator().manual_seed(self.sampling.seed)
+        generator = torch.Generator().manual_seed(self.seed)
         drawn = torch.rand(self.sampling.max_tokens, generator=generator, dtype=torch.float64)
         self.uniforms = drawn.clamp(max=LARGEST_UNIFORM)
 
 
-@dataclass
-class _Prefix:
-    """A prompt's keys and values, [1, heads, T, D] each per layer, and the logits after it, [V]."""
-
-    layers: list[tuple[Tensor, Tensor]]
-    logits: Tensor
-
-
 class Decoder:
-    """The batch: `submit` requests, call `step` while `busy`; finished requests come back from `step`.
+    """Responses to batches of requests; a response depends on weights, prompt and seed only, up to rounding.
 
-    A request's text depends on weights, prompt and seed only, up to the rounding of batched matrix products.
-
-    Args: model: transformers causal language model in eval mode. stop_ids: tokens that end a response. max_rows:
-    requests in the batch at once. max_tokens: prompt tokens per prefill, and prompt tokens kept for later requests.
+    Args: model: transformers causal language model in eval mode; its generation config is replaced, whose penalties
+    and temperature would act besides the requests'. stop_ids: tokens that end a response. max_tokens: of one prefill.
     """
 
-    def __init__(self, model: Any, stop_ids: Iterable[int], max_rows: int, max_tokens: int) -> None:
-        self.model, self.stop_ids = model, frozenset(stop_ids)
-        self.max_rows, self.max_tokens = max_rows, max_tokens
-        self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []
-        self.prefills = 0  # prompts prefilled so far
-        self._prefixes: OrderedDict[tuple[int, ...], _Prefix] = OrderedDict()
-        self._layers: list[tuple[Tensor, Tensor]] = []
-        self._mask = torch.zeros(0, 0, dtype=torch.long)  # [rows, cached tokens], 0 on padding
-
-    @property
-    def busy(self) -> bool:
-        """Whether `step` has something to do."""
-        return bool(self.waiting or self.running)
-
-    def submit(self, request: Request) -> None:
-        """Put a request in the queue; it joins the batch at the next step with room."""
-        self.waiting.append(request)
-
-    def forget(self) -> None:
-        """Drop kept prompts: the weights have changed. Running requests keep what they have."""
-        self._prefixes.clear()
-
-    def abort(self) -> list[Request]:
-        """End all requests where they are, finish 'aborted'."""
-        ended = [*self.running, *self.waiting]
-        for request in ended:
-            request.finish = "aborted"
-        self.running, self._layers, self._mask = [], [], torch.zeros(0, 0, dtype=torch.long)
-        self.waiting.clear()
-        return ended
+    def __init__(self, model: Any, stop_ids: Iterable[int], max_tokens: int) -> None:
+        self.model, self.stop_ids, self.max_tokens = model, frozenset(stop_ids), max_tokens
+        model.generation_config = GenerationConfig(pad_token_id=0)
 
     @torch.inference_mode()
-    def step(self) -> list[Request]:
-        """Sample one token of every running request and the first of those that join; those that ended."""
-        ended = self._extend()
-        return ended + self._admit()
+    def run(self, requests: Sequence[Request]) -> None:
+        """Sample every request, all of one Sampling, to its end; setting `finish` from outside ends one early."""
+        rows = [request for request in requests if not request.finish]
+        if not rows:
+            return
+        ids, mask = _padded([request.prompt for request in rows])
+        cache = self._prefill([request.prompt for request in rows])
+        while rows:
+            sampler = _Sampler(rows, self.stop_ids)
+            ids = self.model.generate(
+                ids,
+                attention_mask=mask,
+                past_key_values=cache,
+                max_new_tokens=rows[0].sampling.max_tokens,
+                do_sample=False,
+                logits_processor=[sampler],
+                stopping_criteria=[sampler.half_ended],
+            )
+            kept = [number for number, request in enumerate(rows) if not request.finish]
+            mask = torch.cat([mask, mask.new_ones(len(rows), ids.shape[1] - mask.shape[1])], dim=1)[kept]
+            ids, rows = ids[kept], [rows[number] for number in kept]
+            cache.batch_select_indices(torch.tensor(kept, dtype=torch.long))
 
-    def _extend(self) -> list[Request]:
-        if not self.running:
-            return []
-        cache = _cache(self._layers)
-        positions = self._mask.sum(dim=1, keepdim=True)
-        self._mask = torch.cat([self._mask, torch.ones(len(self.running), 1, dtype=torch.long)], dim=1)
-        last = torch.tensor([[request.tokens[-1]] for request in self.running])
-        output = self.model(
-            input_ids=last,
-            attention_mask=self._mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        self._layers = _layers(output.past_key_values)
-        self._take(self.running, output.logits[:, -1])
-        ended = [request for request in self.running if request.finish]
-        if ended:
-            self._keep([row for row, request in enumerate(self.running) if not request.finish])
-        return ended
+    def _prefill(self, prompts: list[tuple[int, ...]]) -> DynamicCache:
+        """Keys and values of all but the last token of each prompt, equal prompts computed once."""
+        width, different = max(map(len, prompts)), list(dict.fromkeys(prompts))
+        if width == 1:
+            return DynamicCache(config=self.model.config)
+        ids, mask = (part[:, :-1] for part in _padded(different))
+        parts = []
+        for some in torch.arange(len(different)).split(max(1, self.max_tokens // width)):
+            parts.append(DynamicCache(config=self.model.config))
+            self.model(
+                input_ids=ids[some],
+                attention_mask=mask[some],
+                position_ids=(mask[some].cumsum(dim=1) - 1).clamp(min=0),
+                past_key_values=parts[-1],
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        for layer, *others in zip(*(part.layers for part in parts), strict=True):
+            for name in ("keys", "values") if others else ():
+                setattr(layer, name, torch.cat([getattr(one, name) for one in (layer, *others)]))
+        number = {prompt: row for row, prompt in enumerate(different)}
+        parts[0].batch_select_indices(torch.tensor([number[prompt] for prompt in prompts]))
+        return parts[0]
 
-    def _keep(self, rows: list[int]) -> None:
-        """Only these rows of the batch go on; columns that pad all of them are cut off."""
-        self.running = [self.running[row] for row in rows]
-        index = torch.tensor(rows, dtype=torch.long)
-        mask = self._mask[index]
-        first = int(mask.shape[1] - mask.sum(dim=1).max()) if rows else mask.shape[1]
-        self._mask = mask[:, first:]
-        self._layers = [(keys[index, :, first:], values[index, :, first:]) for keys, values in self._layers]
 
-    def _admit(self) -> list[Request]:
-        joining: list[Request] = []
-        while self.waiting and len(self.running) + len(joining) < self.max_rows:
-            joining.append(self.waiting.popleft())
-        if not joining:
-            return []
-        prefixes = self._prefill([request.prompt for request in joining])
-        self._take(joining, torch.stack([prefixes[request.prompt].logits for request in joining]))
-        staying = [request for request in joining if not request.finish]
-        if staying:
-            self._join(staying, [prefixes[request.prompt] for request in staying])
-        return [request for request in joining if request.finish]
+class _Sampler(LogitsProcessor):
+    """Draws the next token of every row and leaves only that one possible, so that greedy `generate` follows."""
 
-    def _join(self, requests: list[Request], prefixes: list[_Prefix]) -> None:
-        lengths = [prefix.layers[0][0].shape[2] for prefix in prefixes]
-        width = max(*lengths, self._mask.shape[1])
-        mask = torch.zeros(len(requests), width, dtype=torch.long)
-        for row, length in enumerate(lengths):
-            mask[row, width - length :] = 1
-        self._mask = torch.cat([_pad_left(self._mask, width), mask]) if self.running else mask
-        joined = []
-        for number in range(len(prefixes[0].layers)):
-            parts = [self._layers[number]] if self.running else []
-            parts += [prefix.layers[number] for prefix in prefixes]
-            joined.append(tuple(torch.cat([_pad_left(part[side], width, 2) for part in parts]) for side in (0, 1)))
-        self._layers = joined
-        self.running = self.running + requests
+    def __init__(self, requests: list[Request], stop_ids: frozenset[int]) -> None:
+        self.requests, self.stop_ids = requests, stop_ids
 
-    def _prefill(self, prompts: list[tuple[int, ...]]) -> dict[tuple[int, ...], _Prefix]:
-        """Prefixes of these prompts; those not kept from before are computed, each once."""
-        found = {prompt: self._prefixes[prompt] for prompt in prompts if prompt in self._prefixes}
-        missing = sorted(set(prompts) - found.keys(), key=lambda prompt: (len(prompt), prompt))
-        while missing:
-            longest = len(missing[-1])
-            count = max(1, min(len(missing), self.max_tokens // longest))
-            batch, missing = missing[-count:], missing[:-count]
-            found |= dict(zip(batch, self._prefill_batch(batch), strict=True))
-        self._prefixes |= found
-        while len(self._prefixes) > 1 and sum(map(len, self._prefixes)) > self.max_tokens:
-            self._prefixes.popitem(last=False)
-        return found
-
-    def _prefill_batch(self, prompts: list[tuple[int, ...]]) -> list[_Prefix]:
-        width = max(map(len, prompts))
-        ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        output = self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
-            past_key_values=DynamicCache(),
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        self.prefills += len(prompts)
-        layers = _layers(output.past_key_values)
-        made = []
-        for row, prompt in enumerate(prompts):
-            cut = slice(width - len(prompt), None)
-            own = [(keys[row : row + 1, :, cut], values[row : row + 1, :, cut]) for keys, values in layers]
-            made.append(_Prefix(own, output.logits[row, -1]))
-        return made
-
-    def _take(self, requests: list[Request], logits: Tensor) -> None:
-        """Sample a token of each request from logits [B, V] and note where that ends it."""
-        tokens, log_probs = sample(logits, requests)
-        for request, token, log_prob in zip(requests, tokens, log_probs, strict=True):
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        tokens, log_probs = sample(scores, self.requests)
+        for request, token, log_prob in zip(self.requests, tokens.tolist(), log_probs.tolist(), strict=True):
+            if request.finish:
+                continue
             request.tokens.append(token)
             request.log_probs.append(log_prob)
             if token in self.stop_ids and not request.sampling.ignore_eos:
                 request.finish = "stop"
             elif len(request.tokens) == request.sampling.max_tokens:
                 request.finish = "length"
+        return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
+
+    def half_ended(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        """Stopping criterion of all rows at once: half of them are carried along for nothing."""
+        ended = sum(request.finish is not None for request in self.requests)
+        return torch.full((len(self.requests),), 2 * ended >= len(self.requests))
 
 
-def sample(logits: Tensor, requests: list[Request]) -> tuple[list[int], list[float]]:
-    """The next token of each request from logits [B, V], and its log-probability under what it was sampled from.
+def sample(logits: Tensor, requests: Sequence[Request]) -> tuple[Tensor, Tensor]:
+    """The next token of each request from logits [B, V], and its log-probability; both [B].
 
-    Inverse of the distribution function at the request's own uniform number, so rows do not depend on each other.
+    The token comes from softmax(logits / temperature) after top_k and top_p: the inverse of its distribution function
+    at the request's own uniform number, so rows do not depend on each other. The log-probability is that of
+    softmax(logits / temperature) itself, which is the policy in verl's ratio whatever was excluded from sampling.
     """
-    settings = [request.sampling for request in requests]
-    scale = torch.tensor([[item.temperature or 1.0] for item in settings])
-    scores = logits.float() / scale
-    if any(item.top_k > 0 or item.top_p < 1 for item in settings):
-        scores = _filtered(scores, settings)
-    log_probs = torch.log_softmax(scores, dim=-1)
-    cumulated = log_probs.double().exp().cumsum(dim=-1)
-    uniform = torch.stack([request.uniforms[len(request.tokens)] for request in requests])[:, None]
-    drawn = torch.searchsorted(cumulated, uniform * cumulated[:, -1:], right=True).clamp(max=logits.shape[-1] - 1)
-    greedy = torch.tensor([[item.temperature == 0] for item in settings])
-    tokens = torch.where(greedy, scores.argmax(dim=-1, keepdim=True), drawn)
-    return tokens[:, 0].tolist(), log_probs.gather(1, tokens)[:, 0].tolist()
+    settings = requests[0].sampling
+    scores = logits.float() / (settings.temperature or 1.0)
+    log_probs = scores.log_softmax(dim=-1)
+    none = torch.empty(0, dtype=torch.long)  # these two do not look at the tokens before
+    if settings.top_k > 0:
+        scores = TopKLogitsWarper(settings.top_k)(none, scores)
+    if settings.top_p < 1:
+        scores = TopPLogitsWarper(settings.top_p)(none, scores)
+    if settings.temperature == 0:
+        tokens = scores.argmax(dim=-1)
+    else:
+        cumulated = scores.double().softmax(dim=-1).cumsum(dim=-1)
+        turns = [min(len(request.tokens), settings.max_tokens - 1) for request in requests]  # ended rows go along
+        uniform = torch.stack([request.uniforms[turn] for request, turn in zip(requests, turns, strict=True)])[:, None]
+        drawn = torch.searchsorted(cumulated, uniform * cumulated[:, -1:], right=True)
+        tokens = drawn[:, 0].clamp(max=logits.shape[-1] - 1)
+    return tokens, log_probs.gather(1, tokens[:, None])[:, 0]
 
 
-def _filtered(scores: Tensor, settings: list[Sampling]) -> Tensor:
-    """Scores with what top_k and top_p exclude at -inf; the most likely token always stays."""
-    ordered, order = scores.sort(dim=-1, descending=True)
-    ranks = torch.arange(scores.shape[-1])
-    top_k = torch.tensor([[item.top_k if item.top_k > 0 else scores.shape[-1]] for item in settings])
-    top_p = torch.tensor([[item.top_p] for item in settings])
-    kept = torch.where(ranks < top_k, ordered, -torch.inf)
-    before = kept.softmax(dim=-1).cumsum(dim=-1) - kept.softmax(dim=-1)
-    kept = torch.where((before < top_p) | (ranks == 0), kept, -torch.inf)
-    return torch.empty_like(scores).scatter_(1, order, kept)
-
-
-def _cache(layers: list[tuple[Tensor, Tensor]]) -> DynamicCache:
-    cache = DynamicCache()
-    for number, (keys, values) in enumerate(layers):
-        cache.update(keys, values, number)
-    return cache
-
-
-def _layers(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
-    if other := [type(layer).__name__ for layer in cache.layers if type(layer) is not DynamicLayer]:
-        raise ValueError(f"the hf rollout knows plain attention caches only; this model's cache has {other[0]}")
-    return [(layer.keys, layer.values) for layer in cache.layers]
-
-
-def _pad_left(tensor: Tensor, width: int, dim: int = 1) -> Tensor:
-    """Zeros in front of dimension `dim`, up to `width`."""
-    missing = width - tensor.shape[dim]
-    if missing == 0:
-        return tensor
-    shape = list(tensor.shape)
-    shape[dim] = missing
-    return torch.cat([tensor.new_zeros(shape), tensor], dim=dim)
+def _padded(prompts: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, [B, longest] each, padded on the left."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+    return ids, torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])

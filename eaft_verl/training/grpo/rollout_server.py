@@ -9,56 +9,49 @@ import asyncio
 import os
 import resource
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import ray
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from verl.workers.rollout.base import BaseRollout
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry, TokenOutput
 
+from eaft_verl.training.grpo.config import stop_ids
 from eaft_verl.training.grpo.rollout_decode import Decoder, Request, Sampling
 from eaft_verl.training.grpo.states import server_name
 from eaft_verl.training.verl_cpu.private import register_adapter
 
 NAME = "hf"
-BURST_S = 0.01  # the samples of a group arrive one by one; a short wait lets them share the first prefill
+BURST_S = 0.05  # requests arrive one by one; when none has come for so long, those that have are a batch
 KNOWN_PARAMETERS = frozenset(
     ("temperature", "top_p", "top_k", "repetition_penalty", "logprobs", "max_tokens", "seed", "ignore_eos")
 )
 
 
-def sampling_of(parameters: dict[str, Any], longest: int, ignore_eos: bool) -> Sampling:
-    """verl's sampling parameters as ours; ValueError for one that this server would have to ignore."""
+def request_of(prompt: Sequence[int], parameters: dict[str, Any], longest: int, ignore_eos: bool) -> Request:
+    """verl's prompt and sampling parameters as ours; ValueError for one that this server would have to ignore."""
     if unknown := sorted(parameters.keys() - KNOWN_PARAMETERS):
         raise ValueError(f"the hf rollout does not know the sampling parameter {unknown[0]!r}")
     if parameters.get("repetition_penalty", 1.0) != 1.0:
         raise ValueError("the hf rollout knows no repetition_penalty; leave it at 1.0")
     if "seed" not in parameters:
         raise ValueError("the hf rollout needs a seed per request; use the agent loop eaft_single_turn")
-    return Sampling(
+    sampling = Sampling(
         max_tokens=min(longest, parameters.get("max_tokens", longest)),
-        seed=parameters["seed"],
         temperature=float(parameters.get("temperature", 1.0)),
         top_k=int(parameters.get("top_k", -1)),
         top_p=float(parameters.get("top_p", 1.0)),
         ignore_eos=parameters.get("ignore_eos", ignore_eos),
     )
-
-
-def stop_ids(model: Any, path: str) -> list[int]:
-    """Tokens that end a response: the tokenizer's and the generation config's."""
-    found = {AutoTokenizer.from_pretrained(path).eos_token_id}
-    config = model.generation_config.eos_token_id
-    found.update(config if isinstance(config, list) else [config])
-    return sorted(found - {None})
+    return Request(tuple(map(int, prompt)), sampling, parameters["seed"])
 
 
 class HfServer:
-    """An async Ray actor: requests in, TokenOutputs out; weights are replaced between two steps, never within one.
+    """An async Ray actor: requests in, TokenOutputs out; weights are replaced between two batches, never within one.
 
     After an exception in the model every request, old or new, fails with it: a broken server is not used further.
     """
@@ -66,7 +59,7 @@ class HfServer:
     def __init__(self, path: str, dtype: str, response_length: int, ignore_eos: bool, rows: int, tokens: int) -> None:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
         self.model = model.eval().requires_grad_(False)
-        self.decoder = Decoder(self.model, stop_ids(model, path), rows, tokens)
+        self.decoder, self.rows = Decoder(self.model, stop_ids(path), tokens), rows
         self.response_length, self.ignore_eos = response_length, ignore_eos
         self.missing = self._all_weights()
         self.steps: int | None = None
@@ -90,15 +83,13 @@ class HfServer:
         """Sample one response; held back while generation is aborted, unless requests are to be refused."""
         if image_data or video_data:
             raise ValueError("the hf rollout generates from text only")
-        sampling = sampling_of(sampling_params, self.response_length, self.ignore_eos)
+        request = request_of(prompt_ids, sampling_params, self.response_length, self.ignore_eos)
         if self.rejecting:
             raise RuntimeError("the rollout server takes no requests: it is being removed")
         await self._open.wait()
         if self.failure:
             raise self.failure
-        request = Request(tuple(int(token) for token in prompt_ids), sampling)
         self._waiting[request] = asyncio.get_running_loop().create_future()
-        self.decoder.submit(request)
         if self._loop is None or self._loop.done():
             self._loop = asyncio.create_task(self._run())
         await self._waiting[request]
@@ -110,26 +101,24 @@ class HfServer:
         )
 
     async def _run(self) -> None:
-        """Decode in a thread until nothing is left, so that the actor answers meanwhile."""
-        await asyncio.sleep(BURST_S)
-        while self.decoder.busy:
+        """Decode in a thread until nobody waits, so that the actor answers meanwhile."""
+        while self._waiting:
+            count = 0
+            while count < (count := len(self._waiting)):
+                await asyncio.sleep(BURST_S)
+            sampling = next(iter(self._waiting)).sampling
+            batch = [request for request in self._waiting if request.sampling == sampling][: self.rows]
             async with self._turn:
                 try:
-                    ended = await asyncio.to_thread(self.decoder.step)
+                    await asyncio.to_thread(self.decoder.run, batch)
                 except Exception as error:
                     self.failure = error
-                    self._fail(error)
+                    for future in self._waiting.values():
+                        future.set_exception(error)
+                    self._waiting.clear()
                     return
-            self._finish(ended)
-
-    def _finish(self, requests: Iterable[Request]) -> None:
-        for request in requests:
-            self._waiting.pop(request).set_result(None)
-
-    def _fail(self, error: BaseException) -> None:
-        for future in self._waiting.values():
-            future.set_exception(error)
-        self._waiting.clear()
+            for request in batch:
+                self._waiting.pop(request).set_result(None)
 
     async def update_weights(self, weights: dict[str, np.ndarray], last: bool, steps: int | None) -> None:
         """Take over some of the weights (bytes of the server's dtype); after the last part all must have come."""
@@ -139,7 +128,6 @@ class HfServer:
                 if self.missing:
                     raise RuntimeError(f"the weight sync left out {len(self.missing)} weights: {min(self.missing)}")
                 self.missing, self.steps = self._all_weights(), steps
-                self.decoder.forget()
 
     def _all_weights(self) -> set[str]:
         """Names of the weights a sync must bring; a tied head is the embedding."""
@@ -158,9 +146,11 @@ class HfServer:
         """End all requests where they are; later ones wait for `resume_generation`, or fail with `reject_request`."""
         self._open.clear()
         self.rejecting = reject_request
-        async with self._turn:
-            ended = self.decoder.abort()
-        self._finish(ended)
+        ended = [request for request in self._waiting if not request.finish]
+        for request in ended:
+            request.finish = "aborted"
+        if self._loop is not None:
+            await asyncio.wait([self._loop])
         return {"aborted_count": len(ended)}
 
     async def resume_generation(self) -> None:
@@ -168,24 +158,10 @@ class HfServer:
         self.rejecting = False
         self._open.set()
 
-    async def clear_kv_cache(self) -> None:
-        """Drop what is kept of prompts."""
-        async with self._turn:
-            self.decoder.forget()
+    async def sleep(self, *_: Any, **__: Any) -> None:
+        """Nothing to give back or to fetch: the weights stay, and no keys or values are kept after a batch."""
 
-    async def sleep(self) -> None:
-        """Give the kept prompts' memory back; the weights stay, there is no other memory to put them."""
-        await self.clear_kv_cache()
-
-    async def wake_up(self, tags: list[str] | None = None) -> None:
-        """Nothing was given away that must be fetched back."""
-
-    async def release_kv_cache(self) -> None:
-        """As `sleep`."""
-        await self.clear_kv_cache()
-
-    async def resume_kv_cache(self) -> None:
-        """As `wake_up`."""
+    wake_up = clear_kv_cache = release_kv_cache = resume_kv_cache = sleep
 
     async def set_global_steps(self, steps: int) -> None:
         """Version of the weights, which every response carries."""
@@ -203,7 +179,7 @@ class HfReplica(RolloutReplica):
         """Start the server; it answers once the model is loaded."""
         node = await self.workers[0].__ray_call__.remote(lambda worker: ray.get_runtime_context().get_node_id())
         affinity = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node_id=node, soft=False)
-        server = ray.remote(HfServer).options(
+        server: Any = ray.remote(HfServer).options(
             name=server_name(self.replica_rank), max_concurrency=self.max_concurrency, scheduling_strategy=affinity
         )
         self._server_handle = server.remote(
@@ -228,11 +204,12 @@ class HfAdapter(BaseRollout):
         self.dtype = getattr(torch, self.config.dtype)
 
     async def update_weights(
-        self, weights: Iterable[tuple[str, Tensor]], global_steps: int | None = None, **kwargs: Any
+        self, weights: Iterable[tuple[str, Tensor]], wire_format: str = "named_tensors", **kwargs: Any
     ) -> None:
         """Send all weights, in parts of `checkpoint_engine.update_weights_bucket_megabytes`; every rank its own."""
-        if kwargs.get("peft_config"):
+        if wire_format != "named_tensors" or kwargs.get("peft_config"):
             raise RuntimeError("the hf rollout takes whole weights; an adapter must be merged first")
+        steps = kwargs.get("global_steps")
         server = ray.get_actor(server_name(self.rank))
         limit = self.config.checkpoint_engine.update_weights_bucket_megabytes << 20
         tied = self.model_config.hf_config.tie_word_embeddings
@@ -243,16 +220,15 @@ class HfAdapter(BaseRollout):
             full = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
             raw = full.detach().to("cpu", self.dtype).contiguous().view(-1).view(torch.uint8).numpy()
             if bucket and sum(part.nbytes for part in bucket.values()) + raw.nbytes > limit:
-                await server.update_weights.remote(bucket, last=False, steps=global_steps)
+                await server.update_weights.remote(bucket, last=False, steps=steps)
                 bucket = {}
             bucket[name] = raw
-        await server.update_weights.remote(bucket, last=True, steps=global_steps)
+        await server.update_weights.remote(bucket, last=True, steps=steps)
 
-    async def resume(self, tags: list[str]) -> None:
-        """The server keeps everything in memory."""
+    async def resume(self, tags: list[str] | None = None) -> None:
+        """Nothing: the server keeps everything in memory."""
 
-    async def release(self) -> None:
-        """As `resume`."""
+    release = resume
 
 
 RolloutReplicaRegistry.register(NAME, lambda: HfReplica)

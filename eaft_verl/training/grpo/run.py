@@ -1,7 +1,8 @@
 """A GRPO arm: verl's own `main_ppo` trainer, started, followed and recorded as a run like any other."""
 
-import math
+import importlib
 import shutil
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,14 +23,14 @@ from eaft_verl.training.grpo.config import (
     ppo_config,
     prompt_length,
     save_steps,
+    stop_ids,
     total_ppo_steps,
     updates_per_step,
 )
-from eaft_verl.training.grpo.metrics import VERL_FILE, Follower, rewind
-from eaft_verl.training.grpo.states import CAUSE_FILE, tidy
+from eaft_verl.training.grpo.metrics import VERL_FILE, Follower, Watch, no_signal, rewind
+from eaft_verl.training.grpo.states import CAUSE_FILE, STOP_FILE, tidy
 
 POLL_S = 0.2
-MAX_NONFINITE_STEPS = 5
 TRACE_FILE = "main_ppo_error.txt"
 
 
@@ -46,7 +47,8 @@ class Plan:
 def train_grpo(config: DictConfig, run: Run, data: Prepared, model: str, tokenizer: Any) -> dict[str, Any]:
     """Train the arm in its open, locked run directory; the fields of a finished run.json besides its status.
 
-    Raises RunError with the cause when the trainer, a worker, the rollout or the reward failed, Interrupted on SIGTERM.
+    Raises RunError with the cause when the trainer, a worker, the rollout or the reward failed. On SIGTERM the step in
+    progress is finished and saved; then, if there is a state to go on from, Interrupted.
     """
     from eaft_verl.cluster.preflight import require_cluster
     from eaft_verl.training.grpo.session import grpo_session
@@ -57,20 +59,40 @@ def train_grpo(config: DictConfig, run: Run, data: Prepared, model: str, tokeniz
     started = time.monotonic()
     with grpo_session(config.device, world_size(config), str(metrics_file)), sigterm_as_request() as stop:
         require_cluster(config)
-        settings = _settings(config, plan, tokenizer)
+        settings = _settings(config, plan)
         metrics_file.unlink(missing_ok=True)
         _follow(config, run, plan, settings, Follower(run, metrics_file, plan.per_epoch), stop)
+    rows = run.metrics()
+    total = plan.schedule.steps * plan.updates
+    if not rows or rows[-1]["step"] < total:
+        raise _stopped(config, run, plan)
     shutil.rmtree(plan.files.resume, ignore_errors=True)
     metrics_file.unlink(missing_ok=True)
-    last = run.metrics()[-1]
+    silent = sum(map(no_signal, rows))
+    if silent:
+        print(
+            f"eaft: warning: {silent} of {len(rows)} steps of {config.arm} had equal rewards in every group and zero "
+            "policy gradient; prompts that the model solves sometimes would teach it more",
+            file=sys.stderr,
+        )
     return {
-        "total_steps": plan.schedule.steps * plan.updates,
-        "train_seconds": last["seconds"],
+        "total_steps": total,
+        "steps_without_signal": silent,
+        "train_seconds": rows[-1]["seconds"],
         "wall_seconds": time.monotonic() - started,
         "workers": world_size(config),
-        "memory_gib_per_worker": [last["memory_gib"]],
-        **({"memory_gib_rollout": last["rollout_memory_gib"]} if "rollout_memory_gib" in last else {}),
+        "memory_gib_per_worker": [rows[-1]["memory_gib"]],
+        **({"memory_gib_rollout": rows[-1]["rollout_memory_gib"]} if "rollout_memory_gib" in rows[-1] else {}),
     }
+
+
+def _stopped(config: DictConfig, run: Run, plan: Plan) -> RunError:
+    """What a stop request ends with: whether there is something to go on from."""
+    saved = tidy(plan.files.resume, config.verl.trainer.max_ckpt_to_keep) * plan.updates
+    total = plan.schedule.steps * plan.updates
+    if not saved:
+        return RunError(f"told to stop before the first step was saved; {run.path} will start again")
+    return Interrupted(f"SIGTERM: {run.path} is saved at step {saved} of {total}; run the same command again")
 
 
 def _plan(config: DictConfig, run: Run, data: Prepared, model: str, tokenizer: Any) -> Plan:
@@ -92,24 +114,28 @@ def _plan(config: DictConfig, run: Run, data: Prepared, model: str, tokenizer: A
     if steps < 1:
         raise RunError(f"{count} prompts do not fill one batch of verl.data.train_batch_size; lower it")
     start = tidy(files.resume, config.verl.trainer.max_ckpt_to_keep)
+    if (rows := run.metrics()) and rows[-1]["step"] > start * updates:
+        lost = rows[-1]["step"] - start * updates
+        print(f"eaft: warning: goes on from step {start * updates}; {lost} later steps are repeated", file=sys.stderr)
     run.rewind_metrics(start * updates)
     rewind(run.path / VERL_FILE, start)
     rewind(run.path / "rollouts.jsonl", start * updates)
     drop_checkpoints_after(run, start * updates)
-    for leftover in (CAUSE_FILE, TRACE_FILE):
+    for leftover in (CAUSE_FILE, TRACE_FILE, STOP_FILE):
         (run.path / leftover).unlink(missing_ok=True)
     schedule = Schedule(steps, evaluation_points(steps), save_steps(config, steps, count), start)
     return Plan(files, schedule, max(1, count // config.verl.data.train_batch_size), updates)
 
 
-def _settings(config: DictConfig, plan: Plan, tokenizer: Any) -> DictConfig:
+def _settings(config: DictConfig, plan: Plan) -> DictConfig:
     """main_ppo's configuration, passed through main_ppo's own validation."""
     from verl.trainer.ppo.utils import need_critic, need_reference_policy
     from verl.utils.config import validate_config
 
     from eaft_verl.training.export import export_dtype
 
-    settings = ppo_config(config, plan.files, plan.schedule, [tokenizer.eos_token_id], export_dtype(plan.files.model))
+    model = plan.files.model
+    settings = ppo_config(config, plan.files, plan.schedule, stop_ids(model), export_dtype(model))
     validate_config(settings, need_reference_policy(settings), need_critic(settings))
     return settings
 
@@ -123,25 +149,25 @@ def _follow(config: DictConfig, run: Run, plan: Plan, settings: DictConfig, foll
     from eaft_verl.training.verl_cpu.private import trainer_actor
 
     trainer = trainer_actor().remote()
+    ready = trainer.__ray_call__.remote(lambda _: importlib.import_module("eaft_verl.training.grpo.trainer") and None)
     running = trainer.run.remote(settings)
     progress = Progress(config.arm, plan.schedule.steps * plan.updates, plan.schedule.start * plan.updates)
-    nonfinite = 0
+    watch = Watch(follower.totals["samples"])
     try:
-        while True:
+        ray.get(ready)
+        done: list[Any] = []
+        while not done:
             done, _ = ray.wait([running], timeout=POLL_S)
             for row in follower.poll():
                 progress.update(row["step"], row)
-                nonfinite = 0 if math.isfinite(row["grad_norm"]) else nonfinite + 1
-            if nonfinite >= MAX_NONFINITE_STEPS:
-                raise RunError(f"the gradient norm was not finite for {nonfinite} steps in a row; lower verl.optim.lr")
-            if done:
-                ray.get(running)
-                return
+                watch.see(row)
             if stop.requested:
-                raise Interrupted("told to stop; the same command goes on from the last resumable state, if any")
+                (run.path / STOP_FILE).touch()
+        ray.get(running)
     except RayError as error:
         write_text(run.path / TRACE_FILE, f"{error}\n")
-        raise RunError(f"main_ppo failed: {cause_of(error, run.path)} (whole trace: {run.path / TRACE_FILE})") from None
+        cause = f"main_ppo failed: {cause_of(error, run.path)} (whole trace: {run.path / TRACE_FILE})"
+        raise (_stopped(config, run, plan) if stop.requested else RunError(cause)) from None
     finally:
         progress.close()
 

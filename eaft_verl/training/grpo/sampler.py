@@ -2,6 +2,7 @@
 
 import json
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
@@ -27,22 +28,34 @@ Rollout = dict[str, Any]
 class RolloutBuffer(ReplayBuffer):
     """verl's sampler for its mode `sync`; `sampler_kwargs` carries ours and what verl keeps from foreign samplers.
 
-    ours: run, tokenizer (paths), updates (per step), kept (rollouts per step in rollouts.jsonl), stop_ids, servers
+    ours: run, tokenizer (paths), updates (per step), kept (rollouts per step in rollouts.jsonl), stop_ids, longest
+    (tokens of a response), most_batches (batches of prompts that a step may take when groups are filtered), servers
     (names of the rollout servers whose memory is asked for).
     """
 
-    def __init__(self, *, sampler_kwargs: Any, **kwargs: Any) -> None:
-        super().__init__(sampler_kwargs=sampler_kwargs, poll_interval=POLL_S, **sampler_kwargs.verl, **kwargs)
+    def __init__(self, *, sampler_kwargs: Any, refill_fn: Callable[[int], int], **kwargs: Any) -> None:
+        super().__init__(
+            sampler_kwargs=sampler_kwargs,
+            poll_interval=POLL_S,
+            refill_fn=self._refill,
+            **sampler_kwargs.verl,
+            **kwargs,
+        )
         self.ours = sampler_kwargs.ours
         self.tokenizer = AutoTokenizer.from_pretrained(self.ours.tokenizer)
+        self.submit, self.step, self.asked = refill_fn, 0, 0
 
     def sample(self, global_steps: int, partition_id: str, batch_size: int) -> tuple[KVBatchMeta, dict[str, Any]]:
         """verl's batch in an order that does not depend on arrival, and its metrics with ours.
 
-        Raises RunError when a response of the step could not be made or graded: verl trains on what is left.
+        Raises RunError when a response of the step could not be made or graded, where verl trains on what is left, and
+        when filtering leaves no full batch, where verl goes on for ever.
         """
+        self.step, self.asked = global_steps, batch_size
         try:
             batch, metrics = super().sample(global_steps, partition_id, batch_size)
+        except RunError:
+            raise
         except RuntimeError as error:
             raise RunError(self._cause(global_steps)) from error
         if self.failure_keys[partition_id]:
@@ -54,6 +67,18 @@ class RolloutBuffer(ReplayBuffer):
         self._write(rollouts, global_steps)
         return batch, {**metrics, **step_metrics(rollouts), **self._memory(), f"{PREFIX}updates": self.ours.updates}
 
+    def _refill(self, prompts: int) -> int:
+        """More prompts, for those whose group was filtered out."""
+        self.asked += prompts
+        if self.asked > self.ours.most_batches * self.train_batch_size:
+            raise RunError(
+                f"step {self.step}: {self.ours.most_batches} batches of prompts held too few groups that differ in "
+                f"{self.filter_groups_metric!r}; take prompts that the model solves sometimes, raise "
+                "verl.actor_rollout_ref.rollout.n or temperature, switch verl.algorithm.filter_groups.enable off, or "
+                "raise its max_num_gen_batches"
+            )
+        return self.submit(prompts)
+
     def _cause(self, step: int) -> str:
         """What the agent loop wrote of its failure."""
         file = Path(self.ours.run) / CAUSE_FILE
@@ -63,7 +88,7 @@ class RolloutBuffer(ReplayBuffer):
     def _fetch(self, batch: KVBatchMeta) -> list[Rollout]:
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=list(FIELDS))
         columns = [list(data[name]) for name in FIELDS]
-        made, stop = [], set(self.ours.stop_ids)
+        made = []
         for key, prompt, tokens, log_probs, rewards, extra in zip(batch.keys, *columns, strict=True):
             uid, sample = group_of(key)
             messages = _unwrapped(prompt)
@@ -77,7 +102,7 @@ class RolloutBuffer(ReplayBuffer):
                     "log_probs": log_probs.tolist(),
                     "reward": float(rewards.sum()),
                     "faults": _unwrapped(extra)["reward_extra_info"],
-                    "finish": "stop" if int(tokens[-1]) in stop else "length",
+                    "finish": finish_of(tokens.tolist(), self.ours.longest, self.ours.stop_ids),
                 }
             )
         return made
@@ -98,7 +123,7 @@ class RolloutBuffer(ReplayBuffer):
     def _memory(self) -> dict[str, float]:
         """Peak resident GiB of the largest rollout server, where servers can be asked."""
         servers = [ray.get_actor(name) for name in self.ours.servers]
-        peaks = ray.get([server.peak_memory.remote() for server in servers])
+        peaks: list[float] = ray.get([server.peak_memory.remote() for server in servers])
         return {f"{PREFIX}rollout_memory_gib": max(peaks)} if peaks else {}
 
 
@@ -124,6 +149,11 @@ def step_metrics(rollouts: list[Rollout]) -> dict[str, float]:
         **{name: sum(rollout["faults"].get(name, 0) for rollout in rollouts) for name in REWARD_FAULTS},
     }
     return {PREFIX + name: float(value) for name, value in found.items()}
+
+
+def finish_of(tokens: Sequence[int], longest: int, stop_ids: Sequence[int]) -> str:
+    """Why a response ended: 'length' only where it has `longest` tokens and the last one would not have ended it."""
+    return "length" if len(tokens) >= longest and tokens[-1] not in stop_ids else "stop"
 
 
 def _unwrapped(value: Any) -> Any:

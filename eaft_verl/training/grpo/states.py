@@ -1,4 +1,4 @@
-"""verl's checkpoints of a GRPO run on disk: which are whole, which is the newest, when the next is due."""
+"""verl's checkpoints of a GRPO run on disk: which are whole, which is the newest."""
 
 import shutil
 from pathlib import Path
@@ -8,16 +8,13 @@ from eaft_verl.files import write_text
 LATEST = "latest_checkpointed_iteration.txt"
 COMPLETE = "complete.json"
 CAUSE_FILE = "rollout_error.txt"  # in the run: why a response could not be made
+TRAINER = "eaft_sync"  # what verl's registry calls trainer.SavingTrainer
+STOP_FILE = ".stop"  # in the run: the trainer saves after the step it is in, and ends
 
 
 def server_name(rank: int) -> str:
     """Name of the Ray actor that serves the replica of the hf rollout."""
     return f"hf_server_{rank}_0"
-
-
-def next_save(step: int, wanted: list[int]) -> int:
-    """The first wanted step after `step`; -1 (verl's never) when there is none."""
-    return min((point for point in wanted if point > step), default=-1)
 
 
 def tidy(folder: Path, keep: int | None) -> int:

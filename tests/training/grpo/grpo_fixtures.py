@@ -37,10 +37,15 @@ def character_tokenizer() -> Any:
     return fast
 
 
-def character_model(folder: Path) -> Path:
-    """A random two-layer Llama over these characters; vocab_size equals len(tokenizer)."""
+def constant(response: str, answer: str) -> float:
+    """Nothing to learn from."""
+    return 1.0
+
+
+def character_model(folder: Path, end: int | list[int] | None = None) -> Path:
+    """A random two-layer Llama over these characters; vocab_size equals len(tokenizer). end: of a generation config."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
     tokenizer = character_tokenizer()
     torch.manual_seed(0)
@@ -59,6 +64,9 @@ def character_model(folder: Path) -> Path:
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    (folder / "generation_config.json").unlink()
+    if end is not None:
+        GenerationConfig(eos_token_id=end).save_pretrained(folder)
     return folder
 
 

@@ -1,21 +1,33 @@
 """What the GRPO arm and the frozen reference rely on in verl 0.9.1, its insides above all."""
 
+import ast
 import inspect
 import re
+import textwrap
+from collections.abc import Callable
 
 import pytest
+import torch
+from omegaconf import OmegaConf
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
 from verl.trainer import main_ppo
+from verl.trainer.ppo import core_algos, rollout_corr_helper
 from verl.trainer.ppo.checkpoint_callback import CheckpointCallback
 from verl.trainer.ppo.core_algos import compute_policy_loss_vanilla
-from verl.trainer.ppo.v1 import agent_loop_tq, trainer_base
+from verl.trainer.ppo.v1 import agent_loop_tq, get_trainer_cls, trainer_base
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
+from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils import distributed
 from verl.workers.engine.fsdp import transformer_impl
 from verl.workers.rollout import base
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry, TokenOutput
+from verl.workers.utils import losses
 
+from eaft_verl.recipe.verl_keys import CHOICES, REJECTIONS
 from eaft_verl.training.grpo import rollout_server as rollout_hf
+from eaft_verl.training.grpo.reward import compute_score
+from eaft_verl.training.grpo.states import TRAINER
+from eaft_verl.training.grpo.trainer import SavingTrainer
 from eaft_verl.training.verl_cpu.private import frozen_engine, group_of, trainer_actor, unpinned_offload
 
 
@@ -82,3 +94,63 @@ def test_callbacks_and_loops_have_the_signatures_that_are_overridden() -> None:
 @pytest.mark.parametrize("name", ["clip_ratio_low", "clip_ratio_high", "clip_ratio_c", "global_batch_info"])
 def test_the_policy_loss_reads_what_psft_sets(name: str) -> None:
     assert name in source(compute_policy_loss_vanilla)
+
+
+def test_the_trainer_is_extended_at_its_public_hook() -> None:
+    """A save is made as fit() makes it, the step counts as the last, and the mode is renamed before it is read."""
+    assert get_trainer_cls(TRAINER) is SavingTrainer and issubclass(SavingTrainer, PPOTrainerSync)
+    fit = source(trainer_base.PPOTrainer.fit)
+    assert "self._save_checkpoint()" in fit and 'with marked_timer("save_checkpoint"' in fit
+    order = ["self._save_checkpoint()", "self.on_step_end()", "self.logger.log(data=metrics, step=self.global_steps)"]
+    assert [fit.index(call) for call in order] == sorted(map(fit.index, order))
+    assert "self.global_steps <= self.total_training_steps" in fit
+    assert "self.checkpoint_callback.on_save(" in source(trainer_base.PPOTrainer._save_checkpoint)
+    assert "self.trainer_mode = self.config.trainer.v1.trainer_mode" in source(trainer_base.PPOTrainer.__init__)
+    assert "get_trainer_cls(config.trainer.v1.trainer_mode)" in source(main_ppo)
+    assert "refill_fn=self._add_prompts_to_generate" in source(trainer_base.PPOTrainer._build_replay_buffer)
+    assert "self.refill_fn(dispatch_count)" in source(ReplayBuffer.sample)
+
+
+def test_importance_weights_and_rejection_act_without_bypass_only() -> None:
+    """And `loss_type`, which the recipe's tree leaves out, nowhere in this trainer."""
+    assert "and not bypass_recomputing_logprobs" in source(trainer_base.PPOTrainer._compute_advantage)
+    assert "loss_type" not in source(trainer_base) and "rollout_correction" not in source(losses)
+
+
+def accepts(call: Callable[[], object]) -> bool:
+    try:
+        call()
+    except (ValueError, NotImplementedError):
+        return False
+    return True
+
+
+def words(item: object) -> set[str]:
+    """Every string in a function's source: among them all that it could accept."""
+    return {node.value for node in ast.walk(ast.parse(textwrap.dedent(source(item)))) if isinstance(node, ast.Constant)}
+
+
+def test_the_choices_are_verl_s_own() -> None:
+    zero, mask = torch.zeros(1, 2), torch.ones(1, 2)
+    one = {"dp_size": 1, "batch_num_tokens": 2, "global_batch_size": 1, "loss_scale_factor": 1}
+    known = {
+        "actor_rollout_ref.actor.loss_agg_mode": {
+            word
+            for word in words(core_algos.agg_loss)
+            if isinstance(word, str) and accepts(lambda word=word: core_algos.agg_loss(zero, mask, word, **one))
+        },
+        "actor_rollout_ref.actor.policy_loss.loss_mode": set(core_algos.POLICY_LOSS_REGISTRY) - {"bypass_mode"},
+        "algorithm.kl_ctrl.type": {"fixed", "adaptive"},
+        "algorithm.filter_groups.metric": {"reward", *compute_score("", "1", "1", grader="number")},
+        "algorithm.rollout_correction.rollout_is": {None, "token", "sequence"},
+    }
+    names = {word for word in words(core_algos.kl_penalty_forward) if isinstance(word, str)}
+    plain = {word for word in names if accepts(lambda word=word: core_algos.kl_penalty(zero, zero, word))}
+    for key in ("actor_rollout_ref.actor.kl_loss_type", "algorithm.kl_penalty"):
+        known[key] = plain | {f"{word}+" for word in plain}
+    assert {key: set(names) for key, names in CHOICES.items()} == known
+    assert set(REJECTIONS) == rollout_corr_helper.SUPPORTED_ROLLOUT_RS_OPTIONS
+    for name in CHOICES["algorithm.kl_ctrl.type"]:
+        core_algos.get_kl_controller(OmegaConf.create({"type": name, "kl_coef": 0.1, "target_kl": 0.1, "horizon": 9}))
+    assert 'valid_is_levels = {"token", "sequence"}' in source(rollout_corr_helper)
+    assert source(core_algos.get_kl_controller).count("if kl_ctrl.type ==") == 2

@@ -1,9 +1,12 @@
 """GRPO through verl's own main_ppo on two cores: the reward rises, the records are complete, a dead server is named."""
 
 import itertools
+import re
+import signal
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import grpo_fixtures
 import pytest
 import torch
 
-from eaft_verl.errors import RunError
+from eaft_verl.errors import Interrupted, RunError
 from eaft_verl.experiment.train import train
 from eaft_verl.files import read_jsonl
 from eaft_verl.recipe.checks import check
@@ -19,6 +22,8 @@ from eaft_verl.recipe.resolve import declared_keys, load_recipe, resolve
 from eaft_verl.runs import Run
 
 STEPS, PROMPTS, SAMPLES = 6, 8, 8
+FILTER = "verl.algorithm.filter_groups"
+ENDS = [2, 11]  # the second only in the model's generation config
 RECIPE = """
 model: {folder}/model
 device: cpu
@@ -38,7 +43,8 @@ arms:
 
 
 def train_arm(folder: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    grpo_fixtures.character_model(folder / "model")
+    if not (folder / "model").exists():
+        grpo_fixtures.character_model(folder / "model", ENDS)
     grpo_fixtures.write_questions(folder / "questions.jsonl", 64)
     (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder), encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
@@ -104,8 +110,47 @@ def test_rollouts_are_kept_with_their_reward(run: Run) -> None:
     assert {row["step"] for row in rows} == set(range(1, STEPS + 1))
     for row in rows:
         assert row["reward"] == pytest.approx(grpo_fixtures.digit_share(row["response"], ""), abs=1e-6)
-        assert row["finish"] == ("stop" if row["tokens"][-1] == 2 else "length")
+        assert row["finish"] == ("stop" if row["tokens"][-1] in ENDS else "length")
+        assert not set(row["tokens"][:-1]) & set(ENDS)
         assert len(row["tokens"]) == len(row["log_probs"]) <= 16
+    assert any(row["tokens"][-1] == ENDS[1] for row in rows)
+
+
+@pytest.mark.slow
+def test_told_to_stop_it_saves_the_step_and_goes_on_from_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the default save_freq, which keeps nothing by steps."""
+    folder = tmp_path / "out" / "grpo-seed0"
+    stop = threading.Thread(target=after_first_step, args=(folder, partial(signal.raise_signal, signal.SIGTERM)))
+    stop.start()
+    with pytest.raises(Interrupted, match=r"is saved at step (\d+) of 12; run the same command again") as caught:
+        train_arm(tmp_path, ["verl.trainer.total_training_steps=12"], monkeypatch)
+    saved = int(re.search(r"step (\d+) of", str(caught.value))[1])
+    assert 1 <= saved < 12 and [row["step"] for row in Run(folder).metrics()] == list(range(1, saved + 1))
+    before = read_jsonl(folder / "metrics.jsonl")
+    run = train_arm(tmp_path, ["verl.trainer.total_training_steps=12"], monkeypatch)
+    assert [row["step"] for row in run.metrics()] == list(range(1, 13)) and run.metrics()[:saved] == before
+    assert run.info["status"] == "finished" and sorted(run.checkpoints()) == [1, 2, 4, 8, 12]
+    assert not (folder / "resume").exists()
+
+
+@pytest.mark.slow
+def test_filtering_without_end_is_an_error_that_names_what_to_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = ["reward.grader='grpo_fixtures:constant'", f"{FILTER}.enable=true", f"{FILTER}.max_num_gen_batches=3"]
+    with pytest.raises(RunError, match=r"step 1: 3 batches of prompts held too few groups that differ in 'reward'"):
+        train_arm(tmp_path, overrides, monkeypatch)
+
+
+@pytest.mark.slow
+def test_rewards_that_are_all_equal_are_told_and_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train_arm(
+        tmp_path, ["reward.grader='grpo_fixtures:constant'", "verl.trainer.total_training_steps=2"], monkeypatch
+    )
+    assert run.info["steps_without_signal"] == 2 and [row["grad_norm"] for row in run.metrics()] == [0, 0]
+    assert "2 of 2 steps of grpo had equal rewards in every group and zero policy gradient" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -1,0 +1,34 @@
+"""verl's synchronous PPO trainer, which also saves by time and before it is stopped."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from verl.trainer.ppo.v1.trainer_base import register_trainer
+from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+from verl.utils.debug import marked_timer
+
+from eaft_verl.training.grpo.states import STOP_FILE, TRAINER
+
+
+@register_trainer(TRAINER)
+class SavingTrainer(PPOTrainerSync):
+    """Saves where `trainer.eaft` (a Schedule and `run`) wants it; verl's own `save_freq` is off."""
+
+    def __init__(self, config: Any) -> None:
+        config.trainer.v1.trainer_mode = "sync"  # verl asks for the mode by this name in many places
+        super().__init__(config)
+        self.saved = time.monotonic()
+
+    def on_step_end(self) -> None:
+        """Save when a save is due. After a stop request the step is logged as any other and no further one begins."""
+        step, ours = self.global_steps, self.config.trainer.eaft
+        stopping = (Path(ours.run) / STOP_FILE).exists()
+        due = stopping or step in ours.saves or time.monotonic() - self.saved >= ours.save_seconds
+        if step in ours.points or (due and step < ours.steps):
+            with marked_timer("save_checkpoint", self.timing_raw):
+                self._save_checkpoint()
+            self.saved = time.monotonic()
+        if stopping:
+            self.total_training_steps = step
+        super().on_step_end()
