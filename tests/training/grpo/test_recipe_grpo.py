@@ -44,4 +44,4 @@ def test_generates_and_updates_twice(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert [row["step"] for row in rows] == [1, 2] and [row["samples"] for row in rows] == [8, 16]
     assert all(math.isfinite(row["grad_norm"]) and 0 < row["generated_tokens"] <= 8 * 12 * row["step"] for row in rows)
     assert len(read_jsonl(run.path / "rollouts.jsonl")) > 0
-    assert list(run.checkpoints()) == [2]
+    assert list(run.checkpoints()) == [1, 2]
