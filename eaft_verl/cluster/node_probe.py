@@ -7,9 +7,10 @@ import os
 import platform
 import shutil
 import socket
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+
+from eaft_verl.planning.machine import gpus_here
 
 PACKAGES = ("eaft-verl", "verl", "torch", "transformers", "ray", "tensordict")
 
@@ -36,13 +37,13 @@ class NodeProbe:
 
 def probe_node(output: str, token_file: str | None = None, driver: tuple[str, int] | None = None) -> NodeProbe:
     """Look at this machine: disk at `output`, the token another node wrote, the way to the driver's (host, port)."""
-    drivers = _nvidia_drivers()
+    gpus = gpus_here()
     return NodeProbe(
         name=socket.gethostname(),
         versions={"python": ".".join(platform.python_version_tuple()[:2]), **{p: _version(p) for p in PACKAGES}},
         cpus=os.cpu_count() or 1,
-        gpus=len(drivers),
-        driver=drivers[0] if drivers else None,
+        gpus=len(gpus),
+        driver=gpus[0].driver if gpus else None,
         cuda=cuda_of_torch(),
         flash_attention=importlib.util.find_spec("flash_attn") is not None,
         free=free_bytes(Path(output)),
@@ -81,21 +82,6 @@ def cuda_of_torch() -> str | None:
             if any(isinstance(target, ast.Name) and target.id == "cuda" for target in targets):
                 return node.value.value
     return None
-
-
-def _nvidia_drivers() -> list[str]:
-    """Driver version of every GPU."""
-    try:
-        done = subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            timeout=20,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return done.stdout.split() if done.returncode == 0 else []
 
 
 def _read(path: str | None) -> str | None:

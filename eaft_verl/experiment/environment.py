@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from eaft_verl.planning.machine import gpus_here
+
 PACKAGES = ("eaft-verl", "verl", "torch", "transformers", "ray", "tensordict", "vllm", "lm_eval", "peft", "flash-attn")
 
 
@@ -20,7 +22,7 @@ def describe() -> dict[str, Any]:
         "cpu": _cpu_model(),
         "cpus": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "gpus": _gpus(),
+        "gpus": [str(gpu) for gpu in gpus_here()],
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         **commit(),
     }
@@ -49,11 +51,6 @@ def _cpu_model() -> str:
     except OSError:
         return platform.processor()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _gpus() -> list[str]:
-    listing = _output("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
-    return listing.splitlines() if listing else []
 
 
 def _output(*command: str) -> str | None:
