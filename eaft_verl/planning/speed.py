@@ -69,7 +69,7 @@ def update_flops(setup: Setup) -> float:
     checkpointing, the reference's and the objective's own forward passes."""
     layers, head = forward_flops(setup.model, setup.update_tokens, setup.attended)
     backward = 1 if setup.adapter else 2
-    total = (1 + backward) * (layers + head) + (layers if setup.checkpointing else 0)
+    total: float = (1 + backward) * (layers + head) + (layers if setup.checkpointing else 0)
     total += setup.extra_forwards * (layers + head)
     if setup.anchored:
         total += sum(forward_flops(setup.reference or setup.model, setup.update_tokens, setup.attended))
