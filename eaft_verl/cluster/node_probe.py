@@ -40,7 +40,7 @@ def probe_node(output: str, token_file: str | None = None, driver: tuple[str, in
     gpus = gpus_here()
     return NodeProbe(
         name=socket.gethostname(),
-        versions={"python": ".".join(platform.python_version_tuple()[:2]), **{p: _version(p) for p in PACKAGES}},
+        versions={"python": ".".join(platform.python_version_tuple()[:2]), **{p: version_of(p) for p in PACKAGES}},
         cpus=os.cpu_count() or 1,
         gpus=len(gpus),
         driver=gpus[0].driver if gpus else None,
@@ -48,7 +48,7 @@ def probe_node(output: str, token_file: str | None = None, driver: tuple[str, in
         flash_attention=importlib.util.find_spec("flash_attn") is not None,
         free=free_bytes(Path(output)),
         shm=shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else None,
-        token=_read(token_file),
+        token=Path(token_file).read_text("utf-8") if token_file and os.access(token_file, os.R_OK) else None,
         reaches_driver=None if driver is None else reachable(*driver, timeout=5),
     )
 
@@ -84,16 +84,8 @@ def cuda_of_torch() -> str | None:
     return None
 
 
-def _read(path: str | None) -> str | None:
-    if path is None:
-        return None
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except OSError:
-        return None
-
-
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """The installed version; None where the package is missing."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -1,6 +1,5 @@
 """Where a run happened: versions, hardware, commit. Written into every run, so that a number can be traced."""
 
-import importlib.metadata
 import os
 import platform
 import subprocess
@@ -8,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from eaft_verl.cluster.node_probe import version_of
 from eaft_verl.planning.machine import gpus_here
 
 PACKAGES = ("eaft-verl", "verl", "torch", "transformers", "ray", "tensordict", "vllm", "lm_eval", "peft", "flash-attn")
@@ -17,7 +17,7 @@ def describe() -> dict[str, Any]:
     """Python, package versions, CPU, memory, GPUs, the commit and whether the working tree differs from it."""
     return {
         "python": platform.python_version(),
-        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "packages": {name: version for name in PACKAGES if (version := version_of(name))},
         "platform": platform.platform(),
         "cpu": _cpu_model(),
         "cpus": os.cpu_count(),
@@ -36,13 +36,6 @@ def commit() -> dict[str, Any]:
         return {"commit": None, "dirty": None}
     diff = _output("git", "-C", str(folder), "diff", "HEAD", "--stat") or ""
     return {"commit": head, "dirty": bool(diff), "diff": diff[:4000]}
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _cpu_model() -> str:
