@@ -2,7 +2,6 @@
 
 import os
 import shlex
-from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
@@ -11,9 +10,11 @@ from omegaconf import DictConfig
 from eaft_verl.cluster.demand import demand_of
 from eaft_verl.cluster.runtime_env import JOB_ENV, build_runtime_env
 from eaft_verl.launch.request import Launch
+from eaft_verl.recipe.file import read_recipe
 
 LAUNCHERS = Path(__file__).with_name("launchers")
 IMAGE = "eaft-verl:gpu"
+RECIPE = "EAFT_RECIPE"  # variable of a KubeRay job that holds the whole recipe, `extends` followed
 JOIN_S = 600  # seconds that nodes get to join
 
 
@@ -31,9 +32,13 @@ def kuberay_job(wanted: Launch, config: DictConfig, name: str) -> tuple[str, str
     demand = demand_of(config)
     job = yaml.safe_load(_template("rayjob.yaml"))
     job["metadata"]["name"] = name.replace(".", "-")[-47:].lstrip("-")  # KubeRay appends; Kubernetes allows 63
+    # the image has a recipe of that name too, but not this one: it is written before anything is read
     words = ["eaft", "launch", *wanted.words(), "--on", "local", "--wait", str(JOIN_S)]
-    job["spec"]["entrypoint"] = shlex.join(words)
-    job["spec"]["runtimeEnvYAML"] = yaml.safe_dump(build_runtime_env(os.environ, defaults=JOB_ENV))
+    folder, file = shlex.quote(str(Path(wanted.recipe).parent)), shlex.quote(wanted.recipe)
+    job["spec"]["entrypoint"] = f"mkdir -p {folder} && printenv {RECIPE} >{file} && {shlex.join(words)}"
+    text = yaml.safe_dump(read_recipe(Path(wanted.recipe)), sort_keys=False, allow_unicode=True)
+    runtime_env = build_runtime_env(os.environ, defaults=JOB_ENV, asked={RECIPE: text})
+    job["spec"]["runtimeEnvYAML"] = yaml.safe_dump(runtime_env)
     cluster = job["spec"]["rayClusterSpec"]
     pod = cluster["headGroupSpec"]["template"]["spec"]["containers"][0]
     pod["image"] = os.environ.get("EAFT_IMAGE", IMAGE)
@@ -54,7 +59,8 @@ def skypilot_job(wanted: Launch, config: DictConfig, name: str) -> tuple[str, st
     command = ["sky", "launch", "-y", "-c", name, "--num-nodes", str(demand.nodes)]
     if demand.gpus:
         command += ["--gpus", f"{accelerator()}:{demand.gpus}"]
-    command += [word for variable in _travelling(os.environ).items() for word in ("--env", "=".join(variable))]
+    settings = build_runtime_env(os.environ).get("env_vars", {})  # of this machine, that the job takes along
+    command += [word for variable in settings.items() for word in ("--env", "=".join(variable))]
     command += ["--env", f"EAFT_ARGUMENTS={shlex.join(wanted.words())}", "--secret", "RAY_AUTH_TOKEN", "FILE"]
     return f"{name}.yaml", _template("skypilot.yaml"), command
 
@@ -62,11 +68,6 @@ def skypilot_job(wanted: Launch, config: DictConfig, name: str) -> tuple[str, st
 def accelerator() -> str:
     """The kind of GPU that is not here, as SkyPilot calls it."""
     return os.environ.get("EAFT_GPU", "A100-80GB")
-
-
-def _travelling(environ: Mapping[str, str]) -> dict[str, str]:
-    """Settings of this machine that the job takes along."""
-    return build_runtime_env(environ).get("env_vars", {})
 
 
 def _template(name: str) -> str:

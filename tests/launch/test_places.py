@@ -16,6 +16,7 @@ from eaft_verl.errors import ConfigError
 from eaft_verl.launch.files import kuberay_job, skypilot_job, slurm_job
 from eaft_verl.launch.places import PLACES, job_id, launch
 from eaft_verl.launch.request import Launch
+from eaft_verl.recipe.file import read_recipe, recipe_hash
 from eaft_verl.recipe.resolve import load_recipe, resolve
 
 ROOT = Path(__file__).parents[2]
@@ -83,9 +84,9 @@ def test_kuberay_gets_one_pod_per_node_with_the_gpus_of_a_node(monkeypatch: pyte
     pod = cluster["headGroupSpec"]["template"]["spec"]["containers"][0]
     assert command == ["kubectl", "create", "-f", "FILE"]
     assert job["metadata"]["name"].endswith("20261124-010203-abcdef") and len(job["metadata"]["name"]) <= 47
-    assert shlex.split(job["spec"]["entrypoint"]) == [
-        *("eaft", "launch", *asked.words(), "--on", "local", "--wait", "600")
-    ]
+    write, _, run = job["spec"]["entrypoint"].rpartition(" && ")
+    assert shlex.split(run) == ["eaft", "launch", *asked.words(), "--on", "local", "--wait", "600"]
+    assert write == "mkdir -p . && printenv EAFT_RECIPE >q.yaml"
     assert pod["image"] == "registry/eaft:1" and pod["resources"]["limits"]["nvidia.com/gpu"] == 8
     assert cluster["workerGroupSpecs"][0]["replicas"] == 3, "the head is the fourth node"
     assert cluster["workerGroupSpecs"][0]["template"] == cluster["headGroupSpec"]["template"]
@@ -140,6 +141,73 @@ def test_a_place_whose_command_is_not_installed_is_an_error_that_keeps_the_file(
     assert list((project / "runs" / "launched").glob("*.sbatch"))
 
 
+# what runs is what was checked
+
+
+def test_what_is_handed_over_names_the_recipe_that_was_checked(capfd: pytest.CaptureFixture[str]) -> None:
+    found = recipe_hash(Path("q.yaml"))
+    for place in ("slurm", "kuberay", "skypilot", "ray"):
+        launch(Launch("q.yaml", "eaft", overrides=PLACED), place, dry_run=True)
+        assert f"--recipe-hash {found}" in capfd.readouterr().out, place
+    assert launch(Launch("q.yaml", "eaft", overrides=PLACED, recipe_hash=found), "slurm", dry_run=True) == 0
+
+
+def test_another_recipe_of_that_name_is_refused_where_the_job_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("base.yaml").write_text(RECIPE)
+    Path("q.yaml").write_text("extends: base.yaml\n")
+    checked = recipe_hash(Path("q.yaml"))
+    Path("base.yaml").write_text(RECIPE + "# a remark says nothing\n")
+    assert recipe_hash(Path("q.yaml")) == checked
+    Path("base.yaml").write_text(RECIPE.replace("16384", "8192"))
+    words = ["launch", "q.yaml", "--arm", "eaft", "--on", "local", "output=/shared/q", "--recipe-hash", checked]
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert "recipe q.yaml is not the one that was checked" in error and checked in error and error.count("\n") == 1
+    assert not Path("/shared/q").exists()
+
+
+def test_the_kuberay_job_writes_the_recipe_it_was_launched_with(tmp_path: Path) -> None:
+    (tmp_path / "recipes").mkdir()
+    Path("recipes/base.yaml").write_text(RECIPE)
+    Path("recipes/my own.yaml").write_text("extends: base.yaml\nname: mine\ndata: {rows: 7}\narms: {sft: null}\n")
+    asked = Launch(
+        "recipes/my own.yaml", "eaft", overrides=PLACED, recipe_hash=recipe_hash(Path("recipes/my own.yaml"))
+    )
+    _, text, _ = kuberay_job(asked, resolved(asked), "job-1")
+    job = yaml.safe_load(text)["spec"]
+    variables = yaml.safe_load(job["runtimeEnvYAML"])["env_vars"]
+    image = tmp_path / "image"
+    (image / "bin").mkdir(parents=True)
+    (image / "bin" / "eaft").write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
+    (image / "bin" / "eaft").chmod(0o755)
+    environ = {**os.environ, **variables, "PATH": f"{image / 'bin'}:{os.environ['PATH']}"}
+    command = ["bash", "-c", job["entrypoint"]]
+    done = subprocess.run(command, env=environ, cwd=image, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["launch", *asked.words(), "--on", "local", "--wait", "600"]
+    assert read_recipe(image / "recipes" / "my own.yaml") == read_recipe(Path("recipes/my own.yaml"))
+    assert recipe_hash(image / "recipes" / "my own.yaml") == asked.recipe_hash
+
+
+def test_slurm_gets_a_folder_for_its_log_before_it_is_asked(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (project / "sbatch").write_text(
+        '#!/bin/sh\nfor word; do case $word in --output=*) : >"${word#--output=}";; esac; done\n'
+    )
+    (project / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{project}:{os.environ['PATH']}")
+    output = project / "shared" / "runs"
+    assert launch(Launch("q.yaml", "eaft", overrides=(f"output={output}",)), "slurm", dry_run=False) == 0
+    assert [path.suffix for path in output.iterdir()] == [".log"]
+    (project / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be made here"):
+        launch(Launch("q.yaml", "eaft", overrides=(f"output={project / 'file' / 'x'}",)), "slurm", dry_run=False)
+
+
+def test_a_cpu_job_asks_slurm_for_no_gpu() -> None:
+    asked = Launch("q.yaml", "eaft", overrides=("device=cpu", "output=/shared/q", "verl.data.train_batch_size=32"))
+    _, text, command = slurm_job(asked, resolved(asked), "job-1")
+    assert "gpus" not in " ".join(command) and not re.search(r"^#SBATCH.*gpu", text, re.MULTILINE)
+
+
 # refusals
 
 
@@ -154,6 +222,19 @@ def test_a_recipe_outside_the_folder_that_travels_is_refused(project: Path) -> N
     for path in (str(project / "q.yaml"), f"../{project.name}/q.yaml"):
         with pytest.raises(ConfigError, match="must lie under the current folder"):
             launch(Launch(path, "eaft", overrides=PLACED), "ray", dry_run=True)
+
+
+@pytest.mark.parametrize("place", ["ray", "skypilot"])
+def test_what_a_recipe_extends_must_travel_with_it(place: str, project: Path, tmp_path_factory: object) -> None:
+    outside = tmp_path_factory.mktemp("elsewhere") / "base.yaml"
+    outside.write_text(RECIPE)
+    (project / "x.yaml").write_text(f"extends: {os.path.relpath(outside, project)}\n")
+    with pytest.raises(ConfigError, match=r"base.yaml, which x.yaml extends, must lie under the current folder"):
+        launch(Launch("x.yaml", "eaft", overrides=PLACED), place, dry_run=True)
+    (project / "x.yaml").write_text(f"extends: {outside}\n")
+    with pytest.raises(ConfigError, match="which x.yaml extends, must lie under the current folder"):
+        launch(Launch("x.yaml", "eaft", overrides=PLACED), place, dry_run=True)
+    assert launch(Launch("x.yaml", "eaft", overrides=PLACED), "slurm", dry_run=True) == 0, "one file system"
 
 
 @pytest.mark.parametrize(
