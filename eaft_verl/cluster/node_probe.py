@@ -1,10 +1,10 @@
 """What one machine says of itself. Plain Python: it runs on every node of a cluster before torch is imported there."""
 
-import ast
 import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import socket
 from dataclasses import dataclass
@@ -75,13 +75,9 @@ def cuda_of_torch() -> str | None:
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return None
-    tree = ast.parse((Path(spec.origin).parent / "version.py").read_text(encoding="utf-8"))
-    for node in tree.body:
-        if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Constant):
-            targets = [node.target] if isinstance(node, ast.AnnAssign) else node.targets
-            if any(isinstance(target, ast.Name) and target.id == "cuda" for target in targets):
-                return node.value.value
-    return None
+    text = (Path(spec.origin).parent / "version.py").read_text(encoding="utf-8")
+    found = re.search(r"""^cuda\b[^=]*=\s*['"]([\d.]+)['"]""", text, re.MULTILINE)
+    return found[1] if found else None
 
 
 def version_of(package: str) -> str | None:

@@ -45,7 +45,7 @@ def _ways(config: DictConfig) -> list[tuple[str, list[Overrides]]]:
     full, here = not verl.model.lora_rank, not verl.engine.offload_policy
     plain = not verl.model.enable_gradient_checkpointing
     adam = verl.optim.optimizer == "AdamW"
-    more = [(f"verl.trainer.nnodes={verl.trainer.nnodes * times}",) for times in NODES]
+    more: list[Overrides] = [(f"verl.trainer.nnodes={verl.trainer.nnodes * times}",) for times in NODES]
     table: list[tuple[bool, str, list[Overrides]]] = [
         (True, "smaller micro-batches", [AS_IS]),
         (plain, "gradient checkpointing", [("verl.model.enable_gradient_checkpointing=true",)]),

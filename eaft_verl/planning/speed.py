@@ -89,8 +89,8 @@ def update_seconds(setup: Setup, speed: Speed) -> dict[str, float]:
             moved += setup.compute * setup.reference.parameters
         parts["waiting for the network"] = max(0.0, setup.micro_batches * moved / link - arithmetic)
     if setup.offload_policy:
-        moved = (2 * setup.stored["parameters"] + setup.stored["gradients"]) / setup.shards
-        parts["host link"] = setup.micro_batches * moved / HOST_LINK
+        each = (2 * setup.stored["parameters"] + setup.stored["gradients"]) / setup.shards
+        parts["host link"] = setup.micro_batches * each / HOST_LINK
         parts["Adam on the host"] = ADAM_TRAFFIC * setup.trained / setup.nodes / HOST_MEMORY
     else:
         parts["optimizer"] = ADAM_TRAFFIC * setup.trained / setup.shards / speed.memory
