@@ -114,13 +114,24 @@ def _largest(sizes: Mapping[str, int]) -> str:
 def package_files(folder: Path, needed: Sequence[str] = ()) -> list[str]:
     """What travels, relative, in order: where git knows the folder what it lists and `needed`, else everything; without
     what EXCLUDES names."""
-    git = ["git", "-C", str(folder), "ls-files", "-z", "--recurse-submodules"]
-    try:
-        listed = subprocess.run(git, capture_output=True, text=True, check=True).stdout.split("\0")[:-1]
-    except (OSError, subprocess.CalledProcessError):
-        listed = []
+    listed = _git_lists(folder, "--recurse-submodules")
     names = {*listed, *needed} if listed else {path.relative_to(folder).as_posix() for path in _walk(folder)}
     return sorted(name for name in names if not _stays(PurePosixPath(name)) and (folder / name).is_file())
+
+
+def left_behind(folder: Path) -> list[str]:
+    """Files of a checkout that neither git nor its .gitignore knows: somebody's own module may be among them."""
+    names = _git_lists(folder, "--others", "--exclude-standard") if _git_lists(folder) else []
+    return [name for name in names if not _stays(PurePosixPath(name))]
+
+
+def _git_lists(folder: Path, *options: str) -> list[str]:
+    """Nothing where git is absent or does not know the folder; a name that is no UTF-8 is not found and stays."""
+    git = ["git", "-C", str(folder), "ls-files", "-z", *options]
+    try:
+        return subprocess.run(git, capture_output=True, check=True).stdout.decode(errors="replace").split("\0")[:-1]
+    except (OSError, subprocess.CalledProcessError):
+        return []
 
 
 def _walk(folder: Path) -> Iterator[Path]:

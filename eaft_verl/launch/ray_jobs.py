@@ -19,7 +19,7 @@ from eaft_verl.cluster.demand import Offer, demand_of
 from eaft_verl.cluster.doctor import CONNECT_TIMEOUT_S
 from eaft_verl.cluster.findings import require, token_finding
 from eaft_verl.cluster.node_probe import reachable
-from eaft_verl.cluster.runtime_env import JOB_ENV, asked_variables, build_runtime_env, package
+from eaft_verl.cluster.runtime_env import JOB_ENV, asked_variables, build_runtime_env, left_behind, package
 from eaft_verl.errors import ConfigError, RunError
 from eaft_verl.experiment.processes import INTERRUPTED
 from eaft_verl.launch.request import Launch
@@ -41,6 +41,8 @@ def run_job(wanted: Launch, config: DictConfig, name: str, *, dry_run: bool) -> 
         archive = package(Path.cwd(), Path(folder) / "code.zip", needed=needed)
         print(f"address: {address}\njob: {name}\ncommand: {command}")
         print(f"package: {Path.cwd()}, {archive.stat().st_size / 2**20:.1f} MiB")
+        if left := sorted({*left_behind(Path.cwd())} - {*needed}):
+            print(f"left here: {', '.join(left[:5])}{' ...' * (len(left) > 5)}: `git add` what the job needs of these")
         print(f"variables: {', '.join(runtime_env['env_vars'])}", flush=True)
         if dry_run:
             return 0

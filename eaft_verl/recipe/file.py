@@ -64,7 +64,7 @@ def _load(path: Path, extending: Path | None) -> dict[str, Any]:
         by = f", which {extending} extends," if extending else ""
         raise ConfigError(f"recipe {path}{by} does not exist" + (f"; there are {', '.join(near)}" if near else ""))
     try:
-        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        tree: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except (OmegaConfBaseException, YAMLError, ValueError, OSError) as error:
         raise ConfigError(f"recipe {path} is not valid YAML: {error}") from None
     if not isinstance(tree, dict):

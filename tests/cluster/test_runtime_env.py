@@ -9,7 +9,15 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 from eaft_verl.cluster import runtime_env
-from eaft_verl.cluster.runtime_env import JOB_ENV, asked_variables, build_runtime_env, excluded, package, package_files
+from eaft_verl.cluster.runtime_env import (
+    JOB_ENV,
+    asked_variables,
+    build_runtime_env,
+    excluded,
+    left_behind,
+    package,
+    package_files,
+)
 from eaft_verl.errors import ConfigError
 
 
@@ -151,6 +159,7 @@ def test_of_a_git_checkout_what_git_lists_travels_and_the_recipe_that_was_named(
     assert found == ["code.py", "recipes/mine.yaml", "recipes/new.yaml", "with space ü.py"]
     with zipfile.ZipFile(package(project, tmp_path / "code.zip", needed=["recipes/new.yaml"])) as packed:
         assert packed.read("recipes/mine.yaml") == b"arms: {a: {}}"
+    assert left_behind(project) == ["my.netrc.bak", "notes.txt", "recipes/new.yaml"]
     (project / "code.py").unlink()  # git still lists it
     assert "code.py" not in package_files(project)
     assert package_files(project / "recipes") == ["mine.yaml"], "a folder of a checkout"
