@@ -1,20 +1,23 @@
 """The file and the command that hand a launch to Slurm, KubeRay or SkyPilot; the files are those of `examples/`."""
 
+import base64
 import os
 import shlex
 from pathlib import Path
 
 import yaml
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from eaft_verl.cluster.demand import demand_of
 from eaft_verl.cluster.runtime_env import JOB_ENV, build_runtime_env
+from eaft_verl.errors import ConfigError
+from eaft_verl.files import write_text
 from eaft_verl.launch.request import Launch
 from eaft_verl.recipe.file import read_recipe
 
 LAUNCHERS = Path(__file__).with_name("launchers")
 IMAGE = "eaft-verl:gpu"
-RECIPE = "EAFT_RECIPE"  # variable of a KubeRay job that holds the whole recipe, `extends` followed
+RECIPE = "EAFT_RECIPE"  # variable of a KubeRay job: the whole recipe in base64, `extends` followed
 JOIN_S = 600  # seconds that nodes get to join
 
 
@@ -32,12 +35,11 @@ def kuberay_job(wanted: Launch, config: DictConfig, name: str) -> tuple[str, str
     demand = demand_of(config)
     job = yaml.safe_load(_template("rayjob.yaml"))
     job["metadata"]["name"] = name.replace(".", "-")[-47:].lstrip("-")  # KubeRay appends; Kubernetes allows 63
-    # the image has a recipe of that name too, but not this one: it is written before anything is read
     words = ["eaft", "launch", *wanted.words(), "--on", "local", "--wait", str(JOIN_S)]
-    folder, file = shlex.quote(str(Path(wanted.recipe).parent)), shlex.quote(wanted.recipe)
-    job["spec"]["entrypoint"] = f"mkdir -p {folder} && printenv {RECIPE} >{file} && {shlex.join(words)}"
-    text = yaml.safe_dump(read_recipe(Path(wanted.recipe)), sort_keys=False, allow_unicode=True)
-    runtime_env = build_runtime_env(os.environ, defaults=JOB_ENV, asked={RECIPE: text})
+    job["spec"]["entrypoint"] = shlex.join(words)
+    text = OmegaConf.to_yaml(OmegaConf.create(read_recipe(Path(wanted.recipe))))
+    carried = base64.b64encode(text.encode()).decode()  # a shell of KubeRay's and Ray expand ${...} in variables
+    runtime_env = build_runtime_env(os.environ, defaults=JOB_ENV, asked={RECIPE: carried})
     job["spec"]["runtimeEnvYAML"] = yaml.safe_dump(runtime_env)
     cluster = job["spec"]["rayClusterSpec"]
     pod = cluster["headGroupSpec"]["template"]["spec"]["containers"][0]
@@ -51,6 +53,15 @@ def kuberay_job(wanted: Launch, config: DictConfig, name: str) -> tuple[str, str
     cluster["workerGroupSpecs"][0].update(dict.fromkeys(("replicas", "minReplicas", "maxReplicas"), demand.nodes - 1))
     cluster["workerGroupSpecs"][0]["template"]["spec"] = cluster["headGroupSpec"]["template"]["spec"]
     return f"{name}.yaml", yaml.safe_dump(job, sort_keys=False, width=200), ["kubectl", "create", "-f", "FILE"]
+
+
+def unpack_recipe(recipe: Path) -> None:
+    """Write the recipe that a KubeRay job carries where its image has another one of that name, or none."""
+    if carried := os.environ.get(RECIPE):
+        try:
+            write_text(recipe, base64.b64decode(carried).decode())
+        except OSError as error:
+            raise ConfigError(f"recipe {recipe} cannot be written in this image: {error.strerror}") from None
 
 
 def skypilot_job(wanted: Launch, config: DictConfig, name: str) -> tuple[str, str, list[str]]:

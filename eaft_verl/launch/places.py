@@ -21,7 +21,7 @@ from eaft_verl.cluster.demand import demand_of
 from eaft_verl.cluster.doctor import doctor
 from eaft_verl.errors import ConfigError
 from eaft_verl.experiment.compare import compare, parse_seeds
-from eaft_verl.launch.files import accelerator, kuberay_job, skypilot_job, slurm_job
+from eaft_verl.launch.files import accelerator, kuberay_job, skypilot_job, slurm_job, unpack_recipe
 from eaft_verl.launch.request import Launch
 from eaft_verl.recipe.checks import check, pending, warn
 from eaft_verl.recipe.file import recipe_files, recipe_hash
@@ -35,6 +35,8 @@ def launch(wanted: Launch, on: str, *, dry_run: bool) -> int:
     if wanted.env and on != "ray":
         raise ConfigError(f"--env is for --on ray; with --on {on} export the variables where the job starts")
     parse_seeds(wanted.seeds)
+    if wanted.recipe_hash:
+        unpack_recipe(Path(wanted.recipe))
     recipe, found = load_recipe(wanted.recipe), recipe_hash(Path(wanted.recipe))
     if wanted.recipe_hash not in (None, found):
         raise ConfigError(

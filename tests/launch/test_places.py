@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,14 @@ verl: {trainer: {nnodes: 4, n_gpus_per_node: 8}}
 arms:
   sft: {objective: {name: sft}}
   eaft: {objective: {name: eaft}}
+"""
+MY_OWN = """
+extends: base.yaml
+name: "1e-5"  # a name, no number
+output: ${oc.env:EAFT_DATA,/shared}/über
+data: {rows: 7}
+verl: {optim: {lr: 1e-5}}
+arms: {sft: null}
 """
 PLACED = ("device=cuda", "output=/shared/runs/q")
 
@@ -84,9 +93,9 @@ def test_kuberay_gets_one_pod_per_node_with_the_gpus_of_a_node(monkeypatch: pyte
     pod = cluster["headGroupSpec"]["template"]["spec"]["containers"][0]
     assert command == ["kubectl", "create", "-f", "FILE"]
     assert job["metadata"]["name"].endswith("20261124-010203-abcdef") and len(job["metadata"]["name"]) <= 47
-    write, _, run = job["spec"]["entrypoint"].rpartition(" && ")
-    assert shlex.split(run) == ["eaft", "launch", *asked.words(), "--on", "local", "--wait", "600"]
-    assert write == "mkdir -p . && printenv EAFT_RECIPE >q.yaml"
+    assert shlex.split(job["spec"]["entrypoint"]) == [
+        *("eaft", "launch", *asked.words(), "--on", "local", "--wait", "600")
+    ]
     assert pod["image"] == "registry/eaft:1" and pod["resources"]["limits"]["nvidia.com/gpu"] == 8
     assert cluster["workerGroupSpecs"][0]["replicas"] == 3, "the head is the fourth node"
     assert cluster["workerGroupSpecs"][0]["template"] == cluster["headGroupSpec"]["template"]
@@ -166,26 +175,32 @@ def test_another_recipe_of_that_name_is_refused_where_the_job_runs(capsys: pytes
     assert not Path("/shared/q").exists()
 
 
-def test_the_kuberay_job_writes_the_recipe_it_was_launched_with(tmp_path: Path) -> None:
+def test_the_kuberay_job_brings_the_recipe_it_was_launched_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "recipes").mkdir()
     Path("recipes/base.yaml").write_text(RECIPE)
-    Path("recipes/my own.yaml").write_text("extends: base.yaml\nname: mine\ndata: {rows: 7}\narms: {sft: null}\n")
-    asked = Launch(
-        "recipes/my own.yaml", "eaft", overrides=PLACED, recipe_hash=recipe_hash(Path("recipes/my own.yaml"))
-    )
+    Path("recipes/my own.yaml").write_text(MY_OWN)
+    here = read_recipe(Path("recipes/my own.yaml"))
+    checked = recipe_hash(Path("recipes/my own.yaml"))
+    asked = Launch("recipes/my own.yaml", "eaft", overrides=PLACED, recipe_hash=checked)
     _, text, _ = kuberay_job(asked, resolved(asked), "job-1")
-    job = yaml.safe_load(text)["spec"]
-    variables = yaml.safe_load(job["runtimeEnvYAML"])["env_vars"]
+    variables = yaml.safe_load(yaml.safe_load(text)["spec"]["runtimeEnvYAML"])["env_vars"]
+    assert not re.search("[$`'\"\\\\]", "".join(variables.values())), "nothing that a shell on the way would change"
     image = tmp_path / "image"
-    (image / "bin").mkdir(parents=True)
-    (image / "bin" / "eaft").write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
-    (image / "bin" / "eaft").chmod(0o755)
-    environ = {**os.environ, **variables, "PATH": f"{image / 'bin'}:{os.environ['PATH']}"}
-    command = ["bash", "-c", job["entrypoint"]]
-    done = subprocess.run(command, env=environ, cwd=image, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["launch", *asked.words(), "--on", "local", "--wait", "600"]
-    assert read_recipe(image / "recipes" / "my own.yaml") == read_recipe(Path("recipes/my own.yaml"))
-    assert recipe_hash(image / "recipes" / "my own.yaml") == asked.recipe_hash
+    (image / "recipes").mkdir(parents=True)
+    (image / "recipes" / "my own.yaml").write_text(RECIPE)  # the image's own of that name
+    monkeypatch.chdir(image)
+    monkeypatch.setenv("EAFT_RECIPE", variables["EAFT_RECIPE"])
+    launch(asked, "local", dry_run=True)
+    assert (
+        read_recipe(image / "recipes" / "my own.yaml") == here and recipe_hash(Path("recipes/my own.yaml")) == checked
+    )
+    assert "eaft train recipes/my own.yaml --arm eaft" in capfd.readouterr().out
+    shutil.rmtree(image / "recipes")
+    (image / "recipes").write_text("")
+    with pytest.raises(ConfigError, match="recipe recipes/my own.yaml cannot be written in this image"):
+        launch(asked, "local", dry_run=True)
 
 
 def test_slurm_gets_a_folder_for_its_log_before_it_is_asked(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
