@@ -131,3 +131,34 @@ def test_the_skypilot_task_launches_its_arguments(tmp_path: Path, printed: dict[
     assert task["secrets"] == {"RAY_AUTH_TOKEN": None} and task["envs"]["RAY_AUTH_MODE"] == "token"
     out = dry_run(["bash", "-c", task["run"]], tmp_path, EAFT_ARGUMENTS=LAUNCH.partition(" ")[2], **printed)
     assert out.strip() == f"{LAUNCH} --on local --dry-run"
+
+
+@pytest.mark.parametrize(
+    ("resolved", "interfaces", "head"),
+    [
+        ("10.0.0.7 STREAM n1", "10.0.0.7", "10.0.0.7"),
+        ("127.0.1.1 STREAM n1", "fd00::2 192.0.2.7 172.17.0.1", "192.0.2.7"),  # Debian's /etc/hosts; IPv6 first
+        ("127.0.0.1 STREAM n1", "fd00::2", "127.0.0.1"),  # one node alone
+    ],
+)
+def test_the_slurm_script_gives_workers_an_address_and_ends_when_ray_does(
+    tmp_path: Path, resolved: str, interfaces: str, head: str
+) -> None:
+    fakes = {
+        "scontrol": "echo n1",
+        "srun": 'while [ "$1" != -w ]; do shift; done; shift 2; exec "$@"',
+        "getent": f"echo '{resolved}'",
+        "hostname": f"[ $# = 0 ] && echo n1 || echo '{interfaces}'",
+        "ray": 'echo "ray $*"; exit 1',
+        "python": 'case $2 in *secrets*) echo token;; *) exit 1;; esac',
+    }  # fmt: skip
+    for name, body in fakes.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path), "SLURM_JOB_ID": "7"}
+    environ |= {"SLURM_JOB_NODELIST": "n1", "SLURM_CPUS_ON_NODE": "2"}
+    command = ["bash", str(EXAMPLES / "slurm.sbatch"), "recipe.yaml"]
+    done = subprocess.run(command, env=environ, cwd=tmp_path, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 1 and "ray start has ended on n1" in done.stderr, done.stderr
+    assert f"ray start --head --node-ip-address {head} --port 20007" in done.stdout
+    assert not list((tmp_path / ".ray").iterdir()), "no token is left"
