@@ -132,6 +132,7 @@ def _add_launch(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument("--env", action="append", default=[], metavar="NAME[=VALUE]", help="variable for the Ray job")
     verb.add_argument("--wait", type=float, default=0.0, metavar="SECONDS", help="for nodes that have yet to join")
     verb.add_argument("--dry-run", action="store_true", help="check what can be checked, print what would run")
+    verb.add_argument("--recipe-hash", metavar="HASH", help="refuse a recipe that says something else; set by --on")
     verb.set_defaults(run=_launch)
 
 
@@ -231,7 +232,8 @@ def _launch(options: argparse.Namespace) -> int:
     from eaft_verl.launch.request import Launch
 
     path, overrides = _recipe_arguments(options)
-    wanted = Launch(path, options.arm, options.seeds, tuple(overrides), options.wait, tuple(options.env))
+    given = (tuple(overrides), options.wait, tuple(options.env), options.recipe_hash)
+    wanted = Launch(path, options.arm, options.seeds, *given)
     return launch(wanted, options.on, dry_run=options.dry_run)
 
 

@@ -1,7 +1,10 @@
 """What an arm asks of a machine or a cluster, in the units of Ray's placement groups, and whether that is on offer."""
 
-from collections.abc import Sequence
+import math
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from omegaconf import DictConfig
 
@@ -14,8 +17,7 @@ CPUS_PER_WORKER = {  # logical CPUs in a worker's bundle
 HELPERS = {"sft": 0, "grpo": 16}  # CPUs for the trainer, queue, storage, reward, agent-loop and server actors
 
 
-@dataclass(frozen=True)
-class Offer:
+class Offer(NamedTuple):
     """One node of a cluster: its name and its logical resources."""
 
     name: str
@@ -45,21 +47,24 @@ class Demand:
     @property
     def bundle(self) -> dict[str, float]:
         """Resources of one worker."""
-        return {"CPU": self.cpus_per_worker, **({"GPU": 1} if self.device == "cuda" else {})}
+        return {"CPU": self.cpus_per_worker, **({"GPU": 1} if self.gpus else {})}
 
     def shortage(self, offers: Sequence[Offer]) -> str | None:
-        """Why these nodes cannot hold the placement groups; None when they can."""
-        places = sum(self._groups(offer) for offer in offers)
+        """Why these nodes cannot hold the placement groups; None when they can. verl packs a group strictly, and two
+        may share a node."""
+        places = sum(int(min(o.cpus // self.cpus, o.gpus // self.gpus if self.gpus else math.inf)) for o in offers)
         if places >= self.nodes:
             return None
         wanted = f"{self.nodes} node(s) with {self.cpus} CPUs" + (f" and {self.gpus} GPUs" if self.gpus else "")
         offered = ", ".join(f"{o.name}: {o.cpus:g} CPUs, {o.gpus:g} GPUs" for o in offers) or "no node"
         return f"needs {wanted}; {places} of {self.nodes} found ({offered})"
 
-    def _groups(self, offer: Offer) -> int:
-        """Placement groups that fit on one node: verl packs a group strictly, and two may share a node."""
-        by_cpu = int(offer.cpus // self.cpus)
-        return min(by_cpu, int(offer.gpus // self.gpus)) if self.gpus else by_cpu
+    def shortage_after(self, seconds: float, offers: Callable[[], Sequence[Offer]]) -> str | None:
+        """The shortage once nodes had that many seconds to join; None as soon as there is none."""
+        until = time.monotonic() + seconds
+        while (shortage := self.shortage(offers())) and time.monotonic() < until:
+            time.sleep(1)
+        return shortage
 
 
 def demand_of(config: DictConfig) -> Demand:

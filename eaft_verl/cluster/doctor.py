@@ -1,8 +1,11 @@
-"""`eaft doctor`: everything that can be known before a model is loaded, one line each, with the remedy."""
+"""`eaft doctor`: everything that can be known before a model is loaded, one line each, with the remedy.
+
+One list of checks with two callers: `doctor` prints all of them, `require_machine` raises for those of the machine.
+"""
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -18,37 +21,39 @@ from eaft_verl.planning.arm_plan import disk_at_once
 from eaft_verl.recipe.checks import pending
 
 CONNECT_TIMEOUT_S = 5.0
-LOCAL_ADDRESSES = ("auto", "local")
+LOCAL_ADDRESSES = ("", "auto", "local")
 
 
 def doctor(config: DictConfig, *, wait_s: float = 0, say: Callable[[str], object] = print) -> int:
     """Print every finding of this machine and, where RAY_ADDRESS names one, of the cluster; 1 when a check fails."""
-    started = time.monotonic()
-    found = [*machine_findings(config), *recipe_findings(config), model_finding(config)]
-    for finding in found:
+    started, found = time.monotonic(), []
+    for finding in _findings(config, wait_s):
         say(str(finding))
-    if _failed(found, "ray address") or _failed(found, "ray token"):
-        say("skip  cluster              not asked: it cannot be reached")
-    elif cluster_address():
-        from eaft_verl.cluster.preflight import connected_findings  # Ray takes a second to import
-
-        cluster = connected_findings(config, wait_s)
-        found += cluster
-        for finding in cluster:
-            say(str(finding))
-    else:
-        local = local_findings(config, probe_node(config.output))
-        found += local
-        for finding in local:
-            say(str(finding))
-    failed = sum(finding.status == "fail" for finding in found)
-    say(f"{len(found)} checks, {failed} failed, {time.monotonic() - started:.1f} s")
+        found.append(finding)
+    checks = [finding for finding in found if finding.check != "cluster"]
+    failed = sum(finding.status == "fail" for finding in checks)
+    say(f"{len(checks)} checks, {failed} failed, {time.monotonic() - started:.1f} s")
     return 1 if failed else 0
 
 
 def require_machine(config: DictConfig) -> None:
     """Raise ConfigError for what would stop this arm on this machine; made before the data is read."""
     judge.require(machine_findings(config))
+
+
+def _findings(config: DictConfig, wait_s: float) -> Iterator[Finding]:
+    machine = machine_findings(config)
+    yield from machine
+    yield from recipe_findings(config)
+    yield model_finding(config)
+    if any(found.status == "fail" and found.check.startswith("ray ") for found in machine):
+        yield Finding("cluster", "skip", "not asked: it cannot be reached")
+    elif os.environ.get("RAY_ADDRESS", "") not in ("", "local"):
+        from eaft_verl.cluster.preflight import connected_findings  # Ray takes a second to import
+
+        yield from connected_findings(config, wait_s)
+    else:
+        yield from local_findings(config, probe_node(config.output))
 
 
 def machine_findings(config: DictConfig) -> list[Finding]:
@@ -65,7 +70,7 @@ def machine_findings(config: DictConfig) -> list[Finding]:
 def disk_needed(config: DictConfig) -> float | None:
     """Bytes the planner says the arm has yet to write; None for a model whose sizes it does not know."""
     run = Path(config.output) / f"{config.arm}-seed{config.seed}"
-    written = sum(file.stat().st_size for file in run.rglob("*") if file.is_file()) if run.is_dir() else 0
+    written = sum(file.stat().st_size for file in run.rglob("*") if file.is_file())
     try:
         return max(0.0, disk_at_once(config) - written)
     except ConfigError:
@@ -76,42 +81,32 @@ def local_findings(config: DictConfig, probe: NodeProbe) -> list[Finding]:
     """What a cluster of this one machine offers the arm."""
     demand = demand_of(config)
     # a local Ray is started with as many logical CPUs as there are workers
-    offer = Offer(probe.name, max(probe.cpus, demand.nodes * demand.cpus), probe.gpus)
-    shortage = demand.shortage([offer])
+    shortage = demand.shortage([Offer(probe.name, max(probe.cpus, demand.nodes * demand.cpus), probe.gpus)])
     if demand.nodes > 1:
         shortage = f"verl.trainer.nnodes={demand.nodes} and this is one machine"
-    found = [
-        verdict(
-            "resources",
-            shortage,
-            f"{demand.devices} x {demand.bundle}",
-            "lower verl.trainer.nnodes or n_gpus_per_node, or set RAY_ADDRESS to a cluster",
-        )
-    ]
-    return found + node_findings(config, probe)
+    remedy = "lower verl.trainer.nnodes or n_gpus_per_node, or set RAY_ADDRESS to a cluster"
+    size = verdict("resources", shortage, f"{demand.devices} x {demand.bundle}", remedy)
+    return [size, *node_findings(config, probe)]
 
 
 def output_finding(config: DictConfig) -> Finding:
     """Whether `output` outlives the job and belongs to this recipe."""
-    output = Path(config.output)
-    problem, remedy = None, "choose another output="
-    if "runtime_resources" in output.parts:
-        problem = f"{output} lies in Ray's package cache, which Ray deletes"
-        remedy = "give an absolute path that every node sees: output=/shared/runs/NAME"
+    output, problem, remedy = Path(config.output), None, "choose another output="
     others = {str(read_json(file).get("recipe")) for file in sorted(output.glob("*/run.json"))} - {config.name}
-    if others and problem is None:
-        problem = f"{output} holds runs of recipe {', '.join(sorted(others))}, this one is {config.name}"
     if output.exists() and not (output.is_dir() and os.access(output, os.W_OK)):
         problem = f"{output} is not a folder that can be written"
+    elif "runtime_resources" in output.parts:
+        problem = f"{output} lies in Ray's package cache, which Ray deletes"
+        remedy = "give an absolute path that every node sees: output=/shared/runs/NAME"
+    elif others:
+        problem = f"{output} holds runs of recipe {', '.join(sorted(others))}, this one is {config.name}"
     return verdict("output", problem, str(output), remedy)
 
 
 def recipe_findings(config: DictConfig) -> list[Finding]:
     """What the recipe still waits for: files to be supplied, benchmarks whose runner is not installed here."""
-    missing = pending(config)
-    if not missing:
-        return [Finding("recipe", "pass", f"{config.recipe}, arm {config.arm}")]
-    return [Finding("recipe", "fail", message) for message in missing]
+    missing = [Finding("recipe", "fail", message) for message in pending(config)]
+    return missing or [Finding("recipe", "pass", f"{config.recipe}, arm {config.arm}")]
 
 
 def model_finding(config: DictConfig) -> Finding:
@@ -129,16 +124,10 @@ def model_finding(config: DictConfig) -> Finding:
     return verdict("model", problem, f"{config.model}: {kind}, {len(tokenizer)} tokens", "choose an instruct model")
 
 
-def cluster_address() -> str | None:
-    """RAY_ADDRESS where it names a running cluster."""
-    address = os.environ.get("RAY_ADDRESS")
-    return None if address in (None, "", "local") else address
-
-
 def address_findings(environ: dict[str, str]) -> list[Finding]:
     """Whether the cluster of RAY_ADDRESS answers, and whether its token is here; nothing without RAY_ADDRESS."""
     address = environ.get("RAY_ADDRESS", "")
-    if address in ("", *LOCAL_ADDRESSES):
+    if address in LOCAL_ADDRESSES:
         return []
     host, _, port = address.rpartition("://")[2].partition("/")[0].rpartition(":")
     if not host or not port.isdigit():
@@ -148,7 +137,3 @@ def address_findings(environ: dict[str, str]) -> list[Finding]:
     problem = None if good else f"RAY_ADDRESS={address} does not answer within {CONNECT_TIMEOUT_S:.0f} s"
     remedy = "start the cluster (`ray start --head`), correct RAY_ADDRESS, or open an SSH tunnel"
     return [verdict("ray address", problem, address, remedy), token_finding(environ, host)]
-
-
-def _failed(found: list[Finding], check: str) -> bool:
-    return any(finding.check == check and finding.status == "fail" for finding in found)

@@ -11,12 +11,12 @@ from packaging.requirements import Requirement
 
 from eaft_verl.cluster.node_probe import PACKAGES, NodeProbe
 from eaft_verl.errors import ConfigError
+from eaft_verl.planning.formulas import GIB
 
 Status = Literal["pass", "fail", "skip"]
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}  # NVIDIA: minor version compatibility of CUDA 11, 12 and 13
-SHM_PER_GPU = 1 << 30  # bytes: NCCL's and the data loaders' segments
-SHM_WEIGHTS = 8 << 30  # bytes: two of verl's buckets of weights on their way to the rollout, 4 GiB each
-GIB = 1 << 30
+SHM_PER_GPU = GIB  # bytes: NCCL's and the data loaders' segments
+SHM_WEIGHTS = 8 * GIB  # bytes: two of verl's buckets of weights on their way to the rollout, 4 GiB each
 LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
 
 
@@ -48,121 +48,96 @@ def require(findings: Iterable[Finding]) -> None:
 
 def same_versions(probes: Sequence[NodeProbe]) -> Finding:
     """Whether every node has the driver's packages: Ray pickles objects between them."""
-    first = probes[0]
+    first = probes[0].versions
     wrong = [
-        f"{probe.name}: {name} {probe.versions[name] or 'missing'} (driver: {first.versions[name] or 'missing'})"
+        f"{probe.name}: {name} {probe.versions[name] or 'missing'} (driver: {first[name] or 'missing'})"
         for probe in probes[1:]
-        for name in first.versions
-        if probe.versions[name] != first.versions[name]
+        for name in first
+        if probe.versions[name] != first[name]
     ]
-    return verdict(
-        "same versions",
-        ", ".join(wrong) or None,
-        f"{len(probes)} node(s): " + ", ".join(f"{name} {first.versions[name]}" for name in ("python", *PACKAGES[1:5])),
-        "install the same versions on every node, or use one image",
-    )
+    good = f"{len(probes)} node(s): " + ", ".join(f"{name} {first[name]}" for name in ("python", *PACKAGES[1:5]))
+    remedy = "install the same versions on every node, or use one image"
+    return verdict("same versions", ", ".join(wrong) or None, good, remedy)
 
 
 def required_versions(probe: NodeProbe) -> Finding:
     """Whether the installed packages are those this project is made for, by its own metadata."""
-    metadata = importlib.metadata.metadata("eaft-verl")
+    python = importlib.metadata.metadata("eaft-verl")["Requires-Python"]
+    wanted = [Requirement(f"python{python}"), *map(Requirement, importlib.metadata.requires("eaft-verl") or [])]
     wrong = []
-    python = Requirement(f"python{metadata['Requires-Python']}")
-    if not python.specifier.contains(str(probe.versions["python"])):
-        wrong.append(f"python {probe.versions['python']} is not {python.specifier}")
-    for text in importlib.metadata.requires("eaft-verl") or []:
-        wanted = Requirement(text)
-        found = probe.versions.get(wanted.name)
-        ours = wanted.name in probe.versions and (wanted.marker is None or wanted.marker.evaluate({"extra": ""}))
-        if ours and (found is None or not wanted.specifier.contains(found)):
-            wrong.append(f"{wanted.name} {found or 'missing'} is not {wanted.specifier}")
-    return verdict(
-        "versions",
-        ", ".join(wrong) or None,
-        f"python {probe.versions['python']}, verl {probe.versions['verl']}, torch {probe.versions['torch']}",
-        "make the environment with examples/setup.sh or docker/Dockerfile.gpu",
-    )
+    for one in wanted:
+        ours = one.name in probe.versions and (one.marker is None or one.marker.evaluate({"extra": ""}))
+        found = probe.versions.get(one.name)
+        if ours and (found is None or not one.specifier.contains(found)):
+            wrong.append(f"{one.name} {found or 'missing'} is not {one.specifier}")
+    good = ", ".join(f"{name} {probe.versions[name]}" for name in ("python", "verl", "torch"))
+    remedy = "make the environment with examples/setup.sh or docker/Dockerfile.gpu"
+    return verdict("versions", ", ".join(wrong) or None, good, remedy)
 
 
 def gpu_driver(probe: NodeProbe) -> Finding:
     """Whether the node's NVIDIA driver runs the CUDA that torch was built for."""
+    problem, remedy = None, "check nvidia-smi on this node"
     if probe.driver is None:
-        return Finding(f"driver {probe.name}", "fail", "no NVIDIA driver answers", "check nvidia-smi on this node")
-    if probe.cuda is None:
-        detail = f"torch {probe.versions['torch']} is built without CUDA"
-        return Finding(f"driver {probe.name}", "fail", detail, "pip install the CUDA build: torch==2.11.0")
-    major = int(probe.cuda.partition(".")[0])
-    oldest = OLDEST_DRIVER.get(major, max(OLDEST_DRIVER.values()))
-    old = int(probe.driver.partition(".")[0]) < oldest
-    return verdict(
-        f"driver {probe.name}",
-        f"driver {probe.driver} is too old for CUDA {probe.cuda}" if old else None,
-        f"driver {probe.driver}, CUDA {probe.cuda}, {probe.gpus} GPUs",
-        f"update the driver to {oldest} or newer, or install a torch built for an older CUDA",
-    )
+        problem = "no NVIDIA driver answers"
+    elif probe.cuda is None:
+        problem = f"torch {probe.versions['torch']} is built without CUDA"
+        remedy = "pip install the CUDA build: torch==2.11.0"
+    else:
+        oldest = OLDEST_DRIVER.get(int(probe.cuda.partition(".")[0]), max(OLDEST_DRIVER.values()))
+        if int(probe.driver.partition(".")[0]) < oldest:
+            problem = f"driver {probe.driver} is too old for CUDA {probe.cuda}"
+            remedy = f"update the driver to {oldest} or newer, or install a torch built for an older CUDA"
+    good = f"driver {probe.driver}, CUDA {probe.cuda}, {probe.gpus} GPUs"
+    return verdict(f"driver {probe.name}", problem, good, remedy)
 
 
 def flash_attention(probe: NodeProbe, attention: str) -> Finding:
     """Whether the attention the recipe asks for is installed."""
     missing = attention.startswith("flash_attention") and not probe.flash_attention
-    return verdict(
-        f"attention {probe.name}",
-        f"{attention} is asked for and flash-attn is not installed" if missing else None,
-        attention,
-        "pip install flash-attn==2.8.3 (Python 3.12), or set verl.model.override_config.attn_implementation=sdpa",
-    )
+    problem = f"{attention} is asked for and flash-attn is not installed" if missing else None
+    remedy = "pip install flash-attn==2.8.3 (Python 3.12), or set verl.model.override_config.attn_implementation=sdpa"
+    return verdict(f"attention {probe.name}", problem, attention, remedy)
 
 
 def shared_memory(probe: NodeProbe, gpus: int, *, rollout: bool) -> Finding:
     """Whether /dev/shm holds NCCL's segments and, with a rollout, the buckets of weights sent to it."""
-    check = f"/dev/shm {probe.name}"
-    needed = gpus * SHM_PER_GPU + (SHM_WEIGHTS if rollout else 0)
+    check, needed = f"/dev/shm {probe.name}", gpus * SHM_PER_GPU + (SHM_WEIGHTS if rollout else 0)
     if probe.shm is None:
         return Finding(check, "skip", "there is no /dev/shm here")
-    return verdict(
-        check,
-        f"{probe.shm / GIB:.1f} GiB, {needed / GIB:.0f} needed" if probe.shm < needed else None,
-        f"{probe.shm / GIB:.1f} GiB",
-        f"docker: --shm-size={needed >> 30}g or --ipc=host; Kubernetes: an emptyDir of medium Memory at /dev/shm",
-    )
+    found = f"{probe.shm / GIB:.1f} GiB"
+    problem = f"{found}, {needed / GIB:.0f} needed" if probe.shm < needed else None
+    remedy = f"docker: --shm-size={needed >> 30}g or --ipc=host; Kubernetes: an emptyDir of medium Memory at /dev/shm"
+    return verdict(check, problem, found, remedy)
 
 
 def free_disk(free: float | None, needed: float | None, output: str) -> Finding:
     """Whether `output` has room for what the arm writes at its peak."""
     if free is None:
-        return Finding(
-            "disk", "fail", f"{output}: no part of this path exists", "mount the file system or change output="
-        )
+        remedy = "mount the file system or change output="
+        return Finding("disk", "fail", f"{output}: no part of this path exists", remedy)
     if needed is None:
         return Finding("disk", "skip", f"{free / GIB:.0f} GiB free; the sizes of this model are not known here")
-    return verdict(
-        "disk",
-        f"{free / GIB:.1f} GiB free at {output}, about {needed / GIB:.1f} GiB needed" if free < needed else None,
-        f"{free / GIB:.0f} GiB free, about {needed / GIB:.1f} GiB needed",
-        "free space, lower verl.trainer.max_ckpt_to_keep, or choose another output=",
-    )
+    about = f"about {needed / GIB:.1f} GiB needed"
+    problem = f"{free / GIB:.1f} GiB free at {output}, {about}" if free < needed else None
+    remedy = "free space, lower verl.trainer.max_ckpt_to_keep, or choose another output="
+    return verdict("disk", problem, f"{free / GIB:.0f} GiB free, {about}", remedy)
 
 
 def shared_file_system(probes: Sequence[NodeProbe], token: str, output: str) -> Finding:
     """Whether every node read what the driver had just written into `output`."""
-    blind = [probe.name for probe in probes if probe.token != token]
-    return verdict(
-        "shared file system",
-        f"{', '.join(blind)} cannot see what the driver writes to {output}" if blind else None,
-        f"{output} is seen by {len(probes)} node(s)",
-        "mount the same file system at the same path on every node, or choose another output=",
-    )
+    blind = ", ".join(probe.name for probe in probes if probe.token != token)
+    problem = f"{blind} cannot see what the driver writes to {output}" if blind else None
+    remedy = "mount the same file system at the same path on every node, or choose another output="
+    return verdict("shared file system", problem, f"{output} is seen by {len(probes)} node(s)", remedy)
 
 
 def ports(probes: Sequence[NodeProbe]) -> Finding:
     """Whether every node opened a connection to a free port of the driver's node, as collectives will."""
-    cut = [probe.name for probe in probes if probe.reaches_driver is False]
-    return verdict(
-        "ports",
-        f"{', '.join(cut)} cannot connect to a free port of the driver's node" if cut else None,
-        f"{len(probes)} node(s) reach the driver's node",
-        "open the TCP ports 1024-65535 between the nodes; gloo and NCCL choose among them",
-    )
+    cut = ", ".join(probe.name for probe in probes if probe.reaches_driver is False)
+    problem = f"{cut} cannot connect to a free port of the driver's node" if cut else None
+    remedy = "open the TCP ports 1024-65535 between the nodes; gloo and NCCL choose among them"
+    return verdict("ports", problem, f"{len(probes)} node(s) reach the driver's node", remedy)
 
 
 def node_findings(config: DictConfig, probe: NodeProbe) -> list[Finding]:
@@ -170,12 +145,8 @@ def node_findings(config: DictConfig, probe: NodeProbe) -> list[Finding]:
     if config.device != "cuda":
         return []
     attention = (config.verl.model.override_config or {}).get("attn_implementation", "flash_attention_2")
-    gpus = config.verl.trainer.n_gpus_per_node
-    return [
-        gpu_driver(probe),
-        flash_attention(probe, attention),
-        shared_memory(probe, gpus, rollout=config.trainer == "grpo"),
-    ]
+    memory = shared_memory(probe, config.verl.trainer.n_gpus_per_node, rollout=config.trainer == "grpo")
+    return [gpu_driver(probe), flash_attention(probe, attention), memory]
 
 
 def token_finding(environ: dict[str, str], host: str) -> Finding:

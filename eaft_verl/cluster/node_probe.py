@@ -1,15 +1,16 @@
 """What one machine says of itself. Plain Python: it runs on every node of a cluster before torch is imported there."""
 
-import ast
 import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import socket
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+
+from eaft_verl.planning.machine import gpus_here
 
 PACKAGES = ("eaft-verl", "verl", "torch", "transformers", "ray", "tensordict")
 
@@ -36,18 +37,18 @@ class NodeProbe:
 
 def probe_node(output: str, token_file: str | None = None, driver: tuple[str, int] | None = None) -> NodeProbe:
     """Look at this machine: disk at `output`, the token another node wrote, the way to the driver's (host, port)."""
-    drivers = _nvidia_drivers()
+    gpus = gpus_here()
     return NodeProbe(
         name=socket.gethostname(),
-        versions={"python": ".".join(platform.python_version_tuple()[:2]), **{p: _version(p) for p in PACKAGES}},
+        versions={"python": ".".join(platform.python_version_tuple()[:2]), **{p: version_of(p) for p in PACKAGES}},
         cpus=os.cpu_count() or 1,
-        gpus=len(drivers),
-        driver=drivers[0] if drivers else None,
+        gpus=len(gpus),
+        driver=gpus[0].driver if gpus else None,
         cuda=cuda_of_torch(),
         flash_attention=importlib.util.find_spec("flash_attn") is not None,
         free=free_bytes(Path(output)),
         shm=shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else None,
-        token=_read(token_file),
+        token=Path(token_file).read_text("utf-8") if token_file and os.access(token_file, os.R_OK) else None,
         reaches_driver=None if driver is None else reachable(*driver, timeout=5),
     )
 
@@ -74,40 +75,13 @@ def cuda_of_torch() -> str | None:
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return None
-    tree = ast.parse((Path(spec.origin).parent / "version.py").read_text(encoding="utf-8"))
-    for node in tree.body:
-        if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Constant):
-            targets = [node.target] if isinstance(node, ast.AnnAssign) else node.targets
-            if any(isinstance(target, ast.Name) and target.id == "cuda" for target in targets):
-                return node.value.value
-    return None
+    text = (Path(spec.origin).parent / "version.py").read_text(encoding="utf-8")
+    found = re.search(r"""^cuda\b[^=]*=\s*['"]([\d.]+)['"]""", text, re.MULTILINE)
+    return found[1] if found else None
 
 
-def _nvidia_drivers() -> list[str]:
-    """Driver version of every GPU."""
-    try:
-        done = subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            timeout=20,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return done.stdout.split() if done.returncode == 0 else []
-
-
-def _read(path: str | None) -> str | None:
-    if path is None:
-        return None
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except OSError:
-        return None
-
-
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """The installed version; None where the package is missing."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

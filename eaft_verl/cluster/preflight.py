@@ -45,16 +45,13 @@ def connected_findings(config: DictConfig, wait_s: float) -> list[Finding]:
 def cluster_findings(config: DictConfig, wait_s: float) -> list[Finding]:
     """Every check of the connected cluster; at most `wait_s` seconds are given to nodes that have yet to join."""
     demand = demand_of(config)
-    shortage = _wait_for(demand, wait_s)
+    shortage = demand.shortage_after(wait_s, lambda: [_offer(node) for node in _alive()])
     size = verdict("resources", shortage, f"{demand.nodes} x {demand.devices} x {demand.bundle}", SMALLER)
     if shortage is not None:
         return [size]
     alive = _alive()
-    if len(alive) == 1:
-        found = [size, *node_findings(config, probe_node(config.output))]
-    else:
-        found = [size, *_nodes_findings(config, alive)]
-    return [*found, placement_finding(demand, PLACEMENT_TIMEOUT_S)]
+    here = node_findings(config, probe_node(config.output)) if len(alive) == 1 else _nodes_findings(config, alive)
+    return [size, *here, placement_finding(demand, PLACEMENT_TIMEOUT_S)]
 
 
 def placement_finding(demand: Demand, timeout_s: float) -> Finding:
@@ -71,16 +68,6 @@ def placement_finding(demand: Demand, timeout_s: float) -> Finding:
         free = {key: ray.available_resources().get(key, 0) for key in demand.bundle}
         problem = f"{sum(ready)} of {demand.nodes} placement groups ready after {timeout_s:.0f} s; free now: {free}"
     return verdict("placement", problem, f"{demand.nodes} placement group(s) ready", "stop other jobs (`ray job list`)")
-
-
-def _wait_for(demand: Demand, wait_s: float) -> str | None:
-    """The shortage once it is gone or the time is over."""
-    until = time.monotonic() + wait_s
-    while True:
-        shortage = demand.shortage([_offer(node) for node in _alive()])
-        if shortage is None or time.monotonic() >= until:
-            return shortage
-        time.sleep(min(2.0, max(0.1, until - time.monotonic())))
 
 
 def _alive() -> list[dict[str, Any]]:
@@ -108,19 +95,20 @@ def _nodes_findings(config: DictConfig, alive: list[dict[str, Any]]) -> list[Fin
         remedy = "install eaft-verl on every node, or use one image; look into the node's Ray logs"
         return [Finding("nodes", "fail", "; ".join(failures), remedy)]
     own = probe_node(config.output)
-    found = [judge.same_versions([own, *probes]), judge.shared_file_system(probes, token, config.output)]
-    found.append(judge.ports(probes))
-    for probe in probes:
-        if config.device != "cuda" or probe.gpus >= config.verl.trainer.n_gpus_per_node:
-            found += node_findings(config, probe)
-    return found
+    holding = [probe for probe in probes if probe.gpus >= config.verl.trainer.n_gpus_per_node]
+    return [
+        judge.same_versions([own, *probes]),
+        judge.shared_file_system(probes, token, config.output),
+        judge.ports(probes),
+        *(found for probe in holding for found in node_findings(config, probe)),
+    ]
 
 
 def _probe_all(
     alive: list[dict[str, Any]], output: str, file: str, here: tuple[str, int]
 ) -> tuple[list[NodeProbe], list[str]]:
     """Answers of all nodes, and one line for each that gave none within the time limit."""
-    task = ray.remote(num_cpus=0, max_retries=0)(probe_node)
+    task: Any = ray.remote(num_cpus=0, max_retries=0)(probe_node)
     waiting = {}
     for node in alive:
         strategy = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)

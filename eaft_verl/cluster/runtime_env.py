@@ -3,8 +3,10 @@
 import fnmatch
 import os
 import re
+import subprocess
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -14,7 +16,10 @@ MAX_UPLOAD = 100 << 20  # bytes; Ray's dashboard refuses a larger request body w
 EXCLUDES = (  # a leading slash: in the top folder only; a trailing one: a folder
     *("/runs/", "/data/", "/outputs/", "/checkpoints/", "/build/", "/wandb/", ".git/", ".venv/", "__pycache__/"),
     *(".*_cache/", ".hypothesis/", "*.egg-info/", "*.safetensors", "*.bin", "*.pt", "*.gguf", "*.parquet"),
-    *(".env", ".ray/", "*.token", "*.pem", "*.key"),  # secrets do not travel with code
+    # secrets do not travel with code, where git lists them neither
+    *(".env", ".env.*", "*.token", "*.pem", "*.key", "*.p12", "*.pfx", ".netrc", "_netrc", ".pypirc", ".npmrc"),
+    *("id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", "*credentials", "*credentials*.json"),
+    *(".ray/", ".ssh/", ".aws/", ".gnupg/", ".kube/", ".docker/"),
 )
 SETTINGS = (  # settings of the caller that hold on the cluster too; EAFT_DATA: where the recipes look for data
     *("NCCL_*", "GLOO_*", "TORCH_NCCL_*", "VLLM_*", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "WANDB_MODE"),
@@ -34,7 +39,6 @@ def build_runtime_env(
     job: Mapping[str, Any] | None = None,
     defaults: Mapping[str, str] | None = None,
     asked: Mapping[str, str] | None = None,
-    working_dir: str | None = None,
 ) -> dict[str, Any]:
     """The runtime_env of a job (`job` None) or of the driver inside one (`job`: what the job was submitted with).
 
@@ -43,18 +47,19 @@ def build_runtime_env(
     Names that look like secrets never travel by pattern: job variables are shown in the dashboard.
     Raises ConfigError for a value that is not text.
     """
-    variables = dict(defaults or {})
-    for name in sorted(environ):
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in SETTINGS) and not _SECRET.search(name):
-            variables[name] = environ[name]
-    variables |= asked or {}
+    settings = {
+        name: environ[name] for name in sorted(environ) if _matches(name, SETTINGS) and not _SECRET.search(name)
+    }
+    variables = {**(defaults or {}), **settings, **(asked or {})}
     if wrong := [name for name, value in variables.items() if not isinstance(value, str)]:
         raise ConfigError(f"environment variable {wrong[0]}={variables[wrong[0]]!r} must be text; quote it")
-    if job is not None:
-        taken = job.get("env_vars") or {}
-        variables = {name: value for name, value in variables.items() if name not in taken}
-    built: dict[str, Any] = {"env_vars": variables} if variables else {}
-    return {**built, "working_dir": working_dir} if working_dir else built
+    taken = (job or {}).get("env_vars") or {}
+    variables = {name: value for name, value in variables.items() if name not in taken}
+    return {"env_vars": variables} if variables else {}
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def asked_variables(words: Sequence[str], environ: Mapping[str, str]) -> dict[str, str]:
@@ -68,50 +73,80 @@ def asked_variables(words: Sequence[str], environ: Mapping[str, str]) -> dict[st
     return found
 
 
-def package(folder: Path, archive: Path, *, needed: str) -> Path:
+def package(folder: Path, archive: Path, *, needed: Sequence[str]) -> Path:
     """Write what a job needs of `folder` into the zip `archive`; equal contents give equal bytes.
 
-    Raises ConfigError when it is larger than Ray takes, naming the largest files, or without the file `needed`.
+    Ours and not Ray's `working_dir`: that one takes patterns of what stays, no list of what goes, and learns only from
+    the dashboard's refusal that a package is too large.
+    Raises ConfigError without a `needed` file, and for more than Ray takes, naming the largest folders and files.
     """
+    sizes = {name: (folder / name).stat().st_size for name in package_files(folder, needed)}
+    if absent := [name for name in needed if name not in sizes]:
+        kept = ", ".join(EXCLUDES[:5])
+        raise ConfigError(f"{absent[0]} does not travel with the job: {folder}'s {kept} ... stay here")
     archive.parent.mkdir(parents=True, exist_ok=True)
-    sizes = {}
-    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
-        for file in package_files(folder):
-            name = file.relative_to(folder).as_posix()
-            info = zipfile.ZipInfo(name)  # of 1980: a time stamp would make every upload a new package
-            info.external_attr = (file.stat().st_mode & 0o777) << 16
-            sizes[name] = file.stat().st_size
-            if sum(sizes.values()) > 10 * MAX_UPLOAD:
-                break
-            packed.writestr(info, file.read_bytes(), zipfile.ZIP_DEFLATED)
-    if Path(needed).as_posix() not in sizes:
-        raise ConfigError(f"{needed} does not travel with the job: {folder}'s {', '.join(EXCLUDES[:5])} ... stay here")
-    if archive.stat().st_size > MAX_UPLOAD or sum(sizes.values()) > 10 * MAX_UPLOAD:
-        archive.unlink()
-        largest = ", ".join(f"{name} ({sizes[name] >> 20} MiB)" for name in sorted(sizes, key=lambda n: -sizes[n])[:3])
+    if small := sum(sizes.values()) <= 10 * MAX_UPLOAD:
+        with zipfile.ZipFile(archive, "w") as packed:
+            for name in sizes:
+                info = zipfile.ZipInfo(name)  # of 1980: a time stamp would make every upload a new package
+                info.external_attr = ((folder / name).stat().st_mode & 0o777) << 16
+                packed.writestr(info, (folder / name).read_bytes(), zipfile.ZIP_DEFLATED)
+    if not small or archive.stat().st_size > MAX_UPLOAD:
+        archive.unlink(missing_ok=True)
         raise ConfigError(
-            f"{folder} is larger than the {MAX_UPLOAD >> 20} MiB that Ray takes with a job; largest: {largest}. Move "
-            "data to the shared file system, or start from a folder that holds only code and recipes"
+            f"{folder} is larger than the {MAX_UPLOAD >> 20} MiB that Ray takes with a job; largest: {_largest(sizes)}"
+            ". Move data to the shared file system, or start from a folder that holds only code and recipes"
         )
     return archive
 
 
-def package_files(folder: Path) -> Iterator[Path]:
-    """Files under `folder` that no pattern of EXCLUDES names, in order."""
+def _largest(sizes: Mapping[str, int]) -> str:
+    """The three largest top folders, then the three largest files."""
+    folders: Counter[str] = Counter()
+    for name, size in sizes.items():
+        if "/" in name:
+            folders[name.partition("/")[0] + "/"] += size
+    return ", ".join(
+        f"{name} ({size >> 20} MiB)" for name, size in (*folders.most_common(3), *Counter(sizes).most_common(3))
+    )
+
+
+def package_files(folder: Path, needed: Sequence[str] = ()) -> list[str]:
+    """What travels, relative, in order: where git knows the folder what it lists and `needed`, else everything; without
+    what EXCLUDES names."""
+    listed = _git_lists(folder, "--recurse-submodules")
+    names = {*listed, *needed} if listed else {path.relative_to(folder).as_posix() for path in _walk(folder)}
+    return sorted(name for name in names if not _stays(PurePosixPath(name)) and (folder / name).is_file())
+
+
+def left_behind(folder: Path) -> list[str]:
+    """Files of a checkout that neither git nor its .gitignore knows: somebody's own module may be among them."""
+    names = _git_lists(folder, "--others", "--exclude-standard") if _git_lists(folder) else []
+    return [name for name in names if not _stays(PurePosixPath(name))]
+
+
+def _git_lists(folder: Path, *options: str) -> list[str]:
+    """Nothing where git is absent or does not know the folder; a name that is no UTF-8 is not found and stays."""
+    git = ["git", "-C", str(folder), "ls-files", "-z", *options]
+    try:
+        return subprocess.run(git, capture_output=True, check=True).stdout.decode(errors="replace").split("\0")[:-1]
+    except (OSError, subprocess.CalledProcessError):
+        return []
+
+
+def _walk(folder: Path) -> Iterator[Path]:
     for root, folders, files in os.walk(folder):
         here = PurePosixPath(Path(root).relative_to(folder))
-        folders[:] = sorted(name for name in folders if not excluded(here / name, is_folder=True))
-        yield from (
-            Path(root, name)
-            for name in sorted(files)
-            if not excluded(here / name, is_folder=False) and Path(root, name).is_file()
-        )
+        folders[:] = [name for name in folders if not excluded(here / name, is_folder=True)]
+        yield from (Path(root, name) for name in files)
+
+
+def _stays(path: PurePosixPath) -> bool:
+    parents = list(path.parents)[:-1]
+    return excluded(path, is_folder=False) or any(excluded(parent, is_folder=True) for parent in parents)
 
 
 def excluded(path: PurePosixPath, *, is_folder: bool) -> bool:
     """Whether a pattern of EXCLUDES names this relative path."""
-    return any(
-        fnmatch.fnmatchcase(path.name, pattern.strip("/"))
-        for pattern in EXCLUDES
-        if pattern.endswith("/") == is_folder and (not pattern.startswith("/") or len(path.parts) == 1)
-    )
+    kind = (pattern for pattern in EXCLUDES if pattern.endswith("/") == is_folder)
+    return _matches(path.name, (p.strip("/") for p in kind if not p.startswith("/") or len(path.parts) == 1))

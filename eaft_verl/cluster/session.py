@@ -99,5 +99,5 @@ def _connect(device: str, workers: int, trainer: str, variables: Mapping[str, st
         num_gpus=slots if slots and device == "cpu" else None,
         include_dashboard=False,
         log_to_driver=False,
-        logging_level="warning",
+        logging_level=logging.WARNING,
     )

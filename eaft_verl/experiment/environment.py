@@ -1,12 +1,14 @@
 """Where a run happened: versions, hardware, commit. Written into every run, so that a number can be traced."""
 
-import importlib.metadata
 import os
 import platform
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from eaft_verl.cluster.node_probe import version_of
+from eaft_verl.planning.machine import gpus_here
 
 PACKAGES = ("eaft-verl", "verl", "torch", "transformers", "ray", "tensordict", "vllm", "lm_eval", "peft", "flash-attn")
 
@@ -15,12 +17,12 @@ def describe() -> dict[str, Any]:
     """Python, package versions, CPU, memory, GPUs, the commit and whether the working tree differs from it."""
     return {
         "python": platform.python_version(),
-        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "packages": {name: version for name in PACKAGES if (version := version_of(name))},
         "platform": platform.platform(),
         "cpu": _cpu_model(),
         "cpus": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "gpus": _gpus(),
+        "gpus": [str(gpu) for gpu in gpus_here()],
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         **commit(),
     }
@@ -36,24 +38,12 @@ def commit() -> dict[str, Any]:
     return {"commit": head, "dirty": bool(diff), "diff": diff[:4000]}
 
 
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _cpu_model() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _gpus() -> list[str]:
-    listing = _output("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
-    return listing.splitlines() if listing else []
 
 
 def _output(*command: str) -> str | None:

@@ -1,19 +1,23 @@
 """The file and the command that hand a launch to Slurm, KubeRay or SkyPilot; the files are those of `examples/`."""
 
+import base64
 import os
 import shlex
-from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from eaft_verl.cluster.demand import demand_of
 from eaft_verl.cluster.runtime_env import JOB_ENV, build_runtime_env
+from eaft_verl.errors import ConfigError
+from eaft_verl.files import write_text
 from eaft_verl.launch.request import Launch
+from eaft_verl.recipe.file import read_recipe
 
 LAUNCHERS = Path(__file__).with_name("launchers")
 IMAGE = "eaft-verl:gpu"
+RECIPE = "EAFT_RECIPE"  # variable of a KubeRay job: the whole recipe in base64, `extends` followed
 JOIN_S = 600  # seconds that nodes get to join
 
 
@@ -33,7 +37,10 @@ def kuberay_job(wanted: Launch, config: DictConfig, name: str) -> tuple[str, str
     job["metadata"]["name"] = name.replace(".", "-")[-47:].lstrip("-")  # KubeRay appends; Kubernetes allows 63
     words = ["eaft", "launch", *wanted.words(), "--on", "local", "--wait", str(JOIN_S)]
     job["spec"]["entrypoint"] = shlex.join(words)
-    job["spec"]["runtimeEnvYAML"] = yaml.safe_dump(build_runtime_env(os.environ, defaults=JOB_ENV))
+    text = OmegaConf.to_yaml(OmegaConf.create(read_recipe(Path(wanted.recipe))))
+    carried = base64.b64encode(text.encode()).decode()  # a shell of KubeRay's and Ray expand ${...} in variables
+    runtime_env = build_runtime_env(os.environ, defaults=JOB_ENV, asked={RECIPE: carried})
+    job["spec"]["runtimeEnvYAML"] = yaml.safe_dump(runtime_env)
     cluster = job["spec"]["rayClusterSpec"]
     pod = cluster["headGroupSpec"]["template"]["spec"]["containers"][0]
     pod["image"] = os.environ.get("EAFT_IMAGE", IMAGE)
@@ -48,13 +55,23 @@ def kuberay_job(wanted: Launch, config: DictConfig, name: str) -> tuple[str, str
     return f"{name}.yaml", yaml.safe_dump(job, sort_keys=False, width=200), ["kubectl", "create", "-f", "FILE"]
 
 
+def unpack_recipe(recipe: Path) -> None:
+    """Write the recipe that a KubeRay job carries where its image has another one of that name, or none."""
+    if carried := os.environ.get(RECIPE):
+        try:
+            write_text(recipe, base64.b64decode(carried).decode())
+        except OSError as error:
+            raise ConfigError(f"recipe {recipe} cannot be written in this image: {error.strerror}") from None
+
+
 def skypilot_job(wanted: Launch, config: DictConfig, name: str) -> tuple[str, str, list[str]]:
     """(file name, text, command) of a SkyPilot task; EAFT_GPU names the accelerator, A100-80GB where it does not."""
     demand = demand_of(config)
     command = ["sky", "launch", "-y", "-c", name, "--num-nodes", str(demand.nodes)]
     if demand.gpus:
         command += ["--gpus", f"{accelerator()}:{demand.gpus}"]
-    command += [word for variable in _travelling(os.environ).items() for word in ("--env", "=".join(variable))]
+    settings = build_runtime_env(os.environ).get("env_vars", {})  # of this machine, that the job takes along
+    command += [word for variable in settings.items() for word in ("--env", "=".join(variable))]
     command += ["--env", f"EAFT_ARGUMENTS={shlex.join(wanted.words())}", "--secret", "RAY_AUTH_TOKEN", "FILE"]
     return f"{name}.yaml", _template("skypilot.yaml"), command
 
@@ -62,11 +79,6 @@ def skypilot_job(wanted: Launch, config: DictConfig, name: str) -> tuple[str, st
 def accelerator() -> str:
     """The kind of GPU that is not here, as SkyPilot calls it."""
     return os.environ.get("EAFT_GPU", "A100-80GB")
-
-
-def _travelling(environ: Mapping[str, str]) -> dict[str, str]:
-    """Settings of this machine that the job takes along."""
-    return build_runtime_env(environ).get("env_vars", {})
 
 
 def _template(name: str) -> str:

@@ -4,6 +4,7 @@ Whatever the cluster, the job is `eaft launch ... --on local` on its first node:
 same command again.
 """
 
+import os
 import secrets
 import shlex
 import shutil
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -19,9 +21,10 @@ from eaft_verl.cluster.demand import demand_of
 from eaft_verl.cluster.doctor import doctor
 from eaft_verl.errors import ConfigError
 from eaft_verl.experiment.compare import compare, parse_seeds
-from eaft_verl.launch.files import accelerator, kuberay_job, skypilot_job, slurm_job
+from eaft_verl.launch.files import accelerator, kuberay_job, skypilot_job, slurm_job, unpack_recipe
 from eaft_verl.launch.request import Launch
 from eaft_verl.recipe.checks import check, pending, warn
+from eaft_verl.recipe.file import recipe_files, recipe_hash
 from eaft_verl.recipe.resolve import Recipe, load_recipe, resolve
 
 
@@ -32,10 +35,17 @@ def launch(wanted: Launch, on: str, *, dry_run: bool) -> int:
     if wanted.env and on != "ray":
         raise ConfigError(f"--env is for --on ray; with --on {on} export the variables where the job starts")
     parse_seeds(wanted.seeds)
-    recipe = load_recipe(wanted.recipe)
+    if wanted.recipe_hash:
+        unpack_recipe(Path(wanted.recipe))
+    recipe, found = load_recipe(wanted.recipe), recipe_hash(Path(wanted.recipe))
+    if wanted.recipe_hash not in (None, found):
+        raise ConfigError(
+            f"recipe {wanted.recipe} is not the one that was checked when this was launched (here {found}, there "
+            f"{wanted.recipe_hash}): launch again, or bring both machines' copies and what they extend in line"
+        )
     if on == "local":
         return _local(wanted, _configs(recipe, wanted, dry_run=dry_run), dry_run=dry_run)
-    wanted = _for_cluster(recipe, wanted)
+    wanted = replace(_for_cluster(recipe, wanted, on), recipe_hash=found)
     configs = _configs(recipe, wanted, elsewhere=True, dry_run=dry_run)
     if dry_run:
         warn(list(dict.fromkeys(message for config in configs for message in pending(config, elsewhere=True))))
@@ -46,9 +56,8 @@ def launch(wanted: Launch, on: str, *, dry_run: bool) -> int:
 
 def job_id(name: str, arm: str | None) -> str:
     """A name no other job has: Ray answers 500 to one that was used before."""
-    return f"{name}-{arm or 'compare'}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}".replace(
-        "_", "-"
-    ).lower()
+    stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+    return f"{name}-{arm or 'compare'}-{stamp}".replace("_", "-").lower()
 
 
 def _configs(recipe: Recipe, wanted: Launch, *, elsewhere: bool = False, dry_run: bool = False) -> list[DictConfig]:
@@ -64,23 +73,24 @@ def _configs(recipe: Recipe, wanted: Launch, *, elsewhere: bool = False, dry_run
     return configs
 
 
-def _for_cluster(recipe: Recipe, wanted: Launch) -> Launch:
+def _for_cluster(recipe: Recipe, wanted: Launch, on: str) -> Launch:
     """The same launch with what this machine must not decide for another one: the output folder and the device."""
-    layers = [recipe.shared, *(recipe.arms[arm] for arm in ([wanted.arm] if wanted.arm in recipe.arms else []))]
-    said = dict(word.partition("=")[::2] for word in wanted.overrides)
-    output = said.get("output", next((layer["output"] for layer in reversed(layers) if layer.get("output")), None))
-    if output is None or not Path(str(output)).is_absolute():
+    given = dict(word.partition("=")[::2] for word in wanted.overrides)
+    said = {**recipe.shared, **recipe.arms.get(wanted.arm or "", {}), **given}
+    if not Path(str(output := said.get("output"))).is_absolute():
         raise ConfigError(
             f"output={output!r} is relative: on a cluster it must be an absolute path that every node sees, "
             "e.g. output=/shared/runs/NAME"
         )
-    device = said.get("device", next((layer["device"] for layer in reversed(layers) if "device" in layer), "auto"))
-    if device == "auto":
-        said["device"] = "cuda"
-    if Path(wanted.recipe).is_absolute() or ".." in Path(wanted.recipe).parts:
-        raise ConfigError(f"recipe {wanted.recipe} must lie under the current folder: that is what the job gets")
-    overrides = tuple(f"{key}={value}" for key, value in said.items())
-    return Launch(wanted.recipe, wanted.arm, wanted.seeds, overrides, wanted.wait, wanted.env)
+    travelling = recipe_files(Path(wanted.recipe)) if on in ("ray", "skypilot") else [Path(wanted.recipe)]
+    for file in travelling:
+        outside = ".." in Path(wanted.recipe).parts or os.path.relpath(file).startswith("..")
+        if file.is_absolute() or outside:
+            by = "" if file == travelling[0] else f", which {wanted.recipe} extends,"
+            raise ConfigError(f"recipe {file}{by} must lie under the current folder: that is what the job gets")
+    if said.get("device", "auto") == "auto":
+        given["device"] = "cuda"
+    return replace(wanted, overrides=tuple(f"{key}={value}" for key, value in given.items()))
 
 
 def _local(wanted: Launch, configs: list[DictConfig], *, dry_run: bool) -> int:
@@ -119,20 +129,31 @@ def _handed_over(file_of: Callable[[Launch, DictConfig, str], tuple[str, str, li
     def place(wanted: Launch, config: DictConfig, name: str, dry_run: bool) -> int:
         file_name, text, command = file_of(wanted, config, name)
         path = Path("runs") / "launched" / file_name
-        shown = shlex.join([*(str(path) if word == "FILE" else word for word in command)])
-        print(f"--- {path}\n{text}---\n{shown}", flush=True)
+        command = [str(path) if word == "FILE" else word for word in command]
+        print(f"--- {path}\n{text}---\n{shlex.join(command)}", flush=True)
         if dry_run:
             return 0
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
-        try:
-            return subprocess.run(shlex.split(shown), check=False).returncode
-        except FileNotFoundError:
+        if not shutil.which(command[0]):
             raise ConfigError(
                 f"{command[0]} is not installed on this machine; run the command above where it is, or install it"
-            ) from None
+            )
+        if command[0] == "sbatch":  # it opens its log in `output` before the script can make that folder
+            _make(Path(config.output))
+        return subprocess.run(command, check=False).returncode
 
     return place
+
+
+def _make(output: Path) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"output={output} cannot be made here ({error.strerror}) and the job's log goes there: mount the shared "
+            "file system on this machine, or launch where it is"
+        ) from None
 
 
 PLACES: dict[str, Callable[..., int]] = {

@@ -6,21 +6,24 @@ import shlex
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 import requests
 from omegaconf import DictConfig
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from ray.util.state import list_nodes
+from ray.util.state.common import NodeState
 
 from eaft_verl.cluster.demand import Offer, demand_of
 from eaft_verl.cluster.doctor import CONNECT_TIMEOUT_S
 from eaft_verl.cluster.findings import require, token_finding
 from eaft_verl.cluster.node_probe import reachable
-from eaft_verl.cluster.runtime_env import JOB_ENV, asked_variables, build_runtime_env, package
+from eaft_verl.cluster.runtime_env import JOB_ENV, asked_variables, build_runtime_env, left_behind, package
 from eaft_verl.errors import ConfigError, RunError
 from eaft_verl.experiment.processes import INTERRUPTED
 from eaft_verl.launch.request import Launch
+from eaft_verl.recipe.file import recipe_files
 
 DASHBOARD = "http://127.0.0.1:8265"
 AGENT_TIMEOUT_S = 60.0  # the job agent answers some seconds after `ray start` has returned
@@ -34,20 +37,29 @@ def run_job(wanted: Launch, config: DictConfig, name: str, *, dry_run: bool) -> 
     command = shlex.join(["python", "-m", "eaft_verl.cli", "launch", *wanted.words(), "--on", "local"])
     runtime_env = build_runtime_env(os.environ, defaults=JOB_ENV, asked=asked_variables(wanted.env, os.environ))
     with tempfile.TemporaryDirectory() as folder:
-        archive = package(Path.cwd(), Path(folder) / "code.zip", needed=wanted.recipe)
+        needed = [os.path.relpath(file) for file in recipe_files(Path(wanted.recipe))]
+        archive = package(Path.cwd(), Path(folder) / "code.zip", needed=needed)
         print(f"address: {address}\njob: {name}\ncommand: {command}")
         print(f"package: {Path.cwd()}, {archive.stat().st_size / 2**20:.1f} MiB")
+        if left := sorted({*left_behind(Path.cwd())} - {*needed}):
+            print(f"left here: {', '.join(left[:5])}{' ...' * (len(left) > 5)}: `git add` what the job needs of these")
         print(f"variables: {', '.join(runtime_env['env_vars'])}", flush=True)
         if dry_run:
             return 0
         client = connect(address)
         check_free(client.list_jobs(), config.output, address)
         place = check_size(config, address, wanted.wait)
-        _submit(client, command, name, {**runtime_env, "working_dir": str(archive)}, config.output, place)
+        _submit(
+            client,
+            entrypoint=command,
+            submission_id=name,
+            runtime_env={**runtime_env, "working_dir": str(archive)},
+            metadata={OUTPUT: config.output},
+            entrypoint_resources=place or None,
+        )
     follow = f"ray job logs --address {address} --follow {name}"
-    print(
-        f"follow: {follow}\nstop:   ray job stop --address {address} {name}  (saves; launch again to go on)", flush=True
-    )
+    stop = f"ray job stop --address {address} {name}"
+    print(f"follow: {follow}\nstop:   {stop}  (saves; launch again to go on)", flush=True)
     try:
         asyncio.run(_follow(client, name))
         return _outcome(client, name)
@@ -87,45 +99,34 @@ def check_free(jobs: list[JobDetails], output: str, address: str) -> None:
 
 def check_size(config: DictConfig, address: str, wait_s: float) -> dict[str, float]:
     """Resources that put the driver on a node with GPUs; ConfigError when the cluster is too small for the arm."""
-    until = time.monotonic() + max(wait_s, LISTING_DELAY_S)
-    demand = demand_of(config)
-    while True:
-        nodes = [node for node in list_nodes(address=address, detail=True) if node.state == "ALIVE"]
-        totals = [(node, node.resources_total) for node in nodes]
-        offers = [
-            Offer(node.node_name or node.node_ip, all_.get("CPU", 0), all_.get("GPU", 0)) for node, all_ in totals
-        ]
-        shortage = demand.shortage(offers)
-        if shortage is None:
-            break
-        if time.monotonic() > until:
-            raise ConfigError(f"the cluster at {address} is too small: {shortage}; see `eaft plan {config.recipe}`")
-        time.sleep(1)
-    if config.device != "cuda" or any(node.is_head_node and all_.get("GPU", 0) for node, all_ in totals):
+
+    def alive() -> list[NodeState]:
+        return [node for node in list_nodes(address=address, detail=True) if node.state == "ALIVE"]
+
+    def offers() -> list[Offer]:
+        totals = ((node.node_name or node.node_ip, node.resources_total) for node in alive())
+        return [Offer(name, total.get("CPU", 0), total.get("GPU", 0)) for name, total in totals]
+
+    if shortage := demand_of(config).shortage_after(max(wait_s, LISTING_DELAY_S), offers):
+        raise ConfigError(f"the cluster at {address} is too small: {shortage}; see `eaft plan {config.recipe}`")
+    holding = [node for node in alive() if node.resources_total.get("GPU", 0)]
+    if config.device != "cuda" or any(node.is_head_node for node in holding):
         return {}
-    kinds = [key for _, all_ in totals if all_.get("GPU", 0) for key in all_ if key.startswith("accelerator_type:")]
+    kinds = [key for node in holding for key in node.resources_total if key.startswith("accelerator_type:")]
     return {kinds[0]: 0.001} if kinds else {}
 
 
-def _submit(
-    client: JobSubmissionClient, command: str, name: str, runtime_env: dict, output: str, place: dict[str, float]
-) -> None:
+def _submit(client: JobSubmissionClient, **job: Any) -> None:
     until = time.monotonic() + AGENT_TIMEOUT_S
     while True:
         try:
-            client.submit_job(
-                entrypoint=command,
-                submission_id=name,
-                runtime_env=runtime_env,
-                metadata={OUTPUT: output},
-                entrypoint_resources=place or None,
-            )
+            client.submit_job(**job)
             return
         except RuntimeError as error:
-            if "No available agent" not in str(error) or time.monotonic() > until:
-                hint = "; its port 52365 may be taken: `ray start ... --dashboard-agent-listen-port PORT`"
-                cause = str(error).strip().splitlines()[0] + (hint if "No available agent" in str(error) else "")
-                raise RunError(f"the job was not accepted: {cause}") from None
+            cause, early = str(error).strip().splitlines()[0], "No available agent" in str(error)
+            if not early or time.monotonic() > until:
+                hint = "; its port 52365 may be taken: `ray start ... --dashboard-agent-listen-port PORT`" * early
+                raise RunError(f"the job was not accepted: {cause}{hint}") from None
             time.sleep(1)
 
 

@@ -13,10 +13,12 @@ class Launch:
     overrides: tuple[str, ...] = ()
     wait: float = 0.0
     env: tuple[str, ...] = ()
+    recipe_hash: str | None = None  # of the recipe that was checked; another one is refused where the job runs
 
     def words(self) -> list[str]:
         """Arguments of `eaft launch` but for where."""
         what = ["--compare"] if self.arm is None else ["--arm", self.arm]
         seeds = ["--seeds", self.seeds] if self.seeds else []
         wait = ["--wait", f"{self.wait:g}"] if self.wait else []
-        return [self.recipe, *what, *seeds, *wait, *self.overrides]
+        checked = ["--recipe-hash", self.recipe_hash] if self.recipe_hash else []
+        return [self.recipe, *what, *seeds, *wait, *self.overrides, *checked]

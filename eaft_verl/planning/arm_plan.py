@@ -5,7 +5,7 @@ device is called marginal and counts as not fitting.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from omegaconf import DictConfig
@@ -15,6 +15,7 @@ from eaft_verl.planning.formulas import (
     FRAGMENTATION,
     GIB,
     PROCESS,
+    Setup,
     cache_bytes,
     checkpoint_bytes,
     export_bytes,
@@ -23,30 +24,15 @@ from eaft_verl.planning.formulas import (
     rollout_phase,
     training_phases,
 )
+from eaft_verl.planning.machine import Machine
 from eaft_verl.planning.setup import Arm, arm_of
-from eaft_verl.planning.speed import SPEED, Speed, concurrent, forward_flops, update_seconds
+from eaft_verl.planning.speed import concurrent, forward_flops, update_seconds
 from eaft_verl.recipe.budgets import evaluation_points
 
 MARGIN = 0.05  # of a device that must stay free
 EXPORT_BYTES = 2  # per parameter: bfloat16, the dtype of every model planned so far
 UNKNOWN_UPDATES = 4096  # taken for the number of exports where the number of examples is not known: 13 of them
 ASLEEP = 2 * GIB  # a sleeping vLLM: its CUDA context, graphs and buffers; an assumption
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What is planned for. gib: memory of one device; host_gib: of one host, None where unknown."""
-
-    nodes: int
-    devices: int  # per node
-    gib: float
-    kind: str
-    host_gib: float | None
-
-    @property
-    def speed(self) -> Speed:
-        """Assumed speed of a device."""
-        return SPEED[self.kind]
 
 
 @dataclass
@@ -61,7 +47,8 @@ class ArmPlan:
     seconds: dict[str, float]
     before_s: float  # passes over the data before the first step
     verdict: str  # fits | marginal | no
-    reasons: list[str] = field(default_factory=list)  # for the verdict, and what `eaft train` would refuse
+    reasons: list[str] = field(default_factory=list)  # for the verdict
+    problem: str | None = None  # what `eaft train` would say
     facts: list[str] = field(default_factory=list)
     measured: dict[str, Any] | None = None
     remedies: list[dict[str, Any]] = field(default_factory=list)
@@ -84,43 +71,48 @@ class ArmPlan:
 
 def plan_arm(config: DictConfig, machine: Machine, measured: dict[str, Any] | None = None) -> ArmPlan:
     """The plan of one resolved configuration. measured: what a probe found, whose speed replaces the assumption."""
-    arm = arm_of(config)
-    setup, capacity = arm.setup, machine.gib * GIB
-    phases = training_phases(setup)
-    if setup.rollout and setup.cuda:
-        rollout = rollout_phase(setup, capacity)
-        for parts in phases.values():
-            awake = 0.0 if setup.rollout.frees_cache else rollout["vLLM weights"] + rollout["vLLM KV cache"]
-            parts.update({"vLLM": awake + ASLEEP})
-        phases["rollout"] = rollout
+    arm, speed = arm_of(config), machine.speed
+    if measured:
+        speed = replace(speed, peak=measured["flops"], share=1.0, source="measured by --probe")
+    phases = _phases(arm.setup, machine.gib * GIB)
     phase = max(phases, key=lambda name: sum(phases[name].values()))
     device = {name: size for name, size in phases[phase].items() if size}
-    device |= {"context": CONTEXT[True], "fragmentation": FRAGMENTATION * _moving(device)} if setup.cuda else {}
-    if not setup.cuda:
+    if arm.setup.cuda:
+        moving = sum(size for name, size in device.items() if not name.startswith("vLLM"))  # vLLM's share is one claim
+        device |= {"context": CONTEXT[True], "fragmentation": FRAGMENTATION * moving}
+    else:
         device["process"] = PROCESS
-    speed = _speed(arm, machine, measured)
-    seconds = update_seconds(setup, speed)
-    host = host_bytes(setup, EXPORT_BYTES, arm.reference_tokens)
-    if not setup.cuda:
-        host["all processes"] = sum(device.values()) * setup.devices
-        host.pop("processes")
-        if setup.rollout:
-            host["rollout servers"] = (PROCESS + setup.compute * setup.model.parameters) * setup.devices
-    plan = ArmPlan(arm, phase, device, host, _disk(arm), seconds, _before(arm, speed), "fits", measured=measured)
+    tokens = (arm.amount.examples or 0) * arm.amount.mean
+    before = arm.passes * sum(forward_flops(arm.setup.model, tokens, arm.amount.attended))
+    before /= arm.setup.devices * speed.flops
+    host = _host(arm, sum(device.values()))
+    plan = ArmPlan(
+        arm, phase, device, host, _disk(arm), update_seconds(arm.setup, speed), before, "fits", measured=measured
+    )
     _judge(plan, machine, phases)
     return plan
 
 
-def _moving(parts: Mapping[str, float]) -> float:
-    """Bytes that torch's allocator handles; vLLM's share is one claim."""
-    return sum(size for name, size in parts.items() if not name.startswith("vLLM"))
+def _phases(setup: Setup, capacity: float) -> dict[str, dict[str, float]]:
+    """Parts on a device in every phase of an update, generation included."""
+    phases = training_phases(setup)
+    if setup.rollout and setup.cuda:
+        rollout = rollout_phase(setup, capacity)
+        awake = 0.0 if setup.rollout.frees_cache else rollout["vLLM weights"] + rollout["vLLM KV cache"]
+        phases = {name: {**parts, "vLLM": awake + ASLEEP} for name, parts in phases.items()} | {"rollout": rollout}
+    return phases
 
 
-def _speed(arm: Arm, machine: Machine, measured: dict[str, Any] | None) -> Speed:
-    if not measured:
-        return machine.speed
-    known = machine.speed
-    return Speed(measured["flops"], 1.0, known.memory, known.link, "measured by --probe")
+def _host(arm: Arm, process: float) -> dict[str, float]:
+    """Parts on the fullest host; on a CPU it holds the devices too, each one process of that many bytes."""
+    setup = arm.setup
+    host = host_bytes(setup, EXPORT_BYTES, arm.reference_tokens)
+    if not setup.cuda:
+        del host["processes"]
+        host["all processes"] = process * setup.devices
+        if setup.rollout:
+            host["rollout servers"] = (PROCESS + setup.compute * setup.model.parameters) * setup.devices
+    return host
 
 
 def _disk(arm: Arm) -> dict[str, float]:
@@ -138,18 +130,6 @@ def _disk(arm: Arm) -> dict[str, float]:
 def disk_at_once(config: DictConfig) -> float:
     """Bytes an arm has on disk at its peak: exports, resumable checkpoints with the one being written, caches."""
     return _disk(arm_of(config))["at once"]
-
-
-def _before(arm: Arm, speed: Speed) -> float:
-    """Seconds of forward passes over all data before the first update."""
-    if not arm.passes or arm.amount.examples is None:
-        return 0.0
-    tokens = arm.amount.examples * arm.amount.mean
-    return (
-        arm.passes
-        * sum(forward_flops(arm.setup.model, tokens, arm.amount.attended))
-        / (arm.setup.devices * speed.flops)
-    )
 
 
 def _judge(plan: ArmPlan, machine: Machine, phases: Mapping[str, Mapping[str, float]]) -> None:

@@ -1,5 +1,6 @@
 """`eaft plan --probe`: the longest micro-batch of an arm run for real on one device here, with its plan beside it."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -14,8 +15,9 @@ from eaft_verl.errors import ConfigError, RunError
 from eaft_verl.files import read_json, write_json
 from eaft_verl.models import resolve_model
 from eaft_verl.planning.formulas import Setup, training_phases
-from eaft_verl.planning.setup import GRPO, arm_of
+from eaft_verl.planning.setup import arm_of
 from eaft_verl.planning.speed import update_flops
+from eaft_verl.recipe.matching import GRPO
 from eaft_verl.recipe.views import objective_of
 
 TIMEOUT_S = 1800
@@ -44,18 +46,15 @@ def alone(setup: Setup, longest: int) -> tuple[Setup, list[int]]:
     rest = setup.tokens % full
     lengths = [full] * (setup.tokens // full) + ([rest] if rest > 1 else [])
     attended = sum(length**2 for length in lengths) / sum(lengths)
-    one = replace(
-        setup,
-        **{"devices": 1, "nodes": 1, "shards": 1, "sequence_parallel": 1, "micro_batches": 1},
-        **{"tokens": sum(lengths), "update_tokens": sum(lengths), "attended": attended, "packed": len(lengths) > 1},
-        extra_forwards=0.0,
-    )
-    return one, lengths
+    single: dict[str, Any] = dict.fromkeys(("devices", "nodes", "shards", "sequence_parallel", "micro_batches"), 1)
+    single |= {"tokens": sum(lengths), "update_tokens": sum(lengths), "attended": attended}
+    return replace(setup, **single, packed=len(lengths) > 1, extra_forwards=0.0), lengths
 
 
 def _run(config: DictConfig, lengths: list[int], vocab: int) -> dict[str, Any]:
     """Start the child on a configuration of one device and read what it wrote."""
-    changed = OmegaConf.create(OmegaConf.to_container(config))
+    changed = copy.deepcopy(config)
+    OmegaConf.set_readonly(changed, False)
     changed.verl.trainer.update(nnodes=1, n_gpus_per_node=1)
     changed.verl.engine.update(ulysses_sequence_parallel_size=1, fsdp_size=-1)
     changed.verl.data.update(train_batch_size=len(lengths), use_dynamic_bsz=True, max_token_len_per_gpu=sum(lengths))
@@ -63,8 +62,8 @@ def _run(config: DictConfig, lengths: list[int], vocab: int) -> dict[str, Any]:
         place = Path(folder)
         (place / "config.yaml").write_text(OmegaConf.to_yaml(changed), encoding="utf-8")
         job = {"folder": folder, "config": str(place / "config.yaml"), "out": str(place / "out.json")}
-        job |= {"model": str(resolve_model(config.model)), "reference": _reference(config), "vocab": vocab}
-        write_json(place / "job.json", {**job, "lengths": lengths})
+        model = {"model": str(resolve_model(config.model)), "reference": _reference(config), "vocab": vocab}
+        write_json(place / "job.json", {**job, **model, "lengths": lengths})
         command = [sys.executable, "-m", "eaft_verl.training.sft.step_probe", str(place / "job.json")]
         done = subprocess.run(
             command, env=_environment(config.device), capture_output=True, text=True, timeout=TIMEOUT_S, check=False
@@ -82,11 +81,9 @@ def _run(config: DictConfig, lengths: list[int], vocab: int) -> dict[str, Any]:
 def _reference(config: DictConfig) -> str | None:
     """The model that the workers of this arm load beside the trained one."""
     anchor = objective_of(config).anchor
-    if anchor is None or not anchor.full:
+    if anchor is None or not anchor.full or (anchor.reference is None and config.verl.model.lora_rank):
         return None
-    if anchor.reference is not None:
-        return str(resolve_model(anchor.reference))
-    return None if config.verl.model.lora_rank else str(resolve_model(config.model))
+    return str(resolve_model(anchor.reference or config.model))
 
 
 def _environment(device: str) -> dict[str, str]:

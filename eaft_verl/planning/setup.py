@@ -11,9 +11,9 @@ from eaft_verl.objectives import Objective
 from eaft_verl.planning.amount import Amount, amount_of
 from eaft_verl.planning.architectures import Architecture, architecture_of
 from eaft_verl.planning.formulas import OPTIMIZERS, Rollout, Setup
-from eaft_verl.recipe.views import objective_of
+from eaft_verl.recipe.matching import GRPO
+from eaft_verl.recipe.views import objective_of, world_size
 
-GRPO = "grpo"
 _BYTES = {"fp32": 4, "float32": 4, "bf16": 2, "bfloat16": 2, "fp16": 2, "float16": 2}
 
 
@@ -34,15 +34,15 @@ class Arm:
 
 def arm_of(config: DictConfig) -> Arm:
     """What the formulas need of a resolved configuration; ConfigError for what cannot be sized."""
-    amount = amount_of(config)
+    amount, trainer = amount_of(config), config.verl.trainer
     objective = None if config.trainer == GRPO else objective_of(config)
     setup = setup_of(config, amount, objective)
-    per_epoch = None if amount.examples is None else -(-amount.examples // config.verl.data.train_batch_size)
-    if per_epoch is not None and config.trainer == GRPO:
-        per_epoch = max(1, amount.examples // config.verl.data.train_batch_size)  # verl drops the smaller last batch
-    updates = config.verl.trainer.total_training_steps
+    per_epoch, size = None, config.verl.data.train_batch_size
+    if amount.examples is not None:  # verl drops the smaller last batch of prompts
+        per_epoch = -(-amount.examples // size) if objective else max(1, amount.examples // size)
+    updates = trainer.total_training_steps
     if updates is None and per_epoch is not None:
-        updates = per_epoch * config.verl.trainer.total_epochs
+        updates = per_epoch * trainer.total_epochs
     return Arm(
         name=config.arm,
         config=config,
@@ -52,24 +52,24 @@ def arm_of(config: DictConfig) -> Arm:
         updates=updates,
         reference_tokens=(amount.trained or 0.0) if setup.cache_k else 0.0,
         passes=(setup.cache_k > 0) + (objective is not None and "base" in objective.needs),
-        notes=tuple(_notes(config, amount, setup, objective)),
+        notes=tuple(note for note, holds in _notes(config, amount, setup, objective).items() if holds),
     )
 
 
 def setup_of(config: DictConfig, amount: Amount, objective: Objective | None) -> Setup:
-    """The formulas' view of one arm."""
+    """The formulas' view of one arm; objective None: GRPO."""
     model, engine, data = config.verl.model, config.verl.engine, config.verl.data
-    architecture = architecture_of(config.model)
-    devices = config.verl.trainer.nnodes * config.verl.trainer.n_gpus_per_node
+    architecture, devices = architecture_of(config.model), world_size(config)
     precision = engine.mixed_precision or {}
-    rollout = _rollout(config) if config.trainer == GRPO else None
-    longest, mean = amount.longest, amount.mean
-    sequences = data.train_batch_size
+    rollout = None if objective else _rollout(config)
+    longest, mean, sequences = amount.longest, amount.mean, data.train_batch_size
     if rollout:
-        longest = mean = rollout.prompt + rollout.response
-        sequences = rollout.responses
+        longest, mean, sequences = (whole := rollout.prompt + rollout.response), whole, rollout.responses
     tokens, micro_batches = micro_batch(config, sequences, mean, longest, devices)
-    adapter = architecture.adapter(model.lora_rank, model.target_modules) if model.lora_rank else 0
+    if (optimizer := config.verl.optim.optimizer) not in OPTIMIZERS:
+        known = ", ".join(OPTIMIZERS)
+        raise ConfigError(f"verl.optim.optimizer={optimizer!r} cannot be sized; `eaft plan` knows {known}")
+    master = _BYTES[engine.model_dtype or "fp32"]
     return Setup(
         model=architecture,
         devices=devices,
@@ -85,15 +85,15 @@ def setup_of(config: DictConfig, amount: Amount, objective: Objective | None) ->
         checkpointing=model.enable_gradient_checkpointing,
         attention=(model.override_config or {}).get("attn_implementation", "flash_attention_2"),
         compute=_BYTES[precision.get("param_dtype", "bf16")],
-        master=_BYTES[engine.model_dtype or "fp32"],
+        master=master,
         reduce=_BYTES[precision.get("reduce_dtype", "fp32")],
-        optimizer=_optimizer(config),
-        adapter=adapter,
+        optimizer=optimizer,
+        adapter=architecture.adapter(model.lora_rank, model.target_modules) if model.lora_rank else 0,
         offload_policy=engine.offload_policy,
-        parked=_parked(config, rollout),
+        parked=_parked(config, master, OPTIMIZERS[optimizer] or 2 * master) if rollout else 0,
         unsynced=engine.use_no_sync_for_gradient_accumulation,
         rollout=rollout,
-        **_reference(config, architecture, objective),
+        **_reference(config, architecture, objective, rollout),
         extra_forwards=_extra_forwards(objective, rollout),
     )
 
@@ -106,48 +106,41 @@ def micro_batch(config: DictConfig, sequences: int, mean: float, longest: int, d
     """
     data, parallel = config.verl.data, config.verl.engine.ulysses_sequence_parallel_size
     rank_sequences = max(1, sequences // max(1, devices // parallel))
-    rank_tokens = rank_sequences * mean
     if not data.use_dynamic_bsz:
         size = min(data.micro_batch_size_per_gpu, rank_sequences)
         return -(-size * longest // parallel), -(-rank_sequences // size)
     limit = data.max_token_len_per_gpu * parallel
     whole = max(longest, min(limit, math.ceil(rank_sequences * longest)))
     per_batch = max(1, limit // max(1, math.ceil(mean)))  # sequences of mean length that fit
-    batches = max(math.ceil(rank_tokens / limit), -(-rank_sequences // per_batch))
+    batches = max(math.ceil(rank_sequences * mean / limit), -(-rank_sequences // per_batch))
     return -(-whole // parallel), batches
 
 
 def _rollout(config: DictConfig) -> Rollout:
     policy, data = config.verl.actor_rollout_ref, config.verl.data
-    algorithm = config.verl.algorithm
     return Rollout(
         responses=data.train_batch_size * policy.rollout.n,
         prompt=data.max_prompt_length or config.data.max_length - data.max_response_length,
         response=data.max_response_length,
         tensor_parallel=policy.rollout.tensor_model_parallel_size,
         share=policy.rollout.gpu_memory_utilization if policy.rollout.name == "vllm" else 0.0,
-        reference=bool(policy.actor.use_kl_loss or algorithm.use_kl_in_reward),
+        reference=bool(policy.actor.use_kl_loss or config.verl.algorithm.use_kl_in_reward),
         frees_cache=policy.rollout.free_cache_engine,
     )
 
 
-def _reference(config: DictConfig, model: Architecture, objective: Objective | None) -> dict[str, Any]:
+def _reference(
+    config: DictConfig, model: Architecture, objective: Objective | None, rollout: Rollout | None
+) -> dict[str, Any]:
     """Second engine, full logits, candidates on disk; under LoRA the model without its adapter is the reference."""
+    own = None if config.verl.model.lora_rank else model
     if objective is None:
-        policy = config.verl.actor_rollout_ref
-        asked = policy.actor.use_kl_loss or config.verl.algorithm.use_kl_in_reward
-        return {"reference": model if asked and config.verl.model.lora_rank == 0 else None}
-    anchor = objective.anchor
-    if anchor is None:
+        return {"reference": own if rollout and rollout.reference else None}
+    if (anchor := objective.anchor) is None:
         return {}
-    second = None
-    if anchor.reference is not None:
-        second = architecture_of(anchor.reference)
-    elif anchor.full and config.verl.model.lora_rank == 0:
-        second = model
     if not anchor.full:
         return {"cache_k": anchor.k}  # a reference of another model is loaded for the one pass, before Adam exists
-    return {"reference": second, "anchored": True}
+    return {"reference": architecture_of(anchor.reference) if anchor.reference else own, "anchored": True}
 
 
 def _extra_forwards(objective: Objective | None, rollout: Rollout | None) -> float:
@@ -158,40 +151,29 @@ def _extra_forwards(objective: Objective | None, rollout: Rollout | None) -> flo
     return float((objective.weight_norm == "batch_mean") + exact_tau + ("old_logprob" in objective.needs))
 
 
-def _optimizer(config: DictConfig) -> str:
-    name = config.verl.optim.optimizer
-    if name not in OPTIMIZERS:
-        raise ConfigError(f"verl.optim.optimizer={name!r} cannot be sized; `eaft plan` knows {', '.join(OPTIMIZERS)}")
-    return name
-
-
-def _parked(config: DictConfig, rollout: Rollout | None) -> int:
+def _parked(config: DictConfig, master: int, moments: float) -> int:
     """Bytes per parameter on the host while vLLM is awake. In other training verl brings all back for the step."""
     engine = config.verl.engine
-    if rollout is None:
-        return 0
-    master = _BYTES[engine.model_dtype or "fp32"]
-    moments = OPTIMIZERS[_optimizer(config)] or 2 * master
     trained = 0 if config.verl.model.lora_rank else 1  # an adapter's moments are small
     return int(master * engine.param_offload + moments * engine.optimizer_offload * trained)
 
 
-def _notes(config: DictConfig, amount: Amount, setup: Setup, objective: Objective | None) -> list[str]:
-    notes = [f"data: {amount.origin}"]
-    engine = config.verl.engine
-    if config.trainer != GRPO and (engine.param_offload or engine.optimizer_offload):
-        notes.append(
-            "verl.engine.param_offload and optimizer_offload bring everything back for the whole step: they do "
-            "not lower the peak of training; verl.engine.offload_policy does"
-        )
-    if setup.unsynced:
-        notes.append("use_no_sync_for_gradient_accumulation keeps whole gradients on every device")
-    if setup.optimizer.endswith("8bit"):
-        notes.append(f"{setup.optimizer} needs verl.optim.optimizer_impl to name an installed package (torchao.optim)")
-    if config.budget:
-        notes.append(f"its length is set by the finished run of arm {config.budget.of}; the recipe's own is planned")
-    if setup.rollout:
-        notes.append("every response is taken to be as long as verl.data.max_response_length allows: an upper bound")
-    if objective is not None and ("tau" in objective.needs or "old_logprob" in objective.needs):
-        notes.append("the objective's own forward passes are counted")
-    return notes
+def _notes(config: DictConfig, amount: Amount, setup: Setup, objective: Objective | None) -> dict[str, Any]:
+    """{what the reader must know: whether it holds for this arm}."""
+    engine, needs = config.verl.engine, objective.needs if objective else ()
+    moved = (
+        "verl.engine.param_offload and optimizer_offload bring everything back for the whole step: they do not lower "
+        "the peak of training; verl.engine.offload_policy does"
+    )
+    of = config.budget.of if config.budget else None
+    length = "every response is taken to be as long as verl.data.max_response_length allows: an upper bound"
+    package = f"{setup.optimizer} needs verl.optim.optimizer_impl to name an installed package (torchao.optim)"
+    return {
+        f"data: {amount.origin}": True,
+        moved: objective and (engine.param_offload or engine.optimizer_offload),
+        "use_no_sync_for_gradient_accumulation keeps whole gradients on every device": setup.unsynced,
+        package: setup.optimizer.endswith("8bit"),
+        f"its length is set by the finished run of arm {of}; the recipe's own is planned": of,
+        length: setup.rollout,
+        "the objective's own forward passes are counted": "tau" in needs or "old_logprob" in needs,
+    }

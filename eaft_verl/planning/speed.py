@@ -69,7 +69,7 @@ def update_flops(setup: Setup) -> float:
     checkpointing, the reference's and the objective's own forward passes."""
     layers, head = forward_flops(setup.model, setup.update_tokens, setup.attended)
     backward = 1 if setup.adapter else 2
-    total = (1 + backward) * (layers + head) + (layers if setup.checkpointing else 0)
+    total: float = (1 + backward) * (layers + head) + (layers if setup.checkpointing else 0)
     total += setup.extra_forwards * (layers + head)
     if setup.anchored:
         total += sum(forward_flops(setup.reference or setup.model, setup.update_tokens, setup.attended))
@@ -89,8 +89,8 @@ def update_seconds(setup: Setup, speed: Speed) -> dict[str, float]:
             moved += setup.compute * setup.reference.parameters
         parts["waiting for the network"] = max(0.0, setup.micro_batches * moved / link - arithmetic)
     if setup.offload_policy:
-        moved = (2 * setup.stored["parameters"] + setup.stored["gradients"]) / setup.shards
-        parts["host link"] = setup.micro_batches * moved / HOST_LINK
+        each = (2 * setup.stored["parameters"] + setup.stored["gradients"]) / setup.shards
+        parts["host link"] = setup.micro_batches * each / HOST_LINK
         parts["Adam on the host"] = ADAM_TRAFFIC * setup.trained / setup.nodes / HOST_MEMORY
     else:
         parts["optimizer"] = ADAM_TRAFFIC * setup.trained / setup.shards / speed.memory

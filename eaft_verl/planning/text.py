@@ -1,70 +1,98 @@
 """A plan for people (tables) and for programs (JSON)."""
 
 import json
-import sys
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from eaft_verl.planning.arm_plan import ArmPlan, Machine
-from eaft_verl.planning.formulas import GIB
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
-PIPE_WIDTH = 200  # columns where no terminal says otherwise
-Column = tuple[dict[str, str], dict[str, str]]  # the parts of one arm's section, and what sums them up
+from eaft_verl.planning.arm_plan import ArmPlan
+from eaft_verl.planning.formulas import GIB
+from eaft_verl.planning.machine import Machine
+
+WIDTH = 120  # columns of text
+HEADING = 24  # columns of a heading, unless one name is longer
+Cells = dict[str, str]  # {row: what stands in it}
+Column = dict[str, tuple[Cells, Cells]]  # {section: (parts, what sums them up)} of arms whose numbers are the same
+Grouped = list[tuple[list[str], Any]]  # arms, and what is the same for all of them
 
 
 def print_plans(plans: Sequence[ArmPlan], machine: Machine) -> None:
-    """Print one column per arm, then what does not fit with its remedies, then the assumptions."""
-    from rich.console import Console
-
-    width = None if sys.stdout.isatty() else PIPE_WIDTH
-    console = Console(highlight=False, emoji=False, markup=False, soft_wrap=True, width=width)
+    """Print one column for the arms whose numbers are equal, then what does not fit with its remedies, then the
+    assumptions. Nothing is wider than WIDTH but a word that is."""
+    console = Console(highlight=False, emoji=False, markup=False, width=10 * WIDTH)  # a long name is not cut
     kind = f"{machine.nodes} x {machine.devices} {machine.kind}, {machine.gib:.4g} GiB each"
     console.print(f"plan for {kind}; sizes in GiB")
-    console.print(_table(plans))
-    for plan in plans:
-        _print_verdict(console.print, plan)
-    for line in _assumptions(plans, machine):
-        console.print(line)
+    for table in _tables(console, _grouped((plan.arm.name, _column(plan)) for plan in plans)):
+        console.print(table)
+    for line in _lines(plans, machine):
+        print(textwrap.fill(line, WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False))
 
 
-def _table(plans: Sequence[ArmPlan]) -> Any:
-    from rich import box
-    from rich.table import Table
+def _grouped(said: Iterable[tuple[str, Any]]) -> Grouped:
+    """What is said of arms one by one, every thing once with all of its arms."""
+    groups: Grouped = []
+    for name, what in said:
+        for names, known in groups:
+            if known == what:
+                names.append(name)
+                break
+        else:
+            groups.append(([name], what))
+    return groups
 
+
+def _tables(console: Console, columns: Grouped) -> Iterator[Table]:
+    """As few tables as fit side by side."""
+    while columns:
+        tables = ((count, _table(columns[:count])) for count in range(len(columns), 0, -1))
+        count, table = next(pair for pair in tables if pair[0] == 1 or console.measure(pair[1]).maximum <= WIDTH)
+        yield table
+        columns = columns[count:]
+
+
+def _table(columns: Grouped) -> Table:
     table = Table(box=box.SIMPLE, show_edge=False)
     table.add_column("", no_wrap=True)
-    for plan in plans:
-        table.add_column(plan.arm.name, justify="right")
-    for title, columns in _sections(plans):
-        table.add_row(title, *[""] * len(plans), style="bold")
+    for names, _ in columns:
+        width = max(HEADING, *(len(name) + 1 for name in names))
+        heading = textwrap.fill(", ".join(names), width, break_long_words=False, break_on_hyphens=False)
+        table.add_column(heading, justify="right", no_wrap=True)
+    for section in columns[0][1]:
+        table.add_row(section, style="bold")
+        cells = [column[section] for _, column in columns]
         for part in (0, 1):
-            for name in dict.fromkeys(name for column in columns for name in column[part]):
-                table.add_row(f"  {name}", *(column[part].get(name, "-") for column in columns))
+            for name in dict.fromkeys(name for pair in cells for name in pair[part]):
+                table.add_row(f"  {name}", *(pair[part].get(name, "-") for pair in cells))
     return table
 
 
-def _sections(plans: Sequence[ArmPlan]) -> list[tuple[str, list[Column]]]:
-    return [
-        ("one device, at its peak", [_device(plan) for plan in plans]),
-        ("fullest host", [(_sizes(plan.host), {"sum": _gib(plan.needed)}) for plan in plans]),
-        ("disk", [(_sizes(plan.disk, "at once"), {"at once": _gib(plan.disk["at once"])}) for plan in plans]),
-        ("time (estimate)", [_times(plan) for plan in plans]),
-    ]
+def _column(plan: ArmPlan) -> Column:
+    return {
+        "one device, at its peak": _device(plan),
+        "fullest host": (_sizes(plan.host), {"sum": gib(plan.needed)}),
+        "disk": (_sizes(plan.disk), {}),
+        "time (estimate)": _times(plan),
+    }
 
 
-def _device(plan: ArmPlan) -> Column:
-    sums = {"sum": _gib(plan.peak), "peak in": plan.phase, "verdict": plan.verdict}
+def _device(plan: ArmPlan) -> tuple[Cells, Cells]:
+    sums = {"sum": gib(plan.peak), "peak in": plan.phase, "verdict": plan.verdict}
     if plan.measured:
-        sums["probe, planned"] = _gib(plan.measured["planned"])
-        sums["probe, measured"] = _gib(plan.measured["peak"])
+        sums |= {
+            f"probe, {kind}": gib(plan.measured[key]) for kind, key in (("planned", "planned"), ("measured", "peak"))
+        }
     return _sizes(plan.device), sums
 
 
-def _sizes(parts: dict[str, float], without: str = "") -> dict[str, str]:
-    return {name: _gib(size) for name, size in parts.items() if size and name != without}
+def _sizes(parts: dict[str, float]) -> Cells:
+    return {name: gib(size) for name, size in parts.items() if size}
 
 
-def _times(plan: ArmPlan) -> Column:
+def _times(plan: ArmPlan) -> tuple[Cells, Cells]:
     arm = plan.arm
     parts = {name: duration(part) for name, part in plan.seconds.items() if part > 0.005 * plan.step_s}
     sums = {"update": duration(plan.step_s), "tokens in an update": f"{arm.setup.update_tokens:,.0f}"}
@@ -83,58 +111,61 @@ def _times(plan: ArmPlan) -> Column:
     return parts, sums
 
 
-def _print_verdict(show: Any, plan: ArmPlan) -> None:
-    if plan.verdict == "fits" and not plan.reasons:
-        return
-    show(f"{plan.arm.name}: {plan.verdict}" + (f" ({'; '.join(plan.reasons)})" if plan.reasons else ""))
-    if plan.verdict == "fits":
-        return
+def _lines(plans: Sequence[ArmPlan], machine: Machine) -> Iterator[str]:
+    """What does not fit with what would, then what else must be known; what holds for every arm without their names."""
+    misfits = [(plan.arm.name, _verdict(plan)) for plan in plans if plan.verdict != "fits"]
+    for names, (first, *rest) in _grouped(misfits):
+        yield f"{', '.join(names)}: {first}"
+        yield from rest
+    for names, note in _grouped((plan.arm.name, note) for plan in plans for note in _notes(plan)):
+        yield note if len(names) == len(plans) else f"{', '.join(names)}: {note}"
+    if not plans[0].measured:
+        yield f"speed: {machine.speed.source}; a share between 0.8 and 1.2 of it is ordinary"
+    if machine.host_gib is None:
+        yield "memory of a host is not known: give --host GIB to have it judged"
+
+
+def _notes(plan: ArmPlan) -> list[str]:
+    problem = [f"would not start: {plan.problem}"] if plan.problem else []
+    measured = [f"{plan.measured['flops'] / 1e12:.3g} TFLOP/s a device, measured"] if plan.measured else []
+    return [*problem, *plan.arm.notes, *plan.facts, *measured]
+
+
+def _verdict(plan: ArmPlan) -> list[str]:
+    lines = [f"{plan.verdict} ({'; '.join(plan.reasons)})"]
     for remedy in plan.remedies:
         size = f"{remedy['peak'] / GIB:.1f} GiB a device, {remedy['host'] / GIB:.0f} GiB a host"
-        show(f"  {remedy['way']}: {size}, {duration(remedy['step_s'])} an update", style="bold")
-        show(f"    {' '.join(remedy['overrides'])}")
-    if not plan.remedies:
-        show("  nothing that `eaft plan` knows makes it fit: a smaller model, a shorter data.max_length, more nodes")
-
-
-def _assumptions(plans: Sequence[ArmPlan], machine: Machine) -> list[str]:
-    said = {plan.arm.name: (*plan.arm.notes, *plan.facts) for plan in plans}
-    lines = [note for note in said[plans[0].arm.name] if all(note in notes for notes in said.values())]
-    lines += [f"{name}: {note}" for name, notes in said.items() for note in notes if note not in lines]
-    if plans[0].measured:
-        lines += [f"{plan.arm.name}: {plan.measured['flops'] / 1e12:.3g} TFLOP/s a device, measured" for plan in plans]
-    else:
-        lines.append(f"speed: {machine.speed.source}; a share between 0.8 and 1.2 of it is ordinary")
-    if machine.host_gib is None:
-        lines.append("memory of a host is not known: give --host GIB to have it judged")
-    return lines
+        lines.append(f"  {remedy['way']}: {size}, {duration(remedy['step_s'])} an update")
+        lines.append(f"    {' '.join(remedy['overrides'])}")
+    nothing = "  nothing that `eaft plan` knows makes it fit: a smaller model, a shorter data.max_length, more nodes"
+    return lines if plan.remedies else [*lines, nothing]
 
 
 def as_json(plans: Sequence[ArmPlan], machine: Machine) -> str:
     """The plans as JSON: bytes and seconds."""
-    arms = {}
-    for plan in plans:
-        arm = plan.arm
-        arms[arm.name] = {
+    arms = {
+        plan.arm.name: {
             "verdict": plan.verdict,
-            "reasons": plan.reasons,
+            "reasons": [*plan.reasons, *([f"would not start: {plan.problem}"] if plan.problem else [])],
             "device": {"phase": plan.phase, "parts": plan.device, "bytes": plan.peak},
             "host": {"parts": plan.host, "bytes": plan.needed},
             "disk": plan.disk,
             "seconds": {**plan.seconds, "update": plan.step_s, "before": plan.before_s},
-            "tokens_per_update": arm.setup.update_tokens,
-            "updates_per_epoch": arm.updates_per_epoch,
-            "updates": arm.updates,
+            "tokens_per_update": plan.arm.setup.update_tokens,
+            "updates_per_epoch": plan.arm.updates_per_epoch,
+            "updates": plan.arm.updates,
             "measured": plan.measured,
             "remedies": plan.remedies,
-            "notes": [*arm.notes, *plan.facts],
+            "notes": [*plan.arm.notes, *plan.facts],
         }
+        for plan in plans
+    }
     return json.dumps({"machine": vars(machine), "arms": arms}, indent=2)
 
 
-def _gib(size: float) -> str:
-    value = size / GIB
-    return f"{value:.2f}" if value < 10 else f"{value:.1f}"
+def gib(size: float) -> str:
+    """'3.10', '44.0'."""
+    return f"{size / GIB:.{2 if size < 10 * GIB else 1}f}"
 
 
 def duration(seconds: float) -> str:

@@ -6,6 +6,8 @@ other file has. An objective that has a `name` is chosen whole, so that paramete
 underneath. `name` and `output` say which experiment a file is and are not passed on.
 """
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,17 @@ def read_recipe(path: Path) -> dict[str, Any]:
     not there.
     """
     return _read(path, ())
+
+
+def recipe_files(path: Path) -> list[Path]:
+    """The recipe and every file that it extends, for one that `read_recipe` can read."""
+    other = _load(path, None).get(EXTENDS)
+    return [path, *(recipe_files(path.parent / other) if other else [])]
+
+
+def recipe_hash(path: Path) -> str:
+    """What the recipe says, whichever files say it: equal for equal trees, in the order that they are written in."""
+    return hashlib.sha256(json.dumps(read_recipe(path), default=str).encode()).hexdigest()[:16]
 
 
 def _read(path: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
@@ -51,7 +64,7 @@ def _load(path: Path, extending: Path | None) -> dict[str, Any]:
         by = f", which {extending} extends," if extending else ""
         raise ConfigError(f"recipe {path}{by} does not exist" + (f"; there are {', '.join(near)}" if near else ""))
     try:
-        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        tree: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except (OmegaConfBaseException, YAMLError, ValueError, OSError) as error:
         raise ConfigError(f"recipe {path} is not valid YAML: {error}") from None
     if not isinstance(tree, dict):

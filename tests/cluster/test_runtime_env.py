@@ -1,13 +1,23 @@
 """What travels with a job: variables by precedence, files by exclusion, and the size limit of Ray's dashboard."""
 
 import os
+import shutil
+import subprocess
 import zipfile
 from pathlib import Path, PurePosixPath
 
 import pytest
 
 from eaft_verl.cluster import runtime_env
-from eaft_verl.cluster.runtime_env import JOB_ENV, asked_variables, build_runtime_env, excluded, package
+from eaft_verl.cluster.runtime_env import (
+    JOB_ENV,
+    asked_variables,
+    build_runtime_env,
+    excluded,
+    left_behind,
+    package,
+    package_files,
+)
 from eaft_verl.errors import ConfigError
 
 
@@ -71,6 +81,15 @@ def test_variables_asked_for() -> None:
         ("recipes/math.yaml", False, False),
         ("deep/.env", False, True),
         ("keys/server.pem", False, True),
+        (".netrc", False, True),
+        ("home/id_rsa", False, True),
+        ("id_ed25519.pub", False, True),
+        ("certificate.p12", False, True),
+        (".git-credentials", False, True),
+        ("gcp-credentials-7.json", False, True),
+        ("deploy/.aws", True, True),
+        ("eaft_verl/tokens/stats.py", False, False),
+        ("credentials.py", False, False),
     ],
 )
 def test_exclusion(path: str, is_folder: bool, stays: bool) -> None:
@@ -94,7 +113,7 @@ def project(tmp_path: Path) -> Path:
 
 
 def test_the_package_holds_code_and_recipes_with_their_modes(project: Path, tmp_path: Path) -> None:
-    archive = package(project, tmp_path / "out" / "code.zip", needed="recipes/mine.yaml")
+    archive = package(project, tmp_path / "out" / "code.zip", needed=["recipes/mine.yaml"])
     with zipfile.ZipFile(archive) as packed:
         assert packed.namelist() == ["code.py", "recipes/mine.yaml"]
         assert packed.read("recipes/mine.yaml") == b"arms: {}"
@@ -102,15 +121,15 @@ def test_the_package_holds_code_and_recipes_with_their_modes(project: Path, tmp_
 
 
 def test_equal_contents_give_equal_bytes_so_that_ray_uploads_once(project: Path, tmp_path: Path) -> None:
-    first = package(project, tmp_path / "1.zip", needed="code.py").read_bytes()
+    first = package(project, tmp_path / "1.zip", needed=["code.py"]).read_bytes()
     os.utime(project / "code.py", (0, 0))
-    assert package(project, tmp_path / "2.zip", needed="code.py").read_bytes() == first
+    assert package(project, tmp_path / "2.zip", needed=["code.py"]).read_bytes() == first
 
 
 def test_a_recipe_that_would_stay_behind_is_refused(project: Path, tmp_path: Path) -> None:
     (project / "runs" / "mine.yaml").write_text("arms: {}")
     with pytest.raises(ConfigError, match="runs/mine.yaml does not travel with the job"):
-        package(project, tmp_path / "code.zip", needed="runs/mine.yaml")
+        package(project, tmp_path / "code.zip", needed=["runs/mine.yaml"])
 
 
 def test_a_package_larger_than_ray_takes_is_refused_with_the_largest_files(
@@ -119,6 +138,28 @@ def test_a_package_larger_than_ray_takes_is_refused_with_the_largest_files(
     assert runtime_env.MAX_UPLOAD == 104_857_600, "the dashboard's limit, from its own 413 message"
     monkeypatch.setattr(runtime_env, "MAX_UPLOAD", 2 << 20)
     (project / "noise.dat").write_bytes(os.urandom(3 << 20))  # random: it does not compress
-    with pytest.raises(ConfigError, match=r"larger than the 2 MiB.*largest: noise.dat \(3 MiB\)"):
-        package(project, tmp_path / "code.zip", needed="code.py")
+    with pytest.raises(ConfigError, match=r"larger than the 2 MiB.*largest: .*noise.dat \(3 MiB\)"):
+        package(project, tmp_path / "code.zip", needed=["code.py"])
     assert not (tmp_path / "code.zip").exists()
+    for part in range(5):  # no file is large, the folder is
+        (project / "samples" / "deep").mkdir(parents=True, exist_ok=True)
+        (project / "samples" / "deep" / f"{part}.json").write_bytes(os.urandom(1 << 20))
+    with pytest.raises(ConfigError, match=r"largest: samples/ \(5 MiB\), recipes/ \(0 MiB\), noise.dat \(3 MiB\)"):
+        package(project, tmp_path / "code.zip", needed=["code.py"])
+
+
+def test_of_a_git_checkout_what_git_lists_travels_and_the_recipe_that_was_named(project: Path, tmp_path: Path) -> None:
+    shutil.rmtree(project / ".git")
+    for name in ("notes.txt", "my.netrc.bak", "recipes/new.yaml", "id_rsa", "with space ü.py"):
+        (project / name).write_text(name)
+    for words in (["init", "-q"], ["add", "code.py", "recipes/mine.yaml", "id_rsa", "with space ü.py"]):
+        subprocess.run(["git", "-C", str(project), *words], check=True)
+    (project / "recipes" / "mine.yaml").write_text("arms: {a: {}}")  # changed and not committed
+    found = package_files(project, ["recipes/new.yaml"])
+    assert found == ["code.py", "recipes/mine.yaml", "recipes/new.yaml", "with space ü.py"]
+    with zipfile.ZipFile(package(project, tmp_path / "code.zip", needed=["recipes/new.yaml"])) as packed:
+        assert packed.read("recipes/mine.yaml") == b"arms: {a: {}}"
+    assert left_behind(project) == ["my.netrc.bak", "notes.txt", "recipes/new.yaml"]
+    (project / "code.py").unlink()  # git still lists it
+    assert "code.py" not in package_files(project)
+    assert package_files(project / "recipes") == ["mine.yaml"], "a folder of a checkout"

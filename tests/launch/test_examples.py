@@ -15,15 +15,10 @@ ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 BIN = Path(sys.executable).parent
 FILES = sorted(path for path in EXAMPLES.iterdir() if path.is_file())
-RUNS = {
-    "run_eaft_qwen2_5_32b.sh": ("recipes/math_qwen2_5_32b.yaml", "--arm eaft"),
-    "run_compare_qwen2_5_32b.sh": ("recipes/math_qwen2_5_32b.yaml", "--compare"),
-    "run_grpo_qwen2_5_32b.sh": ("recipes/math_qwen2_5_32b.yaml", "--arm grpo"),
-    "run_eaft_qwen3_4b.sh": ("recipes/math_qwen3_4b.yaml", "--arm eaft"),
-    "run_eaft_glm4_9b.sh": ("recipes/math_glm4_9b.yaml", "--arm eaft"),
-    "run_compare_qwen3_4b.sh": ("recipes/math_qwen3_4b.yaml", "--compare"),
-    "run_compare_glm4_9b.sh": ("recipes/math_glm4_9b.yaml", "--compare"),
-}
+RUNS = [
+    *(("math_qwen2_5_32b", arm) for arm in ("eaft", "compare", "grpo")),
+    *((recipe, arm) for recipe in ("math_qwen3_4b", "math_glm4_9b") for arm in ("eaft", "compare")),
+]
 LAUNCH = "launch recipes/math_qwen2_5_32b.yaml --arm eaft"
 YAMLLINT = "{extends: default, rules: {line-length: {max: 140}, document-start: disable}}"
 
@@ -81,14 +76,24 @@ def test_here_a_dry_run_checks_plans_and_prints_every_stage() -> None:
 
 
 @pytest.mark.parametrize(
-    ("script", "place"), zip(RUNS, itertools.cycle(("ray", "slurm", "kuberay", "skypilot")), strict=False)
+    ("recipe", "arm", "place"),
+    [(*run, place) for run, place in zip(RUNS, itertools.cycle(("ray", "slurm", "kuberay", "skypilot")), strict=False)],
 )
-def test_a_run_script_hands_its_recipe_to_any_place(script: str, place: str) -> None:
-    recipe, what = RUNS[script]
-    out = dry_run(["bash", f"examples/{script}"], ON=place, OUTPUT="/shared/runs/q", EAFT_DATA="/shared/data")
-    assert f"{recipe} {what} output=/shared/runs/q" in out and "plan for 1 x 8 A100" in out
+def test_the_run_script_hands_any_recipe_to_any_place(recipe: str, arm: str, place: str) -> None:
+    words = ["bash", "examples/run.sh", f"recipes/{recipe}.yaml", arm]
+    out = dry_run(words, ON=place, OUTPUT="/shared/runs/q", EAFT_DATA="/shared/data")
+    what = "--compare" if arm == "compare" else f"--arm {arm}"
+    assert f"recipes/{recipe}.yaml {what} output=/shared/runs/q" in out and "plan for 1 x 8 A100" in out
     command = {"ray": "command: python", "slurm": "sbatch", "kuberay": "kubectl create", "skypilot": "sky launch"}
     assert command[place] in out
+
+
+def test_a_run_of_another_recipe_with_arguments_added() -> None:
+    words = ["bash", "examples/run_eaft_qwen2_5_32b.sh", "verl.trainer.nnodes=2"]
+    variables = {"RECIPE": "recipes/math_qwen3_4b.yaml", "ON": "slurm", "OUTPUT": "/shared/runs/q"}
+    out = dry_run(words, **variables, EAFT_DATA="/shared/data")
+    assert "recipes/math_qwen3_4b.yaml --arm eaft output=/shared/runs/q verl.trainer.nnodes=2" in out
+    assert "--nodes=2" in out
 
 
 def test_a_ray_job_of_any_recipe() -> None:
@@ -126,3 +131,34 @@ def test_the_skypilot_task_launches_its_arguments(tmp_path: Path, printed: dict[
     assert task["secrets"] == {"RAY_AUTH_TOKEN": None} and task["envs"]["RAY_AUTH_MODE"] == "token"
     out = dry_run(["bash", "-c", task["run"]], tmp_path, EAFT_ARGUMENTS=LAUNCH.partition(" ")[2], **printed)
     assert out.strip() == f"{LAUNCH} --on local --dry-run"
+
+
+@pytest.mark.parametrize(
+    ("resolved", "interfaces", "head"),
+    [
+        ("10.0.0.7 STREAM n1", "10.0.0.7", "10.0.0.7"),
+        ("127.0.1.1 STREAM n1", "fd00::2 192.0.2.7 172.17.0.1", "192.0.2.7"),  # Debian's /etc/hosts; IPv6 first
+        ("127.0.0.1 STREAM n1", "fd00::2", "127.0.0.1"),  # one node alone
+    ],
+)
+def test_the_slurm_script_gives_workers_an_address_and_ends_when_ray_does(
+    tmp_path: Path, resolved: str, interfaces: str, head: str
+) -> None:
+    fakes = {
+        "scontrol": "echo n1",
+        "srun": 'while [ "$1" != -w ]; do shift; done; shift 2; exec "$@"',
+        "getent": f"echo '{resolved}'",
+        "hostname": f"[ $# = 0 ] && echo n1 || echo '{interfaces}'",
+        "ray": 'echo "ray $*"; exit 1',
+        "python": 'case $2 in *secrets*) echo token;; *) exit 1;; esac',
+    }  # fmt: skip
+    for name, body in fakes.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path), "SLURM_JOB_ID": "7"}
+    environ |= {"SLURM_JOB_NODELIST": "n1", "SLURM_CPUS_ON_NODE": "2"}
+    command = ["bash", str(EXAMPLES / "slurm.sbatch"), "recipe.yaml"]
+    done = subprocess.run(command, env=environ, cwd=tmp_path, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 1 and "ray start has ended on n1" in done.stderr, done.stderr
+    assert f"ray start --head --node-ip-address {head} --port 20007" in done.stdout
+    assert not list((tmp_path / ".ray").iterdir()), "no token is left"

@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from eaft_verl.errors import ConfigError
 from eaft_verl.launch.files import kuberay_job, skypilot_job, slurm_job
 from eaft_verl.launch.places import PLACES, job_id, launch
 from eaft_verl.launch.request import Launch
+from eaft_verl.recipe.file import read_recipe, recipe_hash
 from eaft_verl.recipe.resolve import load_recipe, resolve
 
 ROOT = Path(__file__).parents[2]
@@ -28,6 +30,14 @@ verl: {trainer: {nnodes: 4, n_gpus_per_node: 8}}
 arms:
   sft: {objective: {name: sft}}
   eaft: {objective: {name: eaft}}
+"""
+MY_OWN = """
+extends: base.yaml
+name: "1e-5"  # a name, no number
+output: ${oc.env:EAFT_DATA,/shared}/über
+data: {rows: 7}
+verl: {optim: {lr: 1e-5}}
+arms: {sft: null}
 """
 PLACED = ("device=cuda", "output=/shared/runs/q")
 
@@ -140,6 +150,79 @@ def test_a_place_whose_command_is_not_installed_is_an_error_that_keeps_the_file(
     assert list((project / "runs" / "launched").glob("*.sbatch"))
 
 
+# what runs is what was checked
+
+
+def test_what_is_handed_over_names_the_recipe_that_was_checked(capfd: pytest.CaptureFixture[str]) -> None:
+    found = recipe_hash(Path("q.yaml"))
+    for place in ("slurm", "kuberay", "skypilot", "ray"):
+        launch(Launch("q.yaml", "eaft", overrides=PLACED), place, dry_run=True)
+        assert f"--recipe-hash {found}" in capfd.readouterr().out, place
+    assert launch(Launch("q.yaml", "eaft", overrides=PLACED, recipe_hash=found), "slurm", dry_run=True) == 0
+
+
+def test_another_recipe_of_that_name_is_refused_where_the_job_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("base.yaml").write_text(RECIPE)
+    Path("q.yaml").write_text("extends: base.yaml\n")
+    checked = recipe_hash(Path("q.yaml"))
+    Path("base.yaml").write_text(RECIPE + "# a remark says nothing\n")
+    assert recipe_hash(Path("q.yaml")) == checked
+    Path("base.yaml").write_text(RECIPE.replace("16384", "8192"))
+    words = ["launch", "q.yaml", "--arm", "eaft", "--on", "local", "output=/shared/q", "--recipe-hash", checked]
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert "recipe q.yaml is not the one that was checked" in error and checked in error and error.count("\n") == 1
+    assert not Path("/shared/q").exists()
+
+
+def test_the_kuberay_job_brings_the_recipe_it_was_launched_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "recipes").mkdir()
+    Path("recipes/base.yaml").write_text(RECIPE)
+    Path("recipes/my own.yaml").write_text(MY_OWN)
+    here = read_recipe(Path("recipes/my own.yaml"))
+    checked = recipe_hash(Path("recipes/my own.yaml"))
+    asked = Launch("recipes/my own.yaml", "eaft", overrides=PLACED, recipe_hash=checked)
+    _, text, _ = kuberay_job(asked, resolved(asked), "job-1")
+    variables = yaml.safe_load(yaml.safe_load(text)["spec"]["runtimeEnvYAML"])["env_vars"]
+    assert not re.search("[$`'\"\\\\]", "".join(variables.values())), "nothing that a shell on the way would change"
+    image = tmp_path / "image"
+    (image / "recipes").mkdir(parents=True)
+    (image / "recipes" / "my own.yaml").write_text(RECIPE)  # the image's own of that name
+    monkeypatch.chdir(image)
+    monkeypatch.setenv("EAFT_RECIPE", variables["EAFT_RECIPE"])
+    launch(asked, "local", dry_run=True)
+    assert (
+        read_recipe(image / "recipes" / "my own.yaml") == here and recipe_hash(Path("recipes/my own.yaml")) == checked
+    )
+    assert "eaft train recipes/my own.yaml --arm eaft" in capfd.readouterr().out
+    shutil.rmtree(image / "recipes")
+    (image / "recipes").write_text("")
+    with pytest.raises(ConfigError, match="recipe recipes/my own.yaml cannot be written in this image"):
+        launch(asked, "local", dry_run=True)
+
+
+def test_slurm_gets_a_folder_for_its_log_before_it_is_asked(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (project / "sbatch").write_text(
+        '#!/bin/sh\nfor word; do case $word in --output=*) : >"${word#--output=}";; esac; done\n'
+    )
+    (project / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{project}:{os.environ['PATH']}")
+    output = project / "shared" / "runs"
+    assert launch(Launch("q.yaml", "eaft", overrides=(f"output={output}",)), "slurm", dry_run=False) == 0
+    assert [path.suffix for path in output.iterdir()] == [".log"]
+    (project / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be made here"):
+        launch(Launch("q.yaml", "eaft", overrides=(f"output={project / 'file' / 'x'}",)), "slurm", dry_run=False)
+
+
+def test_a_cpu_job_asks_slurm_for_no_gpu() -> None:
+    asked = Launch("q.yaml", "eaft", overrides=("device=cpu", "output=/shared/q", "verl.data.train_batch_size=32"))
+    _, text, command = slurm_job(asked, resolved(asked), "job-1")
+    assert "gpus" not in " ".join(command) and not re.search(r"^#SBATCH.*gpu", text, re.MULTILINE)
+
+
 # refusals
 
 
@@ -154,6 +237,19 @@ def test_a_recipe_outside_the_folder_that_travels_is_refused(project: Path) -> N
     for path in (str(project / "q.yaml"), f"../{project.name}/q.yaml"):
         with pytest.raises(ConfigError, match="must lie under the current folder"):
             launch(Launch(path, "eaft", overrides=PLACED), "ray", dry_run=True)
+
+
+@pytest.mark.parametrize("place", ["ray", "skypilot"])
+def test_what_a_recipe_extends_must_travel_with_it(place: str, project: Path, tmp_path_factory: object) -> None:
+    outside = tmp_path_factory.mktemp("elsewhere") / "base.yaml"
+    outside.write_text(RECIPE)
+    (project / "x.yaml").write_text(f"extends: {os.path.relpath(outside, project)}\n")
+    with pytest.raises(ConfigError, match=r"base.yaml, which x.yaml extends, must lie under the current folder"):
+        launch(Launch("x.yaml", "eaft", overrides=PLACED), place, dry_run=True)
+    (project / "x.yaml").write_text(f"extends: {outside}\n")
+    with pytest.raises(ConfigError, match="which x.yaml extends, must lie under the current folder"):
+        launch(Launch("x.yaml", "eaft", overrides=PLACED), place, dry_run=True)
+    assert launch(Launch("x.yaml", "eaft", overrides=PLACED), "slurm", dry_run=True) == 0, "one file system"
 
 
 @pytest.mark.parametrize(

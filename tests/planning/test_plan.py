@@ -1,6 +1,8 @@
 """`eaft plan` from recipes: what fits, what it proposes, where its numbers of tokens come from, errors, JSON."""
 
+import itertools
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,19 +10,22 @@ import tiny
 from config_fixtures import composed_once  # noqa: F401
 from omegaconf import DictConfig
 from plan_setups import QWEN_32B, config, write_recipe
+from rich.console import Console
 
 from eaft_verl.cli import main
 from eaft_verl.errors import ConfigError
 from eaft_verl.models import load_tokenizer
 from eaft_verl.planning.amount import amount_of
 from eaft_verl.planning.architectures import architecture_of
-from eaft_verl.planning.arm_plan import Machine, plan_arm
-from eaft_verl.planning.command import parse_gpus
+from eaft_verl.planning.arm_plan import plan_arm
 from eaft_verl.planning.formulas import GIB
+from eaft_verl.planning.machine import Machine, gpus_here, machine_of, parse_gpus
 from eaft_verl.planning.remedies import remedies
 from eaft_verl.planning.setup import arm_of, micro_batch
+from eaft_verl.planning.text import _grouped, _tables
 from eaft_verl.recipe.checks import check
 from eaft_verl.recipe.datasets import prepare_data
+from eaft_verl.recipe.resolve import load_recipe
 
 A100 = Machine(1, 8, 80.0, "A100", None)
 
@@ -191,6 +196,42 @@ def test_exit_codes_text_and_json(recipe: Path, capsys: pytest.CaptureFixture[st
     assert sft["updates_per_epoch"] == 100 and sft["updates"] == 1000
 
 
+SHIPPED = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_shipped_recipe_fits_120_columns_and_says_a_thing_once(
+    path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(path.parents[1])
+    model = ["model=Qwen/Qwen2.5-32B-Instruct"] if path.stem == "paper" else []
+    main(["plan", str(path), "--gpus", "8x40", "--nodes", "2", *model])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 120
+    head = " ".join(itertools.takewhile(lambda line: "─" not in line, lines[1:]))
+    arms = set(load_recipe(path).arms)
+    assert sorted(head.replace(",", " ").split()) == sorted(arms), "every arm once, above the table"
+    said = [line.partition(": ")[2] if set(re.split(", |: ", line)) & arms else line for line in lines[1:]]
+    notes = [line for line in said if "--" in line or "tokens" in line or "upper bound" in line]
+    assert len(notes) == len(set(notes))
+
+
+def column(name: str, cells: dict[str, str]) -> tuple[str, dict]:
+    return name, {"time": (cells, {})}
+
+
+def test_arms_of_equal_numbers_are_one_column_and_too_many_columns_are_more_tables() -> None:
+    grouped = _grouped([column("sft", {"a": "1"}), column("kl", {"a": "2"}), column("eaft", {"a": "1"})])
+    assert [names for names, _ in grouped] == [["sft", "eaft"], ["kl"]]
+    console = Console(width=1200)
+    many = _grouped([column(f"an_arm_of_some_length_{index}", {"a": str(index)}) for index in range(10)])
+    tables = list(_tables(console, many))
+    assert [len(table.columns) - 1 for table in tables] == [4, 4, 2]
+    assert all(console.measure(table).maximum <= 120 for table in tables)
+    (long,) = _tables(console, _grouped([column("x" * 128, {})]))
+    assert console.measure(long).maximum > 128, "a name is never cut"
+
+
 def test_what_would_not_start_is_said_and_planned_all_the_same(
     recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -231,3 +272,19 @@ def test_settings_are_read_from_the_recipe(recipe: Path) -> None:
     assert setup("verl.engine.use_no_sync_for_gradient_accumulation=true").unsynced
     assert setup("objective.weight_norm=batch_mean").extra_forwards == 1
     assert not setup("verl.model.enable_gradient_checkpointing=false").checkpointing
+
+
+def test_nvidia_smi_is_asked_once_and_read_line_by_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    smi = tmp_path / "nvidia-smi"
+    answer = "NVIDIA H100 80GB HBM3, 81559, 580.65.06\nNVIDIA GB10, [N/A], 580.65.06"
+    smi.write_text(f"#!/bin/sh\necho '{answer}'\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    first, second = gpus_here()
+    assert (first.name, first.driver) == ("NVIDIA H100 80GB HBM3", "580.65.06")
+    assert first.gib == pytest.approx(79.65, abs=0.01) and second.gib == 0
+    assert str(first) == "NVIDIA H100 80GB HBM3, 81559 MiB, 580.65.06"
+    here = machine_of(config(write_recipe(tmp_path), "sft"), None, None)
+    assert (here.kind, here.gib, here.devices) == ("H100", first.gib, 8)
+    smi.write_text("#!/bin/sh\nexit 9\n")
+    assert gpus_here() == []

@@ -8,7 +8,8 @@ from config_fixtures import composed_once  # noqa: F401
 
 from eaft_verl.cli import main
 from eaft_verl.errors import ConfigError
-from eaft_verl.planning.arm_plan import Machine, plan_arm
+from eaft_verl.planning.arm_plan import plan_arm
+from eaft_verl.planning.machine import Machine
 from eaft_verl.recipe.checks import check, pending
 from eaft_verl.recipe.file import read_recipe
 from eaft_verl.recipe.resolve import load_recipe, resolve

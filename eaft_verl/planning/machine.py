@@ -1,0 +1,81 @@
+"""What is planned for: the machine of --gpus, or this one. nvidia-smi is asked here and nowhere else."""
+
+import os
+import re
+import subprocess
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from omegaconf import DictConfig
+
+from eaft_verl.errors import ConfigError
+from eaft_verl.planning.formulas import GIB
+from eaft_verl.planning.speed import SPEED, Speed, speed_of
+
+_GPUS = re.compile(r"^(\d+)x(?:([A-Za-z]+\d+)-)?(\d+(?:\.\d+)?)$")
+
+
+class Gpu(NamedTuple):
+    """A GPU of this machine. gib: its memory, 0 where the driver does not say (those that share the host's)."""
+
+    name: str
+    gib: float
+    driver: str
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.gib * 1024:.0f} MiB, {self.driver}"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What is planned for. gib: memory of one device; host_gib: of one host, None where unknown."""
+
+    nodes: int
+    devices: int  # per node
+    gib: float
+    kind: str
+    host_gib: float | None
+
+    @property
+    def speed(self) -> Speed:
+        """Assumed speed of a device."""
+        return SPEED[self.kind]
+
+
+def gpus_here() -> list[Gpu]:
+    """Every GPU that nvidia-smi names; none where there is no driver or it does not answer within 20 s."""
+    command = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    rows = [line.rsplit(", ", 2) for line in done.stdout.splitlines()]
+    return [Gpu(name, int(mib) / 1024 if mib.isdigit() else 0.0, driver) for name, mib, driver in rows]
+
+
+def machine_of(config: DictConfig, gpus: str | None, host_gib: float | None) -> Machine:
+    """The machine of --gpus, else this one; ConfigError where this one has no GPU and the recipe wants one."""
+    trainer = config.verl.trainer
+    if gpus:
+        _, kind, gib = parse_gpus(gpus)
+        speed_of(kind)
+        return Machine(trainer.nnodes, trainer.n_gpus_per_node, gib, kind, host_gib)
+    here = host_gib or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+    if config.device == "cpu":
+        return Machine(1, trainer.n_gpus_per_node, here / trainer.n_gpus_per_node, "CPU", here)
+    found = gpus_here()
+    if not found or not found[0].gib:
+        raise ConfigError("device=cuda and no GPU is visible here: say what to plan for, e.g. --gpus 8x80 --nodes 2")
+    kind = next((name for name in SPEED if name in found[0].name.upper()), "A100")
+    return Machine(trainer.nnodes, trainer.n_gpus_per_node, found[0].gib, kind, here)
+
+
+def parse_gpus(text: str) -> tuple[int, str, float]:
+    """(GPUs per node, kind, GiB of each) of '8x80' or '8xH100-80'; ConfigError otherwise."""
+    match = _GPUS.match(text)
+    if not match or int(match[1]) < 1 or float(match[3]) <= 0:
+        raise ConfigError(
+            f"--gpus {text!r} must be GPUs per node x GiB of each, e.g. 8x80 or, with the kind, 8xH100-80 "
+            f"(kinds: {', '.join(name for name in SPEED if name != 'CPU')})"
+        )
+    return int(match[1]), (match[2] or "A100").upper(), float(match[3])
