@@ -108,7 +108,8 @@ def encode_examples(
     for number, row in enumerate(rows, 1):
         try:
             messages, extra = to_messages(row)
-            pieces = encode(tokenizer, messages, max_length, "truncate", turns, extra.get("tools"))
+            tools, kwargs = extra.get("tools"), extra.get("chat_template_kwargs")
+            pieces = encode(tokenizer, messages, max_length, "truncate", turns, tools, kwargs)
         except RowError as error:
             raise DataError(f"{source} row {number}: {error}") from error
         identity = extra.get("id", str(number - 1))
