@@ -31,6 +31,10 @@ USUAL = {
     "chat_template_kwargs": ("chat_template_kwargs",),
     **{key: (key,) for key in MASK_KEYS},
 }
+_ROLES: dict[str, list[str]] = {}
+for _role, _names in USUAL.items():
+    for _name in _names:
+        _ROLES.setdefault(_name, []).append(_role)
 # What a model of text cannot be shown.
 _MEDIA = re.compile(r"^(image|video|audio|picture|pixel|frame|wav|mel)s?(_|$)|_(image|video|audio)s?$")
 # What the prompt would have to hold; to be put there, or named in data.columns.
@@ -57,8 +61,14 @@ class Row:
 
     def __init__(self, row: Mapping[str, Any], columns: Columns | None = None) -> None:
         self.filled = {str(key): value for key, value in row.items() if not absent(value)}
-        self.empty = {str(key): value for key, value in row.items() if isinstance(value, str) and absent(value)}
+        self.empty = {
+            str(key): value for key, value in row.items() if isinstance(value, str) and str(key) not in self.filled
+        }
         self.columns = columns or {}
+        self.roles: dict[str, list[str]] = {}
+        for name in self.filled:
+            for role in _ROLES.get(name.lower(), ()):
+                self.roles.setdefault(role, []).append(name)
         self.used: set[str] = set(_listed(self.columns.get("ignore")))
         if "input_ids" in self.filled:
             self.used.update(_PREPARED)
@@ -71,11 +81,11 @@ class Row:
         """Names of the columns that have the role: the one that data.columns names, else the usual ones."""
         if role in self.columns:
             return [name for name in _listed(self.columns[role]) if name in self.filled or name in self.empty]
-        taken = {name for names in self.columns.values() for name in _listed(names)}
-        for found in (self.filled, self.empty if role in ("prompt", "response") else {}):
-            if names := [name for name in found if name.lower() in USUAL[role] and name not in taken | self.used]:
-                return names
-        return []
+        usual = self.roles.get(role, [])
+        if not usual and role in ("prompt", "response"):
+            usual = [name for name in self.empty if role in _ROLES.get(name.lower(), ())]
+        taken = [name for names in self.columns.values() for name in _listed(names)]
+        return [name for name in usual if name not in taken and name not in self.used]
 
     def take(self, role: str) -> Any:
         """The value in this role, or None; RowError if several columns claim it and differ."""
@@ -92,14 +102,14 @@ class Row:
 
     def unused(self, messages: list[dict[str, Any]]) -> list[str]:
         """Names of the columns left over, all of them metadata or copies; RowError for one that is neither."""
-        texts = [_squeezed(message["content"]) for message in messages]
         left = [name for name in self.filled if name not in self.used]
         told = not {"prompt", "messages"}.isdisjoint(self.columns)  # the user has said what the prompt is
         for name in left:
             value, plain = self.filled[name], name.lower().strip()
             media = bool(_MEDIA.search(plain))
-            carries = bool(_CARRIERS.search(plain)) and not told and not _is_number(value)
-            if media or not (_is_copy(value, texts) or (not carries and (told or _is_metadata(plain, value)))):
+            carries = bool(_CARRIERS.search(plain)) and not told and not isinstance(value, int | float)
+            meant = media or carries or not (told or _is_metadata(plain, value))
+            if meant and (media or not _is_copy(value, messages)):
                 raise RowError("column", _meaning(name, value, media))
         return left
 
@@ -131,19 +141,15 @@ def _is_metadata(name: str, value: Any) -> bool:
     return bool(_METADATA.search(name)) or all(_is_plain(leaf) for leaf in _leaves(value))
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float)
-
-
 def _is_plain(leaf: Any) -> bool:
     return not isinstance(leaf, str | bytes) or (isinstance(leaf, str) and bool(_IDENTIFIER.fullmatch(leaf)))
 
 
-def _is_copy(value: Any, texts: list[str]) -> bool:
+def _is_copy(value: Any, messages: list[dict[str, Any]]) -> bool:
     """Whether the text is in the conversation, or the conversation in the text."""
     if not isinstance(value, str):
         return False
-    text = _squeezed(value)
+    text, texts = _squeezed(value), [_squeezed(message["content"]) for message in messages]
     return any(text in one for one in texts) or (bool(texts) and all(one in text for one in texts))
 
 

@@ -22,9 +22,12 @@ thinking is switched off.
 """
 
 import re
-from collections.abc import Mapping
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import ge, lt
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from eaft_verl.data.rendered import check_context, mismatch
 from eaft_verl.data.spec import RowError
@@ -34,6 +37,9 @@ Message = dict[str, Any]
 __all__ = ["Encoded", "check_tokenizer", "encode", "render", "special_tokens"]
 _PROBE, _NEXT = "PROBE", "NEXTPROBE"
 _THINK = "<think>"
+_PLAIN = {"role", "content", "train"}
+# What the template put before and after the content of the last plain turn.
+_AROUND: WeakKeyDictionary[Any, tuple[str, str]] = WeakKeyDictionary()
 _EMPTY_THOUGHT = re.compile(r"\s*(<(\w+)>\s*)?</\w*think\w*>\s*")
 _SPLIT = "set data.turns=split: one example per assistant turn, each in exactly the context it is generated in"
 
@@ -123,8 +129,8 @@ def _encode(
     if spans[-1].body == spans[-1].end:
         whole += _next_opening(template, messages[: last + 1], whole)
     spans = [_closed(span, whole, template.specials) for span in spans]
-    batch = template.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
-    ids, mask = list(batch["input_ids"]), _mask(whole, batch["offset_mapping"], spans)
+    tokens = template.tokens(whole)
+    ids, mask = tokens.ids, _mask(whole, tokens.offsets, spans)
     too_long = len(ids) > max_length
     if too_long and over_long != "truncate":
         raise RowError("over_long", f"{len(ids)} tokens, data.max_length is {max_length}")
@@ -172,9 +178,12 @@ def _locate(template: ChatTemplate, messages: list[Message], index: int, whole: 
     """Where turn `index` is trained within `whole`, the rendering of all turns up to `last`."""
     message, turn = messages[index], f"turn {index + 1} (assistant)"
     prompt = template.render(messages[:index], generate=True)
+    rendered = whole if index == last else template.render(messages[: index + 1])
+    if known := _as_before(template, message, prompt, rendered):
+        _check_kept(whole, rendered[: known.end], turn)
+        return known
     kept = {key: value for key, value in message.items() if key in ("role", "reasoning_content")}
     probe = template.render([*messages[:index], {**kept, "content": _PROBE}])
-    rendered = whole if index == last else template.render(messages[: index + 1])
     if not (probe.startswith(prompt) and rendered.startswith(prompt)):
         raise RowError(
             "template",
@@ -188,13 +197,33 @@ def _locate(template: ChatTemplate, messages: list[Message], index: int, whole: 
     start, reason = _start(message, rendered[:body], len(prompt), inserted)
     if reason:
         raise RowError("template_drops", f"{turn}: {reason}")
-    if not whole.startswith(rendered[:end]):
+    _check_kept(whole, rendered[:end], turn)
+    if message.keys() <= _PLAIN:
+        _AROUND[template.tokenizer] = (inserted, tail)
+    return _Trained(len(prompt), start, body, end)
+
+
+def _as_before(template: ChatTemplate, message: Message, prompt: str, rendered: str) -> _Trained | None:
+    """Where a plain turn is trained, if exactly what stood around the last one stands around it: no probe is needed."""
+    inserted, tail = _AROUND.get(template.tokenizer, ("", None))
+    content = message["content"]
+    if tail is None or not message.keys() <= _PLAIN or _THINK in content or (inserted and content.startswith(inserted)):
+        return None
+    if rendered != f"{prompt}{inserted}{content}{tail}":
+        return None
+    body, end = _end_of_turn(rendered, tail, template.specials)
+    start = len(prompt) + (len(inserted) if _EMPTY_THOUGHT.fullmatch(inserted) else 0)
+    return _Trained(len(prompt), start, body, end)
+
+
+def _check_kept(whole: str, beginning: str, turn: str) -> None:
+    """RowError if the turn does not stand in the whole conversation as it is written where it is the last one."""
+    if not whole.startswith(beginning):
         raise RowError(
             "template",
             f"{turn}: the chat template writes it differently once it is not the last turn (reasoning left out, or "
             f"another end of turn), so the whole conversation is not what the model generates; {_SPLIT}",
         )
-    return _Trained(len(prompt), start, body, end)
 
 
 def _start(message: Message, written: str, prompt: int, inserted: str) -> tuple[int, str]:
@@ -228,30 +257,38 @@ def _end_of_turn(rendered: str, tail: str, specials: tuple[str, ...]) -> tuple[i
     return end - len(closing), end
 
 
-def _mask(text: str, offsets: list[tuple[int, int]], spans: list[_Trained]) -> list[int]:
+def _mask(text: str, offsets: Sequence[tuple[int, int]], spans: list[_Trained]) -> list[int]:
     """1 for each token whose characters lie inside one of the spans (in order); a token across a border is not trained.
 
     Two borders are soft, because only the model can have written such a token: white space that the template puts
     between the generation prompt and the content may be merged into the content's first token (" The"), and an
     end-of-turn token may swallow the white space after it (Phi-3's <|end|>).
     """
-    mask, before, current = [], 0, 0
-    for left, right in offsets:
-        # A byte-level tokenizer may report the offsets of " a" without the space, which the token nevertheless holds.
-        if before < left and text[before:left].isspace():
-            left = before
-        before = right if right > before else before
-        while current < len(spans) - 1 and left >= spans[current].end:
-            current += 1
-        span = spans[current]
-        outside = right <= left or right <= span.start or left >= span.end
-        mask.append(0 if outside else int(_inside(text, left, right, span)))
+    mask = [0] * len(offsets)
+    lefts, rights = zip(*offsets, strict=True) if offsets else ((), ())
+    empty = (
+        [index for index, wide in enumerate(map(lt, lefts, rights)) if not wide] if any(map(ge, lefts, rights)) else []
+    )
+    for span in spans:
+        # Offsets grow: only the first token can begin before the span, and only the last ones can end behind it.
+        first, past = bisect_right(rights, span.start), bisect_left(lefts, span.end)
+        whole = bisect_right(rights, span.end, lo=first, hi=max(first, past))
+        mask[first:whole] = [1] * (whole - first)
+        for index in {first, *range(whole, past), *empty}:
+            if first <= index < past:
+                mask[index] = int(_inside(text, lefts, rights, index, span))
     mask[:1] = [0] * len(mask[:1])
     return mask
 
 
-def _inside(text: str, left: int, right: int, span: _Trained) -> bool:
-    """Whether a token that overlaps the span belongs to it."""
+def _inside(text: str, lefts: Sequence[int], rights: Sequence[int], index: int, span: _Trained) -> bool:
+    """Whether a token that may lie across a border of the span belongs to it."""
+    left, right, before = lefts[index], rights[index], max(rights[:index][-4:], default=0)
+    # A byte-level tokenizer may report the offsets of " a" without the space, which the token nevertheless holds.
+    if before < left and text[before:left].isspace():
+        left = before
+    if right <= left or right <= span.start or left >= span.end:
+        return False
     starts = left >= span.start or (left >= span.prompt and text[left : span.start].isspace())
     closes = left >= span.body and span.body < span.end and not text[span.end : right].strip()
     return starts and (right <= span.end or closes)

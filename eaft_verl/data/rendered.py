@@ -24,6 +24,8 @@ def check_context(messages: list[Message], tools: list[dict[str, Any]] | None, w
 
     What an earlier assistant turn thought may be left out: templates of reasoning models do that.
     """
+    if not tools and _stand_in_order(messages, whole):
+        return
     squeezed = squeeze(whole)
     if missing := _missing_tool(tools or [], squeezed):
         raise RowError(
@@ -41,6 +43,17 @@ def check_context(messages: list[Message], tools: list[dict[str, Any]] | None, w
                 "trained to answer what it does not see; use a template that writes this role",
             )
         place = place if message["role"] == "system" else end
+
+
+def _stand_in_order(messages: list[Message], whole: str) -> bool:
+    """Whether all texts stand there one after the other, letter by letter, and there is nothing else to look for."""
+    place = 0
+    for message in messages:
+        found = whole.find(message["content"], place)
+        if found == _MISSING or "tool_calls" in message:
+            return False
+        place = found + len(message["content"])
+    return True
 
 
 def mismatch(message: Message, body: str, said: str) -> str:

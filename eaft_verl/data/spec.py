@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ class DataSpec:
         check_columns(self.columns, "data.columns")
         _ = self.sources
 
-    @property
+    @cached_property
     def sources(self) -> tuple[Source, ...]:
         """The source, or those of the mixture with their names; what `columns` says holds where they say nothing."""
         return sources_of(self.source, columns=self.columns, rows=self.rows)

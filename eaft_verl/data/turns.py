@@ -53,7 +53,10 @@ def read_turns(given: Any, name: str) -> tuple[list[Message], list[str]]:
     if not isinstance(turns, list):
         raise RowError("wrong_type", f"{name} is {type(turns).__name__}; a list of turns is expected")
     # Objects of different shapes are kept as JSON text by Hugging Face datasets.
-    turns = [parsed(turn, f"turn {at}") if str(turn).startswith("{") else turn for at, turn in enumerate(turns, 1)]
+    turns = [
+        parsed(turn, f"turn {at}") if isinstance(turn, str) and turn[:1] == "{" else turn
+        for at, turn in enumerate(turns, 1)
+    ]
     messages = [_message(turn, number) for number, turn in enumerate(turns, 1)]
     left = {
         f"{name}[].{key}": None for turn, made in zip(turns, messages, strict=True) for key in _left(turn, made, name)
