@@ -70,6 +70,9 @@ def _add_prepare(verbs: argparse._SubParsersAction) -> None:
     )
     verb.add_argument("--rows", type=int, help="use only the first ROWS rows")
     verb.add_argument(
+        "--column", action="append", default=[], metavar="ROLE=NAME", help="prompt=Question, ignore=options, ..."
+    )
+    verb.add_argument(
         "--against", metavar="RECIPE|FILE", help="look for questions of its benchmarks, or rows, in the data"
     )
     verb.add_argument("--leakage", default="warn", help="with --against: warn, error or drop (default: %(default)s)")

@@ -1,4 +1,4 @@
-"""Messages as a chat template expects them, where it has names of its own for tool calls and their results."""
+"""Messages as a chat template expects them, where it has names of its own for reasoning, tool calls and results."""
 
 import json
 from typing import Any
@@ -8,8 +8,11 @@ from eaft_verl.data.spec import RowError
 Message = dict[str, Any]
 
 
-def spoken(template: str, messages: list[Message]) -> list[Message]:
-    """The messages in the words of the chat template.
+def spoken(template: str, messages: list[Message], text_arguments: bool = False) -> list[Message]:
+    """The messages in the words of the chat template; unchanged where there is nothing to say otherwise.
+
+    Reasoning goes by the name that the template reads (gpt-oss: `thinking`). text_arguments: arguments of calls are
+    JSON text. Masks are for the trainer.
 
     GLM-4-0414's template knows neither `tool_calls` nor the role `tool` and leaves both out without a word. It takes a
     call as an assistant turn with the function's name as `metadata` and the arguments as content, and a result as the
@@ -18,9 +21,28 @@ def spoken(template: str, messages: list[Message]) -> list[Message]:
 
     Raises RowError for two calls in one turn, for which that format has no place.
     """
-    if not ("observation" in template and "metadata" in template and "tool_calls" not in template):
-        return messages
-    return [turn for number, message in enumerate(messages, 1) for turn in _glm(message, number)]
+    if any(not message.keys().isdisjoint(("train", "reasoning_content")) for message in messages):
+        messages = [_renamed(template, message) for message in messages]
+    if "observation" in template and "metadata" in template and "tool_calls" not in template:
+        return [turn for number, message in enumerate(messages, 1) for turn in _glm(message, number)]
+    return [_with_text(message) for message in messages] if text_arguments else messages
+
+
+def _renamed(template: str, message: Message) -> Message:
+    """Without the mask, and with reasoning under the field that the template reads, if it reads one."""
+    names = ("reasoning_content", "thinking", "reasoning")
+    read = next((name for name in names if f".{name}" in template or f"'{name}'" in template), names[0])
+    return {read if key == names[0] else key: value for key, value in message.items() if key != "train"}
+
+
+def _with_text(message: Message) -> Message:
+    if not (calls := message.get("tool_calls")):
+        return message
+    return {**message, "tool_calls": [{**call, "function": _text_function(call["function"])} for call in calls]}
+
+
+def _text_function(function: dict[str, Any]) -> dict[str, Any]:
+    return {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}
 
 
 def _glm(message: Message, number: int) -> list[Message]:

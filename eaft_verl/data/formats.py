@@ -1,216 +1,165 @@
 """Any of the usual chat formats to one: a list of messages with role and content."""
 
 import json
+from collections.abc import MutableMapping
 from typing import Any
 
-from eaft_verl.data.spec import RowError
+from eaft_verl.data.calls import join_turns, link_results, parsed, tool_list
+from eaft_verl.data.columns import MASK_KEYS, PROMPT_KEYS, RESPONSE_KEYS, Row, absent, several
+from eaft_verl.data.spec import Columns, RowError
+from eaft_verl.data.turns import TURN_MASKS, add_reasoning, mask_of, read_turns, switch, text_of
 
 Message = dict[str, Any]
-ROLES = ("system", "user", "assistant", "tool")
-PROMPT_KEYS = ("prompt", "question", "query", "problem", "instruction")
-RESPONSE_KEYS = ("response", "answer", "completion", "output", "solution")
-# Field names of FreedomIntelligence/Medical-R1-Distill-Data and medical-o1-reasoning-SFT: a response and its reasoning.
-_LONG_RESPONSE = "response (content)"
-_REASONING_KEYS = ("complex_cot", "reasoning_content", "reasoning (reasoning_content)")
 ACCEPTED = (
     "messages: [{role, content}], conversations: [{from, value}], instruction + output (+ input, system, history), "
     f"or one of {'|'.join(PROMPT_KEYS)} with one of {'|'.join(RESPONSE_KEYS)}"
 )
-_SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "system": "system",
-    "observation": "tool",
-    "function": "tool",
-    "tool": "tool",
-}
 
 
-def to_messages(row: dict[str, Any]) -> tuple[list[Message], dict[str, Any]]:
-    """(messages, extra fields) of a row whose format is recognised by its keys.
+def to_messages(
+    row: dict[str, Any], columns: Columns | None = None, unused: MutableMapping[str, int] | None = None
+) -> tuple[list[Message], dict[str, Any]]:
+    """(messages, extra fields) of a row whose format is recognised by its keys, or told by `columns`.
 
-    Extra fields: `id` (str), `answer` (str; from `answer` or `reference`, unless that is the response itself) and
-    `tools` (list of function descriptions). All other fields are left behind.
-    A null field counts as absent, because parquet cannot leave a field out.
+    A message is {role, content} and, where the row has them, reasoning_content, tool_calls, tool_call_id, name, and
+    train: False for an assistant turn that is not to be trained. Extra fields: `id` (str), `answer` (str; from
+    `answer` or `reference`, unless that is the response itself), `tools` (list of function descriptions), `weight`
+    (float, of the row in the loss) and `chat_template_kwargs` (dict). `unused` counts the columns that were not used.
+    Null, "" and empty lists count as absent, because parquet cannot leave a field out.
     Raises RowError (a DataError) saying what was found and which shapes are accepted.
     """
-    row = {key: value for key, value in row.items() if value is not None}
-    answer_key = next((key for key in ("answer", "reference") if key in row), None)
-    if "messages" in row:
-        messages = [_message(turn, number) for number, turn in enumerate(_turns(row, "messages"), 1)]
-    elif "conversations" in row:
-        messages = [_sharegpt(turn, number) for number, turn in enumerate(_turns(row, "conversations"), 1)]
-    elif "instruction" in row and "output" in row:
-        messages = _alpaca(row)
+    columns_of = Row(row, columns)
+    if (conversation := columns_of.take("messages")) is not None:
+        name = next(iter(columns_of.find("messages")), "messages")
+        messages, left = read_turns(conversation, name)
+        messages = _masked_by_list(messages, columns_of)
     else:
-        messages, response_key = _pair(row)
-        answer_key = next((key for key in ("answer", "reference") if key in row and key != response_key), None)
-    if "system" in row and messages[:1] and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": _text(row["system"], "system")})
-    extra: dict[str, Any] = {}
-    if "id" in row:
-        extra["id"] = str(row["id"])
-    if answer_key:
-        extra["answer"] = _plain(row[answer_key])
-    if tools := _tools(row.get("tools")):
-        extra["tools"] = tools
+        messages, left = _exchange(columns_of)
+    messages = [message for message in messages if message["role"] != "system" or message["content"].strip()]
+    messages = join_turns(_with_system(messages, columns_of.take("system")))
+    link_results(messages)
+    extra = _extra(columns_of)
+    for name in (*columns_of.unused(messages), *left):
+        if unused is not None:
+            unused[name] = unused.get(name, 0) + 1
     return messages, extra
 
 
-def _turns(row: dict[str, Any], key: str) -> list[Any]:
-    turns = row[key]
-    if not isinstance(turns, list):
-        raise RowError("wrong_type", f"{key} is {type(turns).__name__}; a list of turns is expected")
-    return turns
-
-
-def _text(value: Any, where: str) -> str:
-    if not isinstance(value, str):
-        raise RowError("wrong_type", f"{where} is {type(value).__name__} ({str(value)[:40]!r}); text is expected")
-    return value
-
-
-def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-
-
-def _message(turn: Any, number: int) -> Message:
-    """One {role, content} turn; assistant turns keep reasoning_content and tool_calls."""
-    if not isinstance(turn, dict):
-        raise RowError(
-            "wrong_type", f"turn {number} is {type(turn).__name__}; an object with role and content is expected"
-        )
-    role = turn.get("role")
-    if role not in ROLES:
-        raise RowError("role", f"turn {number} has role {role!r}; allowed are {', '.join(ROLES)}")
-    parts = _parts(turn.get("content"), number)
-    given = _parsed(turn.get("tool_calls") or [], f"tool_calls of turn {number}")
-    if not isinstance(given, list):
-        raise RowError("wrong_type", f"tool_calls of turn {number} is {type(given).__name__}; a list is expected")
-    calls = [*parts.pop("tool_calls"), *given]
-    reasoning = turn.get("reasoning_content")
-    if reasoning is not None:
-        parts["reasoning_content"] = _text(reasoning, f"reasoning_content of turn {number}")
-    if role != "assistant" and (calls or parts["reasoning_content"]):
-        raise RowError(
-            "role", f"turn {number} has role {role!r} with tool calls or reasoning; only assistant turns may"
-        )
-    if parts["content"] is None:
-        if not calls:
-            raise RowError("wrong_type", f"turn {number} ({role}) has no content; text is expected")
-        parts["content"] = ""
-    message: Message = {"role": role, "content": parts["content"]}
-    if parts["reasoning_content"]:
-        message["reasoning_content"] = parts["reasoning_content"]
-    if calls:
-        message["tool_calls"] = [_call(call, number) for call in calls]
-    return message
-
-
-def _parts(content: Any, number: int) -> dict[str, Any]:
-    """Content as text; a list of {type, text|value} parts is taken apart by type."""
-    found: dict[str, Any] = {"content": None, "reasoning_content": "", "tool_calls": []}
-    if content is None:
-        return found
-    if not isinstance(content, list):
-        return {**found, "content": _text(content, f"content of turn {number}")}
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        value = part.get("text", part.get("value")) if isinstance(part, dict) else None
-        if kind == "text":
-            found["content"] = (found["content"] or "") + _text(value, f"text part of turn {number}")
-        elif kind == "reasoning":
-            found["reasoning_content"] += _text(value, f"reasoning part of turn {number}")
-        elif kind == "tool_call":
-            found["tool_calls"].append(value)
-        else:
-            shape = f"part of type {kind!r}" if isinstance(part, dict) else type(part).__name__
+def _masked_by_list(messages: list[Message], row: Row) -> list[Message]:
+    """A row's list of masks, one for each turn."""
+    for key in TURN_MASKS:
+        masks = row.filled.get(key)
+        if key in row.used or not isinstance(masks, list):
+            continue
+        row.used.add(key)
+        if len(masks) != len(messages):
             raise RowError(
-                "wrong_type", f"content of turn {number} holds a {shape}; allowed are text, reasoning, tool_call"
+                "mask", f"{key} lists {len(masks)} values for {len(messages)} turns; one per turn is expected"
             )
-    return found
+        messages = [
+            message | mask_of({key: mask if message["role"] == "assistant" else None}, message["role"], number)
+            for number, (message, mask) in enumerate(zip(messages, masks, strict=True), 1)
+        ]
+    return messages
 
 
-def _call(call: Any, number: int) -> dict[str, Any]:
-    """A tool call as {type, function: {name, arguments: dict}}, the form chat templates iterate over."""
-    call = _parsed(call, f"tool call of turn {number}")
-    function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise RowError("wrong_type", f"tool call of turn {number} has no function name: {str(call)[:60]!r}")
-    arguments = _parsed(function.get("arguments", {}), f"arguments of the tool call of turn {number}")
-    return {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+def _with_system(messages: list[Message], system: Any) -> list[Message]:
+    if absent(system):
+        return messages
+    text = text_of(system, "system")
+    if messages and messages[0]["role"] == "system":
+        if messages[0]["content"].strip() != text.strip():
+            raise RowError("clash", "the row has a system column and a system turn that differ; keep one of them")
+        return messages
+    return [{"role": "system", "content": text}, *messages]
 
 
-def _parsed(value: Any, where: str) -> Any:
-    if not isinstance(value, str):
-        return value
+def _extra(row: Row) -> dict[str, Any]:
+    """What a row says beside its conversation."""
+    extra: dict[str, Any] = {}
+    if (identity := row.take("id")) is not None:
+        extra["id"] = str(identity)
+    if (answer := row.take("answer")) is not None:
+        extra["answer"] = answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False, default=str)
+    if tools := tool_list(row.take("tools")):
+        extra["tools"] = tools
+    if (weight := row.take("weight")) is not None:
+        extra["weight"] = _weight(weight)
+    for key in MASK_KEYS:
+        if (mask := row.take(key)) is not None and not switch(mask, f"{key} of the row"):
+            raise RowError("masked", f"the row is not to be trained: {key} is {mask!r}")
+    if (given := row.take("chat_template_kwargs")) is not None:
+        kwargs = parsed(given, "chat_template_kwargs")
+        if not isinstance(kwargs, dict):
+            raise RowError("wrong_type", f"chat_template_kwargs is {type(kwargs).__name__}; an object is expected")
+        extra["chat_template_kwargs"] = {key: value for key, value in kwargs.items() if value is not None}
+    return extra
+
+
+def _weight(value: Any) -> float:
     try:
-        return json.loads(value)
-    except json.JSONDecodeError as error:
-        raise RowError("wrong_type", f"{where} is not valid JSON ({error})") from None
+        weight = float(value)
+    except (TypeError, ValueError):
+        weight = -1.0
+    if not 0 <= weight < float("inf"):
+        raise RowError("mask", f"weight of the row is {value!r}; a number of at least 0 is expected")
+    if weight == 0:
+        raise RowError("masked", "the row is not to be trained: weight is 0")
+    return weight
 
 
-def _tools(value: Any) -> list[dict[str, Any]]:
-    tools = _parsed(value or "[]", "tools")
-    listed = tools if isinstance(tools, list) else [tools]
-    wrapped = [tool if "function" in tool else {"type": "function", "function": tool} for tool in listed if tool]
-    if not isinstance(tools, list) or not all("name" in tool["function"] for tool in wrapped):
-        raise RowError("wrong_type", "tools must be a list of function descriptions, each with a name")
-    return wrapped
+def _exchange(row: Row) -> tuple[list[Message], list[str]]:
+    """Prompt and response in columns of their own, with what goes before and into the prompt."""
+    asks, answers, contexts = _exchange_columns(row)
+    prompt, response = row.value(asks), row.value(answers)
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], dict):
+        return _conversational(prompt, response, asks, answers)
+    pieces = [text_of(prompt, asks), *(text_of(row.value(name), name) for name in contexts)]
+    answer: Message = {"role": "assistant", "content": text_of(response, answers)}
+    if not absent(reasoning := row.take("reasoning")):
+        add_reasoning(answer, {"reasoning": reasoning}, 2)
+    asked = {"role": "user", "content": "\n".join(piece for piece in pieces if piece)}
+    return [*_history(row.take("history")), asked, answer], []
 
 
-def _sharegpt(turn: Any, number: int) -> Message:
-    """One {from, value} turn, or a {role, content} one as some conversations hold."""
-    if not isinstance(turn, dict) or "from" not in turn:
-        return _message(turn, number)
-    if turn["from"] not in _SHAREGPT_ROLES:
-        allowed = ", ".join(_SHAREGPT_ROLES)
-        raise RowError("role", f"turn {number} is from {turn['from']!r}; allowed are {allowed}")
-    value = _text(turn.get("value"), f"value of turn {number}")
-    if turn["from"] != "function_call":
-        return {"role": _SHAREGPT_ROLES[turn["from"]], "content": value}
-    calls = _parsed(value, f"function_call of turn {number}")
-    calls = calls if isinstance(calls, list) else [calls]
-    return {"role": "assistant", "content": "", "tool_calls": [_call(call, number) for call in calls]}
+def _exchange_columns(row: Row) -> tuple[str, str, list[str]]:
+    """Names of the prompt's column, the response's, and of those that go into the prompt."""
+    prompts, responses, contexts = (row.find(role) for role in ("prompt", "response", "context"))
+    answers = [name for name in responses if name.lower() == "answer"]
+    if len(responses) == 2 and len(answers) == 1:
+        # A worked solution next to its final answer: the solution is what a model should write.
+        responses.remove(answers[0])
+    if not prompts and contexts:
+        prompts, contexts = contexts[:1], contexts[1:]
+    if not prompts or not responses:
+        found = ", ".join(sorted(row.filled | row.empty)) or "none"
+        raise RowError("format", f"found the fields {found}; accepted are {ACCEPTED}")
+    for role, names in (("prompt", prompts), ("response", responses)):
+        if len(names) > 1:
+            raise several(role, names)
+    return prompts[0], responses[0], contexts
 
 
-def _alpaca(row: dict[str, Any]) -> list[Message]:
-    messages: list[Message] = []
-    history = row.get("history", [])
+def _conversational(prompt: Any, response: Any, prompt_key: str, key: str) -> tuple[list[Message], list[str]]:
+    """Messages as prompt, and as completion, which alone is trained."""
+    asked, left = read_turns(prompt, prompt_key)
+    asked = [message | ({"train": False} if message["role"] == "assistant" else {}) for message in asked]
+    turns = [{"role": "assistant", "content": response}] if isinstance(response, str) else response
+    answered, more = read_turns(turns, key)
+    return asked + answered, left + more
+
+
+def _history(given: Any) -> list[Message]:
+    """Earlier exchanges as [[user, assistant]] or as messages."""
+    history = parsed(given, "history") if isinstance(given, str) else given or []
     if not isinstance(history, list):
         raise RowError("wrong_type", f"history is {type(history).__name__}; a list of [user, assistant] is expected")
+    if history and all(isinstance(turn, dict) for turn in history):
+        return read_turns(history, "history")[0]
+    messages: list[Message] = []
     for number, pair in enumerate(history, 1):
-        if not isinstance(pair, list) or len(pair) != 2:
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise RowError("wrong_type", f"history entry {number} must be [user, assistant]")
-        messages += _exchange(pair[0], pair[1], f"history entry {number}")
-    instruction, given = _text(row["instruction"], "instruction"), _text(row.get("input", ""), "input")
-    prompt = f"{instruction}\n{given}" if given else instruction
-    return messages + _exchange(prompt, row["output"], "output")
-
-
-def _pair(row: dict[str, Any]) -> tuple[list[Message], str]:
-    prompts = [key for key in row if key.lower() in PROMPT_KEYS]
-    responses = [key for key in row if key.lower() in (*RESPONSE_KEYS, _LONG_RESPONSE)]
-    if len(responses) == 2 and "answer" in responses:
-        # A worked solution next to its final answer: the solution is what a model should write.
-        responses.remove("answer")
-    if not prompts or not responses:
-        raise RowError("format", f"found the fields {', '.join(sorted(row)) or 'none'}; accepted are {ACCEPTED}")
-    if len(prompts) > 1 or len(responses) > 1:
-        several = prompts if len(prompts) > 1 else responses
-        raise RowError("format", f"found {' and '.join(several)}, which may say the same thing; keep one of them")
-    turns = _exchange(row[prompts[0]], row[responses[0]], f"{prompts[0]}/{responses[0]}")
-    if reasoning := next((key for key in row if key.lower() in _REASONING_KEYS), None):
-        turns[1]["reasoning_content"] = _text(row[reasoning], reasoning)
-    return turns, responses[0]
-
-
-def _exchange(user: Any, assistant: Any, where: str) -> list[Message]:
-    return [
-        {"role": "user", "content": _text(user, where)},
-        {"role": "assistant", "content": _text(assistant, where)},
-    ]
+        for role, text in zip(("user", "assistant"), pair, strict=True):
+            messages.append({"role": role, "content": text_of(text, f"history entry {number}")})
+    return messages

@@ -129,7 +129,7 @@ class Against:
         }
 
 
-def leakage_of(name: str, rows: Sequence[tuple[str, list[dict[str, Any]]]], against: Against) -> dict[str, Any]:
+def leakage_of(name: str, rows: Iterable[tuple[str, list[dict[str, Any]]]], against: Against) -> dict[str, Any]:
     """The manifest's `leakage` of rows (id, messages) that are prepared already.
 
     Raises DataError if there are hits and the policy is `error`, or `drop`, for which it is too late.

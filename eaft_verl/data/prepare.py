@@ -6,23 +6,32 @@ decides (too long, control tokens, a template that changes turns) aborts, unless
 
 import hashlib
 import json
-from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from eaft_verl.data.encode import check_tokenizer, encode, render, special_tokens
-from eaft_verl.data.formats import to_messages
-from eaft_verl.data.leakage import Against, Hit, leakage_of
-from eaft_verl.data.parquet import Example, file_hash, read_examples, write_examples
-from eaft_verl.data.sources import read_rows, source_hash
+from eaft_verl.data.accept import Taker
+from eaft_verl.data.account import describe, raise_refused
+from eaft_verl.data.encode import check_tokenizer, render, special_tokens
+from eaft_verl.data.leakage import Against, leakage_of
+from eaft_verl.data.parquet import Example, Examples, file_hash, read_examples, write_batches
+from eaft_verl.data.sources import source_hash
 from eaft_verl.data.spec import DataSpec, RowError
-from eaft_verl.data.validate import check_row
+from eaft_verl.data.take import take_all
 from eaft_verl.errors import ConfigError, DataError, RunError
 from eaft_verl.files import read_json, write_json
 
+__all__ = [
+    "Example",
+    "Prepared",
+    "check_leakage",
+    "load_prepared",
+    "manifest_path",
+    "prepare",
+    "source_hashes",
+    "template_hash",
+]
 SCHEMA = 1
-_SHOWN = 5  # rows named in an error; the manifest lists all
 _PROBES = (
     [{"role": "user", "content": "Wie? 3+4"}, {"role": "assistant", "content": "Sieben, 7."}],
     [{"role": "system", "content": "Kurz."}, {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ja"}],
@@ -34,26 +43,13 @@ class Prepared:
     """Prepared data: its parquet file, the examples in it and its manifest."""
 
     path: Path
-    examples: list[Example]
+    examples: Examples
     manifest: dict[str, Any]
 
     @property
     def key(self) -> str:
         """sha256 of the parquet file: equal keys, equal training data."""
         return self.manifest["parquet_sha256"]
-
-
-@dataclass
-class _Outcome:
-    """What became of the rows read so far."""
-
-    examples: list[Example] = field(default_factory=list)
-    rejected: list[dict[str, Any]] = field(default_factory=list)
-    refused: list[dict[str, Any]] = field(default_factory=list)
-    counts: Counter[str] = field(default_factory=Counter)
-    first_row: dict[str, int] = field(default_factory=dict)
-    ids: set[str] = field(default_factory=set)
-    leaks: list[tuple[str, set[Hit]]] = field(default_factory=list)
 
 
 def template_hash(tokenizer: Any) -> str:
@@ -96,17 +92,14 @@ def prepare(spec: DataSpec, tokenizer: Any, out: Path, against: Against | None =
         if prepared is not known:
             write_json(manifest_path(out), prepared.manifest)
         return prepared
-    rows = read_rows(spec.source)[: spec.rows]
-    outcome = _take_all(spec, tokenizer, rows, against)
-    _raise_refused(spec, outcome)
-    if not outcome.examples:
-        raise DataError(f"{spec.source}: none of {len(rows)} rows is left. {_name_rows(outcome.rejected)}")
-    write_examples(out, outcome.examples)
-    manifest = {**identity, **_describe(spec, tokenizer, outcome, len(rows)), "parquet_sha256": file_hash(out)}
+    with take_all(Taker(spec, tokenizer, against), out) as outcome:
+        raise_refused(spec, outcome)
+        key = write_batches(out, outcome.batches)
+        manifest = {**identity, **describe(tokenizer, outcome), "parquet_sha256": key}
     if against:
         manifest["leakage"] = against.account(outcome.leaks)
     write_json(manifest_path(out), manifest)
-    return Prepared(out, outcome.examples, read_manifest(out))
+    return Prepared(out, read_examples(out, key), read_manifest(out))
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -136,7 +129,7 @@ def load_prepared(path: Path, tokenizer: Any | None = None) -> Prepared:
             f"{path} is stale: it was encoded for {manifest['tokenizer']!r} with another chat template or vocabulary "
             f"than {tokenizer.name_or_path!r} has; prepare the data for this model under another name"
         )
-    return Prepared(path, read_examples(path), manifest)
+    return Prepared(path, read_examples(path, manifest["parquet_sha256"]), manifest)
 
 
 def check_leakage(prepared: Prepared, against: Against | None) -> Prepared:
@@ -146,15 +139,22 @@ def check_leakage(prepared: Prepared, against: Against | None) -> Prepared:
     known = prepared.manifest.get("leakage", {})
     if (known.get("key"), known.get("policy")) == (against.key, against.policy):
         return prepared
-    account = leakage_of(str(prepared.path), [(one.id, one.messages) for one in prepared.examples], against)
+    account = leakage_of(str(prepared.path), ((one.id, one.messages) for one in prepared.examples), against)
     return Prepared(prepared.path, prepared.examples, {**prepared.manifest, "leakage": account})
+
+
+def source_hashes(spec: DataSpec) -> str | list[str]:
+    """The content of the source, or of each source of a mixture; see sources.source_hash."""
+    hashes = [source_hash(source.source) for source in spec.sources]
+    return hashes[0] if len(hashes) == 1 else hashes
 
 
 def _identity(spec: DataSpec, tokenizer: Any, against: Against | None) -> dict[str, Any]:
     """The manifest's keys that decide whether prepared data is the same."""
     return {
         "schema": SCHEMA,
-        "source_sha256": source_hash(spec.source),
+        "source_sha256": source_hashes(spec),
+        "mixture": [{**asdict(source), "source": None} for source in spec.sources] if spec.sources[0].name else None,
         "template_hash": template_hash(tokenizer),
         "spec": asdict(spec),
         "leakage_dropped": against.key if against and against.policy == "drop" else None,
@@ -165,116 +165,3 @@ def _differences(manifest: dict[str, Any], identity: dict[str, Any]) -> list[str
     """Keys in which two preparations differ; equal content read from elsewhere is the same source."""
     old, new = ({**known, **known["spec"]} for known in (manifest, identity))
     return sorted(key for key, value in new.items() if key not in ("spec", "source") and old.get(key) != value)
-
-
-def _take_all(spec: DataSpec, tokenizer: Any, rows: list[dict[str, Any]], against: Against | None) -> _Outcome:
-    outcome, controls = _Outcome(), special_tokens(tokenizer)
-    aborting = {"template"} | {
-        kind
-        for kind, policy in (
-            ("over_long", spec.over_long),
-            ("control_token", spec.control_tokens),
-            ("leakage", against and against.policy),
-        )
-        if policy == "error"
-    }
-    for number, row in enumerate(rows, 1):
-        try:
-            _take(spec, tokenizer, controls, row, number, outcome, against)
-        except RowError as error:
-            entry = {"row": number, "kind": error.kind, "reason": str(error)}
-            (outcome.refused if error.kind in aborting else outcome.rejected).append(entry)
-    return outcome
-
-
-def _take(
-    spec: DataSpec,
-    tokenizer: Any,
-    controls: tuple[str, ...],
-    row: dict[str, Any],
-    number: int,
-    outcome: _Outcome,
-    against: Against | None,
-) -> None:
-    """Add the examples of one row to `outcome`; RowError says why there are none."""
-    messages, extra = to_messages(row)
-    messages, escaped = check_row(messages, controls, spec.control_tokens)
-    tools = extra.get("tools")
-    digest = hashlib.sha256(json.dumps([messages, tools], sort_keys=True).encode()).hexdigest()
-    first = outcome.first_row.setdefault(digest, number)
-    if first != number:
-        raise RowError("duplicate", f"duplicate of row {first}")
-    encoded = encode(tokenizer, messages, spec.max_length, spec.over_long, spec.turns, tools)
-    name = extra.get("id", digest[:16])
-    # An id must name one example: samples of two runs are matched by it.
-    name = digest[:16] if name in outcome.ids else name
-    if against and (hits := against.find(messages)):
-        outcome.leaks.append((name, hits))
-        if against.policy != "warn":
-            raise RowError("leakage", against.describe(hits))
-    outcome.ids.add(name)
-    for ordinal, one in enumerate(encoded):
-        outcome.examples.append(
-            Example(
-                id=f"{name}#{ordinal}" if len(encoded) > 1 else name,
-                messages=messages[: one.turn + 1],
-                input_ids=one.input_ids,
-                loss_mask=one.loss_mask,
-                answer=extra.get("answer"),
-                tools=tools,
-            )
-        )
-        outcome.counts.update(truncated=one.truncated, open_turns=one.open_turns)
-    outcome.counts.update(kept=1, escaped_rows=escaped > 0, escaped_tokens=escaped)
-
-
-def _raise_refused(spec: DataSpec, outcome: _Outcome) -> None:
-    if not outcome.refused:
-        return
-    remedies = {
-        "over_long": "set data.over_long=drop or truncate, or raise data.max_length",
-        "control_token": "set data.control_tokens=escape or allow",
-        "leakage": "remove these rows, or set data.leakage=drop to leave them out, warn to keep them",
-    }
-    kinds = sorted({entry["kind"] for entry in outcome.refused})
-    remedy = "".join(f"; {remedies[kind]}" for kind in kinds if kind in remedies)
-    raise DataError(f"{spec.source}: {len(outcome.refused)} rows are refused{remedy}. {_name_rows(outcome.refused)}")
-
-
-def _name_rows(entries: list[dict[str, Any]]) -> str:
-    shown = "".join(f"\n  row {entry['row']}: {entry['reason']}" for entry in entries[:_SHOWN])
-    more = len(entries) - _SHOWN
-    return f"Rows at fault:{shown}" + (f"\n  and {more} more" if more > 0 else "")
-
-
-def _describe(spec: DataSpec, tokenizer: Any, outcome: _Outcome, read: int) -> dict[str, Any]:
-    """The manifest's account of what was read and what came out."""
-    lengths = sorted(len(example.input_ids) for example in outcome.examples)
-    counts = {
-        "read": read,
-        "kept": outcome.counts["kept"],
-        "rejected": dict(Counter(entry["kind"] for entry in outcome.rejected)),
-        "truncated": outcome.counts["truncated"],
-        "escaped": outcome.counts["escaped_rows"],
-        "escaped_tokens": outcome.counts["escaped_tokens"],
-        "open_turns": outcome.counts["open_turns"],
-        "examples": len(outcome.examples),
-    }
-    edges = [2**power for power in range(lengths[-1].bit_length() + 1)]
-    buckets = Counter(length.bit_length() - 1 for length in lengths)
-    return {
-        "tokenizer": tokenizer.name_or_path,
-        "counts": counts,
-        "tokens": {
-            "total": sum(lengths),
-            "trained": sum(sum(example.loss_mask) for example in outcome.examples),
-        },
-        "lengths": {
-            "edges": edges,
-            "counts": [buckets[power] for power in range(len(edges) - 1)],
-            "p50": lengths[(len(lengths) + 1) // 2 - 1],
-            "p95": lengths[-(-len(lengths) * 95 // 100) - 1],
-            "max": lengths[-1],
-        },
-        "rejected": outcome.rejected,
-    }

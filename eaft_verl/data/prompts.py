@@ -7,6 +7,7 @@ opens the response's thinking, '' if it does not. Ids and order are those of the
 
 import os
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,7 @@ def write_prompts(prepared: Prepared, out: Path, *, max_prompt_length: int, toke
 
 
 def _take_all(
-    examples: list[Example], tokenizer: Any, max_length: int, grader: str
+    examples: Iterable[Example], tokenizer: Any, max_length: int, grader: str
 ) -> tuple[list[_Prompt], list[tuple[str, RowError]]]:
     """(prompts, refused rows with the reason)."""
     prompts, refused = [], []
@@ -96,12 +97,14 @@ def _take_all(
 
 def _prompt(example: Example, tokenizer: Any, max_length: int, process: GradingProcess) -> _Prompt:
     """The prompt of an example; RowError says why it cannot be asked."""
+    if example.weight != 1:
+        raise RowError("rollout", f"it has weight {example.weight:g}; rewards are not weighted by row")
     last = max(index for index, message in enumerate(example.messages) if message["role"] == "user")
     asked, rest = example.messages[: last + 1], example.messages[last + 1 :]
     if len(rest) != 1:
         raise RowError("rollout", f"{len(rest)} turns answer the last user turn (tool calls?); a rollout has one")
     plain = [{"role": message["role"], "content": message["content"]} for message in asked]
-    text = render(tokenizer, asked, example.tools, generate=True)
+    text = render(tokenizer, asked, example.tools, generate=True, kwargs=example.chat_template_kwargs)
     if render(tokenizer, plain, generate=True) != text:
         raise RowError("rollout", "its prompt holds tools, tool calls or reasoning, which a rollout's prompt cannot")
     tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"])

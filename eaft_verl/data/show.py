@@ -1,5 +1,6 @@
 """Prepared rows on a terminal, with the trained tokens marked."""
 
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any, TextIO
 
@@ -41,14 +42,14 @@ def show(prepared: Prepared, tokenizer: Any, count: int, stream: TextIO) -> None
         console.print(line)
 
 
-def bracketed(tokenizer: Any, input_ids: list[int], loss_mask: list[int]) -> str:
+def bracketed(tokenizer: Any, input_ids: Sequence[int], loss_mask: Sequence[int]) -> str:
     """The text of an example with each run of trained tokens in [[ ]] and line breaks as ⏎."""
     pieces = _pieces(tokenizer, input_ids, loss_mask, set())
     return "".join(f"[[{text}]]" if trained else text for trained, _, text in pieces)
 
 
 def _pieces(
-    tokenizer: Any, input_ids: list[int], loss_mask: list[int], special: set[int]
+    tokenizer: Any, input_ids: Sequence[int], loss_mask: Sequence[int], special: set[int]
 ) -> list[tuple[bool, bool, str]]:
     """(trained, special, text) of each run of like tokens; runs, because a character may be several tokens."""
     pairs = list(zip(input_ids, loss_mask, strict=True))

@@ -1,5 +1,6 @@
 """Checks of one row that need no chat template: turns, roles, and characters that must not reach a tokenizer."""
 
+import functools
 import itertools
 import re
 from collections.abc import Callable, Sequence
@@ -25,8 +26,7 @@ def check_row(
             _check_characters(text, number)
     if policy == "allow" or not control_tokens:
         return messages, 0
-    # A token inside another one (<s> in <s>) is found by the longest that fits.
-    pattern = re.compile("|".join(re.escape(token) for token in sorted(control_tokens, key=len, reverse=True)))
+    pattern = _pattern(tuple(control_tokens))
     if policy == "escape":
         return _escape(messages, pattern)
     for number, message in enumerate(messages, 1):
@@ -38,6 +38,12 @@ def check_row(
                     f"{found.start() + 1}; set data.control_tokens=escape to make it plain text, or allow to keep it",
                 )
     return messages, 0
+
+
+@functools.cache
+def _pattern(tokens: tuple[str, ...]) -> re.Pattern[str]:
+    """Any of the tokens; one inside another (<s> in <s>x) is found by the longest that fits."""
+    return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)))
 
 
 def _check_turns(messages: list[Message]) -> None:

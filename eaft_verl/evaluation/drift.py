@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from eaft_verl.data.columns import PROMPT_KEYS, RESPONSE_KEYS
 from eaft_verl.data.encode import encode, render
-from eaft_verl.data.formats import PROMPT_KEYS, RESPONSE_KEYS, to_messages
+from eaft_verl.data.formats import to_messages
 from eaft_verl.data.parquet import Example
 from eaft_verl.data.sources import read_rows
 from eaft_verl.data.spec import RowError
@@ -49,7 +50,8 @@ def _prompt(row: dict[str, Any]) -> dict[str, Any]:
     if prompt is not None and not any(row.get(key) is not None for key in _CONVERSATION_KEYS):
         return {"messages": [{"role": "user", "content": prompt}], "tools": None}
     messages, extra = to_messages(row)
-    return {"messages": messages, "tools": extra.get("tools")}
+    kwargs = {key: value for key, value in extra.items() if key == "chat_template_kwargs"}
+    return {"messages": messages, "tools": extra.get("tools"), **kwargs}
 
 
 def has_answers(prompts: list[dict[str, Any]]) -> bool:
@@ -91,7 +93,10 @@ def make_probe(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[dict[str, Any]], new_tokens: int
 ) -> list[Example]:
     """The base's own greedy answers of at most new_tokens tokens, its end token included where it came to an end."""
-    texts = [render(tokenizer, prompt["messages"], prompt["tools"], generate=True) for prompt in prompts]
+    texts = [
+        render(tokenizer, prompt["messages"], prompt["tools"], generate=True, kwargs=prompt.get("chat_template_kwargs"))
+        for prompt in prompts
+    ]
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     answers: dict[int, list[int]] = {}
     order = sorted(range(len(ids)), key=lambda index: -len(ids[index]))

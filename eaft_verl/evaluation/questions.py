@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from eaft_verl.data.formats import PROMPT_KEYS
+from eaft_verl.data.columns import PROMPT_KEYS
 from eaft_verl.data.sources import GENERATED, read_rows
 from eaft_verl.errors import ConfigError, DataError
 from eaft_verl.evaluation.settings import EvaluateSettings

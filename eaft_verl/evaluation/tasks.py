@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eaft_verl.data.sources import SUFFIXES
+from eaft_verl.data.readers import SUFFIXES
 from eaft_verl.errors import ConfigError
 
 TASK_FILES = Path(__file__).with_name("task_files")

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from eaft_verl.data.leakage import Against, summary
 from eaft_verl.data.prepare import Prepared, check_leakage, load_prepared, manifest_path, prepare
@@ -30,11 +31,23 @@ def prepare_command(options: argparse.Namespace) -> None:
             control_tokens=options.control_tokens,
             turns=options.turns,
             rows=options.rows,
+            columns=_columns(options.column),
         )
         prepared = prepare(spec, tokenizer, options.out, _against(options))
     print(_summary(prepared))
     if options.show:
         show(prepared, tokenizer, options.show, sys.stdout)
+
+
+def _columns(named: list[str]) -> dict[str, Any] | None:
+    """--column ROLE=NAME as data.columns has it; NAME empty: no column has the role; `ignore` may be repeated."""
+    columns: dict[str, Any] = {}
+    for item in named:
+        role, equals, name = item.partition("=")
+        if not equals:
+            raise ConfigError(f"--column {item!r} must be ROLE=NAME, for example prompt=Question")
+        columns[role] = [*columns.get(role, []), name] if role == "ignore" else name or None
+    return columns or None
 
 
 def _against(options: argparse.Namespace) -> Against | None:
@@ -62,6 +75,15 @@ def _summary(prepared: Prepared) -> str:
     lines += [f"rejected row {entry['row']}: {entry['reason']}" for entry in prepared.manifest["rejected"][:5]]
     if counts.get("open_turns"):
         lines.append(f"{counts['open_turns']} turns train no end-of-turn token: the chat template writes none")
+    if unused := prepared.manifest.get("columns_not_used"):
+        named = ", ".join(f"{name} ({rows} rows)" for name, rows in sorted(unused.items()))
+        lines.append(f"columns not used: {named}")
+    if left := prepared.manifest.get("turns_left_out"):
+        lines.append(f"{left} turns are too long and left out of their conversations")
+    for name, part in prepared.manifest.get("sources", {}).items():
+        lines.append(
+            f"{name}: {part['kept']} rows, {part['tokens']['trained']:,} tokens trained, {part['left_out']} left out"
+        )
     if (more := len(prepared.manifest["rejected"]) - 5) > 0:
         lines.append(f"... and {more} more rejected rows, listed in the manifest")
     if leakage := prepared.manifest.get("leakage"):

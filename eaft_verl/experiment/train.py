@@ -17,7 +17,7 @@ from eaft_verl.recipe.datasets import prepare_data
 from eaft_verl.recipe.views import evaluate_settings, objective_of
 from eaft_verl.runs import Run, cause_of
 from eaft_verl.training.grpo.run import train_grpo
-from eaft_verl.training.sft.run import check_lengths, train_sft
+from eaft_verl.training.sft.run import check_lengths, check_weights, train_sft
 
 
 def run_folder(config: DictConfig) -> Path:
@@ -36,6 +36,7 @@ def train(config: DictConfig, declared: list[str]) -> Run:
     heldout = prepare_data(config, tokenizer, "heldout") if config.data.heldout else None
     if config.trainer == "sft":
         check_lengths(config, data)
+        check_weights(config, data)
     keys = {
         "model": model_key(config.model),
         "data": data.key,
@@ -45,7 +46,8 @@ def train(config: DictConfig, declared: list[str]) -> Run:
     config, declared, derived = derive(config, declared, keys, data.examples)
     run = _open(config, declared, keys, derived)
     with run.locked():
-        run.update(status="running", attempt=run.info.get("attempt", 0) + 1, error=None)
+        ends = sorted(data.manifest.get("end_of_turn", {}))
+        run.update(status="running", attempt=run.info.get("attempt", 0) + 1, error=None, end_of_turn=ends)
         try:
             if config.trainer == "grpo":
                 run.update(**train_grpo(config, run, data, str(model), tokenizer))

@@ -7,9 +7,9 @@ from typing import Any
 from omegaconf import DictConfig
 
 from eaft_verl.data.prepare import manifest_path, read_manifest
-from eaft_verl.data.synthesis import GENERATED
-from eaft_verl.errors import DataError
-from eaft_verl.recipe.views import data_spec
+from eaft_verl.data.sources import count_rows
+from eaft_verl.data.spec import Source
+from eaft_verl.recipe.views import data_spec, plain
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Amount:
 
 def amount_of(config: DictConfig) -> Amount:
     """The amount of training data of an arm."""
-    source = Path(str(config.data.train)).expanduser()
+    source = Path(str(plain(config.data.train))).expanduser()
     if source.suffix == ".parquet" and manifest_path(source).is_file():
         return _from_manifest(source, manifest_path(source))
     prepared = Path(config.output) / "data" / "train.parquet"
@@ -57,9 +57,8 @@ def _attended(lengths: dict[str, Any], mean: float) -> float:
 
 def _from_recipe(config: DictConfig, reason: str) -> Amount:
     longest = config.data.max_length
-    rows = _rows(str(config.data.train))
-    if config.data.rows is not None:
-        rows = config.data.rows if rows is None else min(rows, config.data.rows)
+    counts = [_rows(source) for source in data_spec(config).sources]
+    rows = None if None in counts else sum(count or 0 for count in counts)
     origin = f"{reason}not prepared yet: every example is taken to have data.max_length={longest} tokens, all trained"
     if rows is None:
         origin += "; the number of examples is unknown (set data.rows, or run `eaft prepare` here)"
@@ -67,26 +66,7 @@ def _from_recipe(config: DictConfig, reason: str) -> Amount:
     return Amount(rows, longest, longest, longest, rows * longest, origin)
 
 
-def _rows(source: str) -> int | None:
-    """Rows of a source that can be counted without reading a hub."""
-    if source.startswith("generate:"):
-        from eaft_verl.data.synthesis import generate
-
-        name = source.removeprefix("generate:")
-        return len(generate(name)) if name in GENERATED else None
-    path = Path(source).expanduser()
-    if not path.is_file():
-        return None
-    if path.suffix == ".parquet":
-        import pyarrow.parquet as pq
-
-        return pq.ParquetFile(path).metadata.num_rows
-    if path.suffix == ".jsonl":
-        with path.open("rb") as stream:
-            return sum(1 for line in stream if line.strip())
-    from eaft_verl.data.sources import read_rows
-
-    try:
-        return len(read_rows(source))
-    except DataError:
-        return None
+def _rows(source: Source) -> int | None:
+    """Rows that a source gives at most, if they can be counted without reading a hub."""
+    known = [count for count in (count_rows(source.source, source.rows), source.rows, source.cap) if count is not None]
+    return min(known, default=None)

@@ -6,9 +6,10 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from eaft_verl.data.sources import GENERATED, SUFFIXES
+from eaft_verl.data.readers import SUFFIXES
+from eaft_verl.data.sources import GENERATED, files_of
 from eaft_verl.data.spec import LEAKAGE
-from eaft_verl.errors import ConfigError, require
+from eaft_verl.errors import ConfigError, DataError, require
 from eaft_verl.grading.graders import absent_package, check_reward
 from eaft_verl.models import check_model
 from eaft_verl.recipe.checks_grpo import check_grpo
@@ -33,8 +34,8 @@ def check(config: DictConfig, *, elsewhere: bool = False, dry_run: bool = False)
         check_model(anchor.reference)
     for which in ("train", "heldout"):
         if config.data[which]:
-            _check_source(f"data.{which}", str(config.data[which]))
-            data_spec(config, which)
+            for source in data_spec(config, which).sources:
+                _check_source(f"data.{which}", source.source)
     _choice("data.leakage", config.data.leakage, LEAKAGE)
     check_reward(**config.reward)
     _check_engine(config)
@@ -61,11 +62,12 @@ def start_problem(config: DictConfig, *, elsewhere: bool) -> str | None:
 
 def pending(config: DictConfig, *, elsewhere: bool = False) -> list[str]:
     """What a sound configuration still needs before it can run: files to be supplied, benchmarks without a runner."""
-    sources = {f"data.{which}": config.data[which] for which in ("train", "heldout") if config.data[which]}
+    given = [which for which in ("train", "heldout") if config.data[which]]
+    sources = [(f"data.{which}", one.source) for which in given for one in data_spec(config, which).sources]
     settings = evaluate_settings(config)
     if drift := settings.drift_settings():
-        sources["evaluate.drift.data"] = drift.data
-    missing = [_absent_source(key, str(source), elsewhere) for key, source in sources.items()]
+        sources.append(("evaluate.drift.data", str(drift.data)))
+    missing = [_absent_source(key, source, elsewhere) for key, source in sources]
     if not elsewhere:
         missing.append(absent_package(config.reward.grader))
     return [message for message in missing if message] + settings.absent(elsewhere=elsewhere)
@@ -220,12 +222,16 @@ def _check_source(key: str, source: str) -> None:
 
 def _absent_source(key: str, source: str, elsewhere: bool) -> str:
     """A path that looks local must exist now, not after the model was loaded: what is wrong with it, or ''."""
-    if not (source.startswith((".", "/", "~")) or Path(source).suffix in SUFFIXES) or source.startswith(GENERATED):
+    local = source.startswith((".", "/", "~")) or Path(source).suffix in SUFFIXES
+    if not local or source.startswith(GENERATED) or "://" in source:
         return ""
     if elsewhere:
         return "" if Path(source).is_absolute() else f"{key}={source!r} must be an absolute path on the cluster"
-    if Path(source).expanduser().is_file():
-        return ""
+    try:
+        if files_of(source):
+            return ""
+    except DataError as error:
+        return f"{key}: {error}"
     return f"{key}={source!r} does not exist (paths are relative to {Path.cwd()})"
 
 

@@ -17,6 +17,8 @@ class Data:
 
     train: Any
     heldout: Any
+    columns: Mapping[str, Any] | None
+    chat_template_kwargs: Mapping[str, Any] | None
     max_length: int
     over_long: str
     control_tokens: str

@@ -1,20 +1,30 @@
 """The data sets of an experiment, prepared once in its folder and shared by every stage and arm."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
-from eaft_verl.data.formats import PROMPT_KEYS, to_messages
+from eaft_verl.data.columns import PROMPT_KEYS
+from eaft_verl.data.formats import to_messages
 from eaft_verl.data.leakage import Against, summary
-from eaft_verl.data.prepare import Prepared, check_leakage, load_prepared, manifest_path, prepare, read_manifest
-from eaft_verl.data.sources import GENERATED, read_rows, source_hash
-from eaft_verl.data.spec import RowError
+from eaft_verl.data.prepare import (
+    Prepared,
+    check_leakage,
+    load_prepared,
+    manifest_path,
+    prepare,
+    read_manifest,
+    source_hashes,
+)
+from eaft_verl.data.sources import GENERATED, files_of, iter_rows
+from eaft_verl.data.spec import Columns, RowError, Source, sources_of
 from eaft_verl.errors import DataError
 from eaft_verl.evaluation.questions import benchmark_questions
-from eaft_verl.recipe.views import data_spec, evaluate_settings
+from eaft_verl.recipe.views import data_spec, evaluate_settings, plain
 
 _QUESTION_KEYS = (*PROMPT_KEYS, "text")
 
@@ -27,7 +37,7 @@ def prepare_data(config: DictConfig, tokenizer: Any, which: str) -> Prepared:
     """
     against = recipe_questions(config) if which == "train" else None
     out = prepared_path(config, which)
-    if out == Path(str(config.data[which])).expanduser():
+    if out == Path(str(plain(config.data[which]))).expanduser():
         prepared = check_leakage(load_prepared(out, tokenizer), against)
     else:
         prepared = prepare(data_spec(config, which), tokenizer, out, against)
@@ -40,31 +50,36 @@ def recipe_questions(config: DictConfig, policy: str | None = None) -> Against:
     """What a recipe's training data must not contain: its benchmarks' questions and its held-out rows' user turns."""
     known, unknown = benchmark_questions(evaluate_settings(config))
     if config.data.heldout:
-        rows = read_rows(str(config.data.heldout))[: config.data.heldout_rows]
-        known["heldout"] = [question for row in rows if (question := question_of(row))]
+        known["heldout"] = _questions(data_spec(config, "heldout").sources)
     return Against(known, unknown, policy or config.data.leakage)
 
 
 def file_questions(source: str, policy: str) -> Against:
     """The questions of any data source, one per row; DataError if no row has one."""
-    questions = [question for row in read_rows(source) if (question := question_of(row))]
+    questions = _questions(sources_of(source))
     if not questions:
         raise DataError(f"{source} has no questions; rows need messages, or one of {', '.join(_QUESTION_KEYS)}")
     return Against({source: questions}, {}, policy)
 
 
-def question_of(row: dict[str, Any]) -> str:
+def _questions(sources: Iterable[Source]) -> list[str]:
+    rows = ((row, one.columns) for one in sources for row in islice(iter_rows(one.source), one.rows))
+    return [question for row, columns in rows if (question := question_of(row, columns))]
+
+
+def question_of(row: dict[str, Any], columns: Columns | None = None) -> str:
     """What a row asks: its last user turn, or its question field where it is no training row; '' if it asks nothing."""
     try:
-        messages, _ = to_messages(row)
+        messages, _ = to_messages(row, columns)
     except RowError:
-        return next((row[key] for key in _QUESTION_KEYS if isinstance(row.get(key), str)), "")
+        keys = [columns["prompt"]] if columns and columns.get("prompt") else _QUESTION_KEYS
+        return next((row[key] for key in keys if isinstance(row.get(key), str)), "")
     return next((message["content"] for message in reversed(messages) if message["role"] == "user"), "")
 
 
 def prepared_path(config: DictConfig, which: str) -> Path:
     """Where a data set is once it is prepared: its source, where that is prepared data, else in OUTPUT/data."""
-    source = Path(str(config.data[which])).expanduser()
+    source = Path(str(plain(config.data[which]))).expanduser()
     if source.suffix == ".parquet" and manifest_path(source).exists():
         return source
     return Path(config.output) / "data" / f"{which}.parquet"
@@ -72,12 +87,13 @@ def prepared_path(config: DictConfig, which: str) -> Path:
 
 def changed_content(config: DictConfig, which: str, keys: Mapping[str, str]) -> list[str]:
     """What is no longer in a data set as it was prepared here; nothing where it was not, or lies on a hub."""
-    source, prepared = str(config.data[which]), prepared_path(config, which)
+    spec, prepared = data_spec(config, which), prepared_path(config, which)
     if not manifest_path(prepared).exists():
         return []
-    if prepared == Path(source).expanduser():
+    sources = [one.source for one in spec.sources]
+    if sources == [str(plain(config.data[which]))] and prepared == Path(sources[0]).expanduser():
         same = which != "train" or read_manifest(prepared)["parquet_sha256"] == keys["data"]
     else:
-        readable = source.startswith(GENERATED) or Path(source).is_file()
-        same = not readable or read_manifest(prepared)["source_sha256"] == source_hash(source)
-    return [] if same else [f"data.{which}: {source} holds other rows"]
+        readable = all(source.startswith(GENERATED) or files_of(source) for source in sources)
+        same = not readable or read_manifest(prepared)["source_sha256"] == source_hashes(spec)
+    return [] if same else [f"data.{which}: {', '.join(sources)} holds other rows"]

@@ -29,6 +29,8 @@ OURS_INSTEAD = {
 OPEN_KEYS = frozenset(  # dictionaries whose keys somebody else defines
     (
         "objective",
+        "data.columns",
+        "data.chat_template_kwargs",
         "evaluate.drift",
         "evaluate.backend_args",
         "verl.model.override_config",
@@ -37,7 +39,8 @@ OPEN_KEYS = frozenset(  # dictionaries whose keys somebody else defines
         "verl.actor_rollout_ref.rollout.engine_kwargs.vllm",
     )
 )
-TEXT_KEYS = frozenset(("name", "model", "output", "data.train", "data.heldout", "compare.to"))  # null by default
+TEXT_KEYS = frozenset(("name", "model", "output", "compare.to"))  # null by default
+SOURCE_KEYS = frozenset(("data.train", "data.heldout"))  # text, or a mapping or list of sources
 FREE_KEYS = frozenset(  # several kinds are right; `checks` looks at them where they matter
     (
         *("verl.trainer.save_freq", "verl.trainer.test_freq", "verl.trainer.max_ckpt_to_keep"),

@@ -27,6 +27,7 @@ from eaft_verl.recipe.keys import (
     OPEN_KEYS,
     OURS_INSTEAD,
     PARTS,
+    SOURCE_KEYS,
     TEXT_KEYS,
     VERL_KEYS,
     VERL_TREE,
@@ -216,12 +217,28 @@ def _merge(base: dict[str, Any], layer: dict[str, Any], where: str, pristine: An
             # an objective is chosen whole: parameters of another one must not survive underneath
             keep = {} if dotted == "objective" and "name" in (value or {}) else base[key] or {}
             base[key] = {**keep, **value} if value is not None else None
+        elif dotted in SOURCE_KEYS:
+            base[key] = _sources(where, dotted, base[key], value)
         elif isinstance(base[key], dict) and isinstance(default, dict):
             if not isinstance(value, dict):
                 raise ConfigError(f"{where}: {dotted}={value!r} must be a mapping with keys {', '.join(base[key])}")
             _merge(base[key], value, where, default, dotted)
         else:
             base[key] = _typed(where, dotted, base[key], value)
+
+
+def _sources(where: str, dotted: str, before: Any, value: Any) -> Any:
+    """Where data comes from, checked as far as its kind goes."""
+    if not isinstance(value, str | dict | list):
+        raise ConfigError(f"{where}: {dotted}={value!r} must be text, or a mapping of names to sources")
+    return _merged_sources(before, value)
+
+
+def _merged_sources(before: Any, value: Any) -> Any:
+    """A mapping over a mapping changes the sources that it names; anything else takes the place of what was there."""
+    if not (isinstance(before, dict) and isinstance(value, dict)):
+        return value
+    return before | value | {name: _merged_sources(before[name], value[name]) for name in before.keys() & value.keys()}
 
 
 def _unknown(dotted: str, key: str, siblings: dict[str, Any]) -> str:

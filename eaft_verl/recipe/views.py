@@ -1,8 +1,10 @@
 """What the rooms below take from a resolved configuration, each in its own terms."""
 
+import json
 from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from eaft_verl.data.spec import DataSpec
 from eaft_verl.errors import ConfigError
@@ -26,13 +28,20 @@ def data_spec(config: DictConfig, which: str = "train") -> DataSpec:
     """How one of the recipe's data sets ('train' or 'heldout') is to be prepared."""
     data = config.data
     return DataSpec(
-        source=str(data[which]),
+        source=plain(data[which]),
         max_length=data.max_length,
         over_long=data.over_long,
         control_tokens=data.control_tokens,
         turns=data.turns,
         rows=data.rows if which == "train" else data.heldout_rows,
+        columns=plain(data.columns),
+        chat_template_kwargs=plain(data.chat_template_kwargs),
     )
+
+
+def plain(value: Any) -> Any:
+    """A node of a configuration as Python's own lists and dictionaries."""
+    return OmegaConf.to_container(value) if isinstance(value, DictConfig | ListConfig) else value
 
 
 def world_size(config: DictConfig) -> int:
@@ -45,5 +54,6 @@ def evaluate_settings(config: DictConfig, heldout: Path | None = None) -> Evalua
     block = OmegaConf.to_container(config.evaluate)
     block.pop("points")
     block["backend_args"] = block["backend_args"] or {}
-    source = str(heldout) if heldout else config.data.heldout
+    named = plain(config.data.heldout)
+    source = str(heldout) if heldout else named if named is None or isinstance(named, str) else json.dumps(named)
     return EvaluateSettings(**block, heldout=source, max_length=config.data.max_length)

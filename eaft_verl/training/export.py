@@ -1,9 +1,8 @@
 """A trained model as a Hugging Face folder: safetensors, config, generation config, tokenizer."""
 
-import contextlib
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -15,12 +14,18 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 def export_weights(
-    weights: Iterable[tuple[str, Tensor]], folder: Path, base_model: str, dtype: str, *, write: bool
+    weights: Iterable[tuple[str, Tensor]],
+    folder: Path,
+    base_model: str,
+    dtype: str,
+    *,
+    write: bool,
+    ends: Sequence[str] = (),
 ) -> None:
     """Gather every weight and, on the writing rank, save them beside the base model's config and tokenizer.
 
     All ranks must walk the iterator: each weight is all-gathered as it is reached. The folder appears under its name
-    only when it is complete.
+    only when it is complete. ends: tokens that ended the trained turns, which generation has to stop at.
     """
     config = AutoConfig.from_pretrained(base_model)
     state = {}
@@ -36,10 +41,27 @@ def export_weights(
     save_torch_state_dict(state, partial, metadata={"format": "pt"})
     config.dtype = dtype
     config.save_pretrained(partial)
-    AutoTokenizer.from_pretrained(base_model).save_pretrained(partial)
-    with contextlib.suppress(OSError):  # many base models carry none
-        GenerationConfig.from_pretrained(base_model).save_pretrained(partial)
+    tokenizer = AutoTokenizer.from_pretrained(base_model)
+    tokenizer.save_pretrained(partial)
+    generation_config(base_model, tokenizer.convert_tokens_to_ids(list(ends))).save_pretrained(partial)
     os.replace(partial, folder)
+
+
+def generation_config(base_model: str, ends: Sequence[int]) -> GenerationConfig:
+    """The base model's, which stops at the trained ends of turn too.
+
+    A base model stops at the end of a document: told to go on where its training taught it to stop, it would write the
+    user's next turn itself.
+    """
+    try:
+        config = GenerationConfig.from_pretrained(base_model)
+    except OSError:  # many base models carry none
+        config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(base_model))
+    known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    stops = [token for token in dict.fromkeys([*known, *ends]) if token is not None]
+    if set(stops) != set(known):
+        config.eos_token_id = stops
+    return config
 
 
 def export_dtype(base_model: str) -> str:

@@ -242,3 +242,15 @@ def test_last_trains_the_last_turn_only(make_tokenizer):
     (last,) = encode(tokenizer, [SYSTEM, *TWO], 1000, turns="last")
     assert shown(tokenizer, last).count("[[") == 1 and "[[A2<|im_end|>]]" in shown(tokenizer, last)
     assert last.turn == 4
+
+
+def test_rows_of_many_turns_and_of_many_tokens_take_seconds(make_tokenizer):
+    import time
+
+    started = time.process_time()
+    turns = [turn for number in range(300) for turn in (user(f"Q{number}"), assistant(f"A{number}"))]
+    (many,) = encode(make_tokenizer("chatml"), turns, 10**6)
+    assert len(many.trained) == 300 and sum(many.loss_mask) > 900
+    (long,) = encode(make_tokenizer("chatml"), [user("word " * 350_000), assistant("A")], 10**8)
+    assert len(long.input_ids) > 1_700_000 and sum(long.loss_mask) == 2
+    assert time.process_time() - started < 60

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from eaft_verl.data.sources import read_rows, source_hash
+from eaft_verl.data.sources import count_rows, iter_rows, read_rows, source_hash
 from eaft_verl.errors import DataError
 
 ROWS = [{"prompt": "é €", "response": "1"}, {"prompt": "b", "response": "2"}]
@@ -19,6 +19,70 @@ def test_three_file_types_give_the_same_rows(tmp_path):
     pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet")
     for suffix in ("jsonl", "json", "parquet"):
         assert read_rows(str(tmp_path / f"a.{suffix}")) == ROWS
+
+
+def test_what_a_file_is_shows_in_its_bytes(tmp_path):
+    import gzip
+
+    lines = "".join(json.dumps(row) + "\n" for row in ROWS)
+    packed = pa.compress(lines.encode(), codec="zstd", asbytes=True)
+    contents = {
+        **{"a.json": lines, "a.txt": lines, "noname": lines, "crlf.jsonl": "\ufeff" + lines.replace("\n", "\r\n")},
+        **{"array.jsonl": json.dumps(ROWS), "pretty.jsonl": json.dumps(ROWS, indent=1), "a.ndjson": lines.rstrip()},
+        **{"a.jsonl.gz": gzip.compress(lines.encode()), "b.json.gz": gzip.compress(json.dumps(ROWS).encode())},
+        **{"a.jsonl.zst": packed, "w.json": json.dumps({"data": ROWS})},
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        assert read_rows(str(tmp_path / name)) == ROWS, name
+    (tmp_path / "turns.json").write_text('[[{"from": "human", "value": "Hi"}]]')
+    assert read_rows(str(tmp_path / "turns.json")) == [{"messages": [{"from": "human", "value": "Hi"}]}]
+
+
+@pytest.mark.parametrize("name", ["UTF-16", "UTF-16-LE", "UTF-16-BE", "UTF-32"])
+def test_other_encodings_are_named(tmp_path, name):
+    (tmp_path / "a.jsonl").write_bytes('{"prompt": "x"}'.encode(name))
+    with pytest.raises(DataError, match=f"is {name[:6]}; convert the file to UTF-8"):
+        read_rows(str(tmp_path / "a.jsonl"))
+
+
+def test_folders_of_shards_globs_and_splits(tmp_path):
+    (tmp_path / "data").mkdir()
+    for number, row in enumerate(ROWS):
+        (tmp_path / "data" / f"train-0000{number}.jsonl").write_text(json.dumps(row))
+    (tmp_path / "README.md").write_text("x")
+    assert read_rows(str(tmp_path)) == ROWS
+    assert source_hash(str(tmp_path)) == source_hash(str(tmp_path / "data" / "*.jsonl"))
+    (tmp_path / "data" / "test-00000.jsonl").write_text(json.dumps(ROWS[0]))
+    with pytest.raises(DataError, match="holds the splits test, train; name one"):
+        read_rows(str(tmp_path))
+    assert read_rows(str(tmp_path / "data" / "*test*")) == ROWS[:1]
+    with pytest.raises(DataError, match="is not a file and matches none"):
+        read_rows(str(tmp_path / "*.parquet"))
+
+
+def test_addresses_go_through_fsspec():
+    import fsspec
+
+    with fsspec.open("memory://shards/a.jsonl.gz", "wb", compression="gzip") as stream:
+        stream.write(json.dumps(ROWS[0]).encode())
+    with fsspec.open("memory://shards/b.jsonl", "wb") as stream:
+        stream.write(json.dumps(ROWS[1]).encode())
+    assert read_rows("memory://shards") == ROWS
+    assert read_rows("memory://shards/b.jsonl") == ROWS[1:]
+    assert source_hash("memory://shards/b.jsonl") == hashlib.sha256(json.dumps(ROWS[1]).encode()).hexdigest()
+    for source in ("memory://none", "nosuch://a/b.jsonl"):
+        with pytest.raises(DataError) as caught:
+            read_rows(source)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_long_array_is_read_element_by_element(tmp_path):
+    rows = [{"prompt": "é" * 300_000, "response": str(number), "n": 1.5} for number in range(12)]
+    (tmp_path / "a.json").write_text(json.dumps(rows, ensure_ascii=False, indent=2), encoding="utf-8")
+    found = iter_rows(str(tmp_path / "a.json"))
+    assert next(found) == rows[0] and list(found) == rows[1:]
+    assert count_rows(str(tmp_path / "a.json")) is None and count_rows("generate:neutral_prompts") > 5
 
 
 def test_source_hash_is_of_the_bytes(tmp_path):

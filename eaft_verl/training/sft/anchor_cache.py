@@ -14,7 +14,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from eaft_verl.data.prepare import Example
+from eaft_verl.data.parquet import Example
 from eaft_verl.errors import RunError
 from eaft_verl.files import computed_once, seconds_to_compute
 from eaft_verl.tokens.reference_kl import TopReference, top_reference

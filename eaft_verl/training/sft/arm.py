@@ -7,7 +7,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from eaft_verl.data.prepare import Example
+from eaft_verl.data.parquet import Example
 from eaft_verl.files import seconds_to_compute
 from eaft_verl.objectives import Objective, Psft, Sft
 from eaft_verl.recipe.views import objective_of

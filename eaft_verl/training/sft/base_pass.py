@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from verl.utils import tensordict_utils as tu
 
-from eaft_verl.data.prepare import Example
+from eaft_verl.data.parquet import Example
 from eaft_verl.files import computed_once
 from eaft_verl.objectives import normalized_entropy
 from eaft_verl.tokens.stats import BaseStats, TokenStats

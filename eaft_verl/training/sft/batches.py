@@ -10,7 +10,7 @@ from tensordict.tensorclass import NonTensorData
 from verl.utils import tensordict_utils as tu
 from verl.utils.seqlen_balancing import calculate_workload, get_seqlen_balanced_partitions
 
-from eaft_verl.data.prepare import Example
+from eaft_verl.data.parquet import Example
 from eaft_verl.training.sft.order import PADDING
 
 
@@ -45,13 +45,14 @@ def make_batch(
     sample_weights: Sequence[float] | None = None,
     sources: Sequence[TokenSource] = (),
 ) -> TensorDict:
-    """Packed batch: jagged input_ids, position_ids, loss_mask [B, j], and sample_weight [B], 1 where none is given.
+    """Packed batch: jagged input_ids, position_ids, loss_mask [B, j], sample_weight [B], 1 where none is given, and
+    row_weight [B], what the data says of each row.
 
     `sources` add jagged tensors [B, j, ...] of their own names.
     """
     real = [index for index in indices if index != PADDING] or range(len(examples))
     filler = min(real, key=lambda index: len(examples[index].input_ids))
-    ids, masks, weights, more = [], [], [], defaultdict(list)
+    ids, masks, weights, row_weights, more = [], [], [], [], defaultdict(list)
     for index in indices:
         chosen = filler if index == PADDING else index
         example = examples[chosen]
@@ -61,6 +62,7 @@ def make_batch(
         ids.append(torch.tensor(example.input_ids, dtype=torch.int64))
         mask = torch.tensor(example.loss_mask, dtype=torch.int64)
         masks.append(torch.zeros_like(mask) if index == PADDING else mask)
+        row_weights.append(example.weight)
         weights.append(1.0 if index == PADDING or sample_weights is None else sample_weights[index])
     tensors = {
         "input_ids": torch.nested.as_nested_tensor(ids, layout=torch.jagged),
@@ -69,6 +71,7 @@ def make_batch(
         **{name: torch.nested.as_nested_tensor(rows, layout=torch.jagged) for name, rows in more.items()},
     }
     tensors["sample_weight"] = torch.tensor(weights, dtype=torch.float32)
+    tensors["row_weight"] = torch.tensor(row_weights, dtype=torch.float32)
     batch = tu.get_tensordict(tensor_dict=tensors, non_tensor_dict=flags)
     # without the wrapper tensordict takes the list for one value per row
     tu.assign_non_tensor(batch, global_token_num=NonTensorData([len(row) for row in ids]))

@@ -117,7 +117,7 @@ class TokenLoss(LogitsHook):
         weight_T = self.objective.weight(stats)
         if not self.guarded:
             check_weight(self.objective, stats, weight_T, mask_T)
-        weight_T = weight_T * _state(data).get("weight_scale", 1.0)
+        weight_T = weight_T * _state(data).get("weight_scale", 1.0) * data["row_weight"].repeat_interleave(lengths_B)
         num_tokens = data["batch_num_tokens"] / data["dp_size"]  # FSDP averages gradients over dp_size ranks
         loss = self._total(values, weight_T, mask_T, num_tokens)
         if not self.guarded and torch.is_grad_enabled():

@@ -6,7 +6,8 @@ from omegaconf import DictConfig
 
 from eaft_verl.data.prepare import Prepared
 from eaft_verl.errors import ConfigError
-from eaft_verl.recipe.views import world_size
+from eaft_verl.objectives import Psft
+from eaft_verl.recipe.views import objective_of, world_size
 from eaft_verl.runs import Run
 
 
@@ -14,10 +15,19 @@ def check_lengths(config: DictConfig, data: Prepared) -> None:
     """A packed micro-batch must hold the longest example: verl would fail at the step that meets it."""
     batch = config.verl.data
     limit = batch.max_token_len_per_gpu * config.verl.engine.ulysses_sequence_parallel_size
-    longest = max(len(example.input_ids) for example in data.examples)
+    longest = int(data.examples.lengths.max())
     if batch.use_dynamic_bsz and longest > limit:
         raise ConfigError(
             f"the longest example has {longest} tokens and verl.data.max_token_len_per_gpu allows {limit}"
+        )
+
+
+def check_weights(config: DictConfig, data: Prepared) -> None:
+    """Weights of rows must have something to multiply."""
+    if data.examples.weights is not None and isinstance(objective_of(config), Psft):
+        raise ConfigError(
+            "data.train has rows of other weights than 1, and the ratio of objective psft is no weight; choose another "
+            "objective, or leave the weights out (data.columns={weight: null})"
         )
 
 

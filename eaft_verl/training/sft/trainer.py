@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import DictConfig
 from torch.utils.tensorboard import SummaryWriter
 
-from eaft_verl.data.prepare import Example
+from eaft_verl.data.parquet import Example
 from eaft_verl.errors import Interrupted, RunError
 from eaft_verl.objectives import Objective, Talr
 from eaft_verl.runs import Run, step_name
@@ -195,7 +195,7 @@ class Trainer:
         """The model at this step, for evaluation and use."""
         folder = self.run.path / "checkpoints" / step_name(step)
         if not (folder / "config.json").exists():
-            self.group.export(str(folder), self.model, self.export_dtype)
+            self.group.export(str(folder), self.model, self.export_dtype, self.run.info.get("end_of_turn", []))
 
     @property
     def export_dtype(self) -> str:

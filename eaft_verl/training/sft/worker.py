@@ -1,6 +1,6 @@
 """One Ray actor per device: verl's TrainingWorker with our loss, our statistics and an export."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +79,13 @@ class EaftWorker(TrainingWorker):
         return result
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def export(self, folder: str, base_model: str, dtype: str) -> None:
+    def export(self, folder: str, base_model: str, dtype: str, ends: Sequence[str] = ()) -> None:
         """Write the model as a Hugging Face folder that transformers and vLLM load; collective, rank 0 writes."""
         if self.model_config.lora_rank > 0:
             with merged_lora_context(self.engine.module, backup_adapters=True):
-                self._export(self._merged_weights(), folder, base_model, dtype)
+                self._export(self._merged_weights(), folder, base_model, dtype, ends)
         else:
-            self._export(self.engine.get_per_tensor_param()[0], folder, base_model, dtype)
+            self._export(self.engine.get_per_tensor_param()[0], folder, base_model, dtype, ends)
         dist.barrier()
 
     def _merged_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -96,5 +96,7 @@ class EaftWorker(TrainingWorker):
                 weight = moved.full_tensor()
             yield name, weight
 
-    def _export(self, weights: Iterable[tuple[str, torch.Tensor]], folder: str, base_model: str, dtype: str) -> None:
-        export_weights(weights, Path(folder), base_model, dtype, write=dist.get_rank() == 0)
+    def _export(
+        self, weights: Iterable[tuple[str, torch.Tensor]], folder: str, base_model: str, dtype: str, ends: Sequence[str]
+    ) -> None:
+        export_weights(weights, Path(folder), base_model, dtype, write=dist.get_rank() == 0, ends=ends)

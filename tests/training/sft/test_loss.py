@@ -1,6 +1,7 @@
 """The two calls of the loss and its guard, without an engine."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -145,3 +146,23 @@ def test_the_loss_can_be_sent_to_the_workers() -> None:
     sent = pickle.loads(pickle.dumps(TokenLoss(build_objective("eaft", k=7))))
     assert isinstance(sent, TokenLoss) and sent.objective == build_objective("eaft", k=7)
     assert SimpleNamespace(**vars(sent)).guarded is False
+
+
+@pytest.mark.parametrize("name", ["sft", "dft"])
+def test_rows_are_weighted_whatever_the_objective(name: str) -> None:
+    """Loss = sum over rows of weight * their part / trained tokens of all: by hand from the parts of single rows."""
+    rows, weights = [EXAMPLES[0], EXAMPLES[1]], (2.0, 0.5)
+    weighted = [replace(row, weight=weight) for row, weight in zip(rows, weights, strict=True)]
+    batch = make_batch(weighted, [0, 1], {**BATCH_FLAGS, "dp_size": 1}, None)
+    trained = [sum(row.loss_mask) for row in rows]
+    tu.assign_non_tensor(batch, batch_num_tokens=sum(trained))
+    logits = logits_of(batch)
+    whole = both_calls(TokenLoss(build_objective(name)), batch, logits)
+    parts, start = [], 0
+    for row in rows:
+        one = make_batch([row], [0], {**BATCH_FLAGS, "dp_size": 1}, None)
+        tu.assign_non_tensor(one, batch_num_tokens=sum(trained))
+        part = logits[:, start : start + len(row.input_ids)].detach().requires_grad_()
+        parts.append(both_calls(TokenLoss(build_objective(name)), one, part).item())
+        start += len(row.input_ids)
+    assert whole.item() == pytest.approx(2.0 * parts[0] + 0.5 * parts[1], rel=1e-5)

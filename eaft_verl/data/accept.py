@@ -1,0 +1,123 @@
+"""One raw row to its training examples, or why it has none. Runs in any process, knows of no other row."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from eaft_verl.data.encode import Encoded, encode, special_tokens
+from eaft_verl.data.formats import to_messages
+from eaft_verl.data.leakage import Against, Hit
+from eaft_verl.data.parquet import Example, to_batch
+from eaft_verl.data.spec import DataSpec, RowError
+from eaft_verl.data.validate import check_row
+
+RawRow = tuple[int, int, dict[str, Any]]  # index of its source, number in it (1-based), columns
+
+
+@dataclass
+class Taken:
+    """What became of one row. `fault`: (kind, reason) if it has no examples; `digest`: of what it says, if it says it.
+
+    name: the row's own id, else the digest's beginning. left_turns: turns that are too long and were left out.
+    """
+
+    source: int
+    number: int
+    digest: str = ""
+    name: str = ""
+    fault: tuple[str, str] | None = None
+    examples: int = 0
+    truncated: int = 0
+    open_turns: int = 0
+    escaped: int = 0
+    left_turns: int = 0
+    hits: set[Hit] = field(default_factory=set)
+
+
+@dataclass
+class Chunk:
+    """Rows taken together: their examples in order, without ids, and what else is counted."""
+
+    rows: list[Taken]
+    batch: pa.RecordBatch
+    unused: Counter[str]
+    ends: Counter[str]
+
+
+@dataclass(frozen=True)
+class Taker:
+    """All that a row is taken by."""
+
+    spec: DataSpec
+    tokenizer: Any
+    against: Against | None = None
+
+    def __call__(self, rows: Sequence[RawRow]) -> Chunk:
+        """What became of these rows."""
+        chunk, examples = Chunk([], pa.record_batch([]), Counter(), Counter()), list[Example]()
+        for source, number, row in rows:
+            taken = Taken(source, number)
+            chunk.rows.append(taken)
+            try:
+                found = self._take(taken, row, chunk)
+            except RowError as error:
+                taken.fault = (error.kind, str(error))
+                continue
+            taken.examples = len(found)
+            examples += found
+        chunk.batch = to_batch(examples)
+        return chunk
+
+    def _take(self, taken: Taken, row: dict[str, Any], chunk: Chunk) -> list[Example]:
+        spec, source = self.spec, self.spec.sources[taken.source]
+        messages, extra = to_messages(row, source.columns, chunk.unused)
+        messages, taken.escaped = check_row(messages, special_tokens(self.tokenizer), spec.control_tokens)
+        tools, own = extra.get("tools"), extra.get("chat_template_kwargs")
+        said = [messages, tools, own] if own else [messages, tools]
+        taken.digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+        taken.name = extra.get("id", taken.digest[:16])
+        kwargs = {**(spec.chat_template_kwargs or {}), **(own or {})}
+        encoded = encode(self.tokenizer, messages, spec.max_length, spec.over_long, spec.turns, tools, kwargs)
+        taken.truncated = sum(one.truncated for one in encoded)
+        taken.open_turns = sum(one.open_turns for one in encoded)
+        taken.left_turns = _trainable(messages) - len(encoded) if spec.turns == "split" else 0
+        chunk.ends.update(end for one in encoded for end in one.ends)
+        if self.against:
+            taken.hits = self.against.find(messages)
+        weight = extra.get("weight", 1.0) * source.weight
+        return [_example(one, messages, extra, kwargs, weight, source.name) for one in encoded]
+
+
+def _trainable(messages: list[dict[str, Any]]) -> int:
+    return sum(message["role"] == "assistant" and message.get("train", True) for message in messages)
+
+
+def _example(
+    one: Encoded,
+    messages: list[dict[str, Any]],
+    extra: Mapping[str, Any],
+    kwargs: dict[str, Any],
+    weight: float,
+    source: str | None,
+) -> Example:
+    """The example, its messages marked so that whoever renders them again trains the same turns."""
+    marked = [
+        message if message["role"] != "assistant" or index in one.trained else {**message, "train": False}
+        for index, message in enumerate(messages[: one.turn + 1])
+    ]
+    return Example(
+        id="",
+        messages=marked,
+        input_ids=one.input_ids,
+        loss_mask=one.loss_mask,
+        answer=extra.get("answer"),
+        tools=extra.get("tools"),
+        chat_template_kwargs=kwargs or None,
+        weight=weight,
+        source=source,
+    )

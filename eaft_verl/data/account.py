@@ -1,0 +1,103 @@
+"""What a manifest says of a preparation, and the error that names the rows which stopped it."""
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from eaft_verl.data.spec import DataSpec
+from eaft_verl.data.take import Outcome
+from eaft_verl.errors import DataError
+
+_SHOWN = 5  # rows named in an error; the manifest lists all
+_REMEDIES = {
+    "over_long": "set data.over_long=drop or truncate, or raise data.max_length",
+    "control_token": "set data.control_tokens=escape or allow",
+    "leakage": "remove these rows, or set data.leakage=drop to leave them out, warn to keep them",
+}
+
+
+def raise_refused(spec: DataSpec, outcome: Outcome) -> None:
+    """DataError naming rows that a setting refuses, or some of the rejected ones if no row is left."""
+    source = spec.source if isinstance(spec.source, str) else ", ".join(one.source for one in spec.sources)
+    if outcome.refused:
+        kinds = sorted({entry["kind"] for entry in outcome.refused})
+        remedy = "".join(f"; {_REMEDIES[kind]}" for kind in kinds if kind in _REMEDIES)
+        raise DataError(f"{source}: {len(outcome.refused)} rows are refused{remedy}. {_name_rows(outcome.refused)}")
+    if not outcome.chosen_N.any():
+        read = sum(outcome.read.values())
+        raise DataError(f"{source}: none of {read} rows is left. {_name_rows(outcome.rejected)}")
+
+
+def describe(tokenizer: Any, outcome: Outcome) -> dict[str, Any]:
+    """The manifest's account of what was read and what came out."""
+    rows = outcome.kept_N[outcome.chosen_N]
+    lengths_E, trained_E = outcome.tokens_E[outcome.chosen_E].T.astype(np.int64)
+    counts = {
+        "read": sum(outcome.read.values()),
+        "kept": len(rows),
+        "rejected": dict(Counter(entry["kind"] for entry in outcome.rejected)),
+        "truncated": int(rows["truncated"].sum()),
+        "escaped": int((rows["escaped"] > 0).sum()),
+        "escaped_tokens": int(rows["escaped"].sum()),
+        "open_turns": int(rows["open"].sum()),
+        "examples": len(lengths_E),
+    }
+    more = {
+        "columns_not_used": dict(outcome.unused),
+        "turns_left_out": int(rows["left"].sum()),
+        "sources": _by_source(outcome, lengths_E, trained_E),
+    }
+    return {
+        "tokenizer": tokenizer.name_or_path,
+        "counts": counts,
+        "tokens": {"total": int(lengths_E.sum()), "trained": int(trained_E.sum())},
+        "lengths": _histogram(np.sort(lengths_E)),
+        "end_of_turn": dict(outcome.ends),
+        "rejected": outcome.rejected,
+        **{key: value for key, value in more.items() if value},
+    }
+
+
+def _by_source(outcome: Outcome, lengths_E: Any, trained_E: Any) -> dict[str, dict[str, Any]]:
+    """Counts of each named source."""
+    chosen_N, source_N = outcome.chosen_N, outcome.kept_N["source"]
+    source_E = np.repeat(source_N, outcome.kept_N["examples"])[outcome.chosen_E]
+    found = {}
+    for index, source in enumerate(outcome.spec.sources):
+        if source.name is None:
+            continue
+        mine_N, mine_E = source_N == index, source_E == index
+        rejected = Counter(entry["kind"] for entry in outcome.rejected if entry.get("source") == source.name)
+        found[source.name] = {
+            "read": outcome.read[index],
+            "kept": int((mine_N & chosen_N).sum()),
+            "left_out": int((mine_N & ~chosen_N).sum()),
+            "rejected": dict(rejected),
+            "examples": int(mine_E.sum()),
+            "tokens": {"total": int(lengths_E[mine_E].sum()), "trained": int(trained_E[mine_E].sum())},
+        }
+    return found
+
+
+def _histogram(lengths_E: Any) -> dict[str, Any]:
+    """Sorted lengths by powers of two, with median, 95th percentile and maximum."""
+    longest = int(lengths_E[-1])
+    edges = [2**power for power in range(longest.bit_length() + 1)]
+    return {
+        "edges": edges,
+        "counts": np.histogram(lengths_E, edges)[0].tolist(),
+        "p50": int(lengths_E[(len(lengths_E) + 1) // 2 - 1]),
+        "p95": int(lengths_E[-(-len(lengths_E) * 95 // 100) - 1]),
+        "max": longest,
+    }
+
+
+def _name_rows(entries: list[dict[str, Any]]) -> str:
+    shown = "".join(f"\n  row {_place(entry)}: {entry['reason']}" for entry in entries[:_SHOWN])
+    more = len(entries) - _SHOWN
+    return f"Rows at fault:{shown}" + (f"\n  and {more} more" if more > 0 else "")
+
+
+def _place(entry: dict[str, Any]) -> str:
+    return f"{entry['row']} of {entry['source']}" if "source" in entry else str(entry["row"])

@@ -1,0 +1,169 @@
+"""Which column of a row means what, and that none that means something is left behind in silence.
+
+Every column that holds something (null, "" and empty lists hold nothing) is one of four things: used, because its name
+or `data.columns` gives it a role; refused, because it carries what the model would have to see or what says how to
+train; metadata, which is counted by name; or a copy of what the conversation says anyway, counted as well.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from eaft_verl.data.spec import Columns, RowError
+
+PROMPT_KEYS = ("prompt", "question", "query", "problem", "instruction")
+RESPONSE_KEYS = ("response", "answer", "completion", "output", "solution")
+MASK_KEYS = ("train", "trainable", "loss", "loss_mask")
+# The usual names of each role, in lower case. Long ones: FreedomIntelligence/Medical-R1-Distill-Data, medical-o1-sft.
+USUAL = {
+    "messages": ("messages", "conversations"),
+    "prompt": PROMPT_KEYS,
+    "context": ("context", "input"),
+    "system": ("system", "system_prompt", "system_message"),
+    "history": ("history",),
+    "reasoning": ("reasoning", "reasoning_content", "thinking", "complex_cot", "reasoning (reasoning_content)"),
+    "response": (*RESPONSE_KEYS, "response (content)"),
+    "answer": ("answer", "reference"),
+    "tools": ("tools", "functions"),
+    "id": ("id",),
+    "weight": ("weight", "sample_weight"),
+    "chat_template_kwargs": ("chat_template_kwargs",),
+    **{key: (key,) for key in MASK_KEYS},
+}
+_ROLES: dict[str, list[str]] = {}
+for _role, _names in USUAL.items():
+    for _name in _names:
+        _ROLES.setdefault(_name, []).append(_role)
+# What a model of text cannot be shown.
+_MEDIA = re.compile(r"^(image|video|audio|picture|pixel|frame|wav|mel)s?(_|$)|_(image|video|audio)s?$")
+# What the prompt would have to hold; to be put there, or named in data.columns.
+_CARRIERS = re.compile(
+    r"^(options?|choices|documents?|docs|passages?|paragraphs?|contexts?|context_.*|background|body|evidence|hints?|"
+    r"knowledge|persona|facts?|schema|table|code_.*|examples?|few_shots?|demonstrations?|starter_code|inputs|files|"
+    r"dialog(ue)?|conversation|chat|turns|instructions?|constraints?|label_?mask|mask|labels_mask|train_.*|"
+    r"token_weights?|weights|channel|recipient|prefix|tools|functions|end_turn)$"
+)
+_METADATA = re.compile(
+    r"(^|[_ .-])(id|ids|idx|index|uuid|url|urls|uri|link|source|sources|dataset|split|subset|category|categories|type|"
+    r"types|subject|topic|domain|task|level|difficulty|lang|language|license|author|model|generator|score|scores|rating|"
+    r"ratings|quality|tag|tags|label|labels|date|time|timestamp|created|updated|hash|key|meta|metadata|info|name|title|"
+    r"version|count|length|tokens|split|dir|path|answer_idx|chosen|rejected|embedding|embeddings|metrics|stats)$|"
+    r"^(original|raw|gold|expected|generated)_"
+)
+_IDENTIFIER = re.compile(r"[\x21-\x7e]{1,300}|[\d\s:.,/+TZ-]*")
+# A file that this project prepared: what was made of the messages stands beside them.
+_PREPARED = ("input_ids", "loss_mask", "attention_mask", "labels", "position_ids")
+
+
+class Row:
+    """A row's columns by role. `used`: columns that somebody has asked for."""
+
+    def __init__(self, row: Mapping[str, Any], columns: Columns | None = None) -> None:
+        self.filled = {str(key): value for key, value in row.items() if not absent(value)}
+        self.empty = {
+            str(key): value for key, value in row.items() if isinstance(value, str) and str(key) not in self.filled
+        }
+        self.columns = columns or {}
+        self.roles: dict[str, list[str]] = {}
+        for name in self.filled:
+            for role in _ROLES.get(name.lower(), ()):
+                self.roles.setdefault(role, []).append(name)
+        self.used: set[str] = set(_listed(self.columns.get("ignore")))
+        if "input_ids" in self.filled:
+            self.used.update(_PREPARED)
+        named = [name for names in self.columns.values() for name in _listed(names)]
+        if missing := [name for name in named if name not in row and name not in self.used]:
+            found = ", ".join(sorted(map(str, row))) or "none"
+            raise RowError("format", f"there is no column {missing[0]!r} (data.columns); the row has {found}")
+
+    def find(self, role: str) -> list[str]:
+        """Names of the columns that have the role: the one that data.columns names, else the usual ones."""
+        if role in self.columns:
+            return [name for name in _listed(self.columns[role]) if name in self.filled or name in self.empty]
+        usual = self.roles.get(role, [])
+        if not usual and role in ("prompt", "response"):
+            usual = [name for name in self.empty if role in _ROLES.get(name.lower(), ())]
+        taken = [name for names in self.columns.values() for name in _listed(names)]
+        return [name for name in usual if name not in taken and name not in self.used]
+
+    def take(self, role: str) -> Any:
+        """The value in this role, or None; RowError if several columns claim it and differ."""
+        names = self.find(role)
+        if len(names) > 1 and any(self.filled.get(name) != self.filled.get(names[0]) for name in names):
+            raise several(role, names, "clash")
+        self.used.update(names)
+        return self.value(names[0]) if names else None
+
+    def value(self, name: str) -> Any:
+        """A column's value; "" where it holds nothing."""
+        self.used.add(name)
+        return self.filled.get(name, self.empty.get(name))
+
+    def unused(self, messages: list[dict[str, Any]]) -> list[str]:
+        """Names of the columns left over, all of them metadata or copies; RowError for one that is neither."""
+        left = [name for name in self.filled if name not in self.used]
+        told = not {"prompt", "messages"}.isdisjoint(self.columns)  # the user has said what the prompt is
+        for name in left:
+            value, plain = self.filled[name], name.lower().strip()
+            media = bool(_MEDIA.search(plain))
+            carries = bool(_CARRIERS.search(plain)) and not told and not isinstance(value, int | float)
+            meant = media or carries or not (told or _is_metadata(plain, value))
+            if meant and (media or not _is_copy(value, messages)):
+                raise RowError("column", _meaning(name, value, media))
+        return left
+
+
+def absent(value: Any) -> bool:
+    """Null, blank text and empty lists and objects say nothing."""
+    return value is None or (isinstance(value, str) and not value.strip()) or (value in ([], {}, ()))
+
+
+def several(role: str, names: list[str], kind: str = "format") -> RowError:
+    """The refusal of a row in which more than one column may have a role."""
+    return RowError(
+        kind,
+        f"found {' and '.join(names)}, which may say the same thing; keep one of them, or say which by "
+        f"data.columns={{{role}: {names[0]}}} (--column {role}={names[0]!r})",
+    )
+
+
+def _meaning(name: str, value: Any, media: bool) -> str:
+    shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    what = "which text alone cannot show" if media else "which would be left out of training"
+    return (
+        f"column {name!r} holds {shown[:60]!r}, {what}; say what it is by data.columns (--column context={name!r}), or "
+        f"leave it out by data.columns={{ignore: [{name}]}} (--column ignore={name!r})"
+    )
+
+
+def _is_metadata(name: str, value: Any) -> bool:
+    return bool(_METADATA.search(name)) or all(_is_plain(leaf) for leaf in _leaves(value))
+
+
+def _is_plain(leaf: Any) -> bool:
+    return not isinstance(leaf, str | bytes) or (isinstance(leaf, str) and bool(_IDENTIFIER.fullmatch(leaf)))
+
+
+def _is_copy(value: Any, messages: list[dict[str, Any]]) -> bool:
+    """Whether the text is in the conversation, or the conversation in the text."""
+    if not isinstance(value, str):
+        return False
+    text, texts = _squeezed(value), [_squeezed(message["content"]) for message in messages]
+    return any(text in one for one in texts) or (bool(texts) and all(one in text for one in texts))
+
+
+def _leaves(value: Any) -> Iterable[Any]:
+    if isinstance(value, Mapping):
+        return (leaf for item in value.values() for leaf in _leaves(item))
+    if isinstance(value, list | tuple):
+        return (leaf for item in value for leaf in _leaves(item))
+    return (value,)
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+def _listed(names: Any) -> list[str]:
+    return [] if names is None else [names] if isinstance(names, str) else list(names)

@@ -1,0 +1,163 @@
+"""A tokenizer's chat template, called with everything that a row says of it."""
+
+import datetime
+import json
+import re
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from eaft_verl.data.calls import link_results
+from eaft_verl.data.dialects import spoken
+from eaft_verl.data.rendered import holds_calls
+from eaft_verl.data.spec import RowError
+from eaft_verl.errors import ConfigError
+
+Message = dict[str, Any]
+# Templates that print today's date would make every preparation differ: they get Llama 3.1's own default instead.
+_TODAY = datetime.datetime(2024, 7, 26)
+# What `apply_chat_template` is called with here; a row or recipe cannot say it.
+_OURS = frozenset(
+    (
+        *(
+            "conversation",
+            "messages",
+            "tools",
+            "tokenize",
+            "add_generation_prompt",
+            "continue_final_message",
+            "padding",
+        ),
+        *(
+            "truncation",
+            "max_length",
+            "return_tensors",
+            "return_dict",
+            "tokenizer_kwargs",
+            "chat_template",
+            "documents",
+        ),
+        *("return_assistant_tokens_mask", "strftime_now", "raise_exception"),
+    )
+)
+_SPECIALS: weakref.WeakKeyDictionary[Any, tuple[str, ...]] = weakref.WeakKeyDictionary()
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Nothing, if the tokenizer can be used; ConfigError if it has no character offsets or no chat template."""
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            f"tokenizer {tokenizer.name_or_path!r} is a slow one, without the character offsets that place the loss "
+            "mask; use a model with tokenizer.json"
+        )
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            f"tokenizer {tokenizer.name_or_path!r} has no chat template; use a chat model, or save one with it"
+        )
+
+
+def check_kwargs(tokenizer: Any, kwargs: Mapping[str, Any] | None, key: str = "chat_template_kwargs") -> None:
+    """RowError for an argument that the chat template does not read, or that is not for a row to set."""
+    for name in kwargs or ():
+        if name in _OURS:
+            raise RowError("template_kwargs", f"{key}.{name} cannot be set: it decides how the template is called")
+        read = name if name != "date" else "date|strftime_now"
+        if not re.search(rf"\b({read})\b", _source(tokenizer)):
+            raise RowError(
+                "template_kwargs", f"{key}.{name} has no effect: the chat template does not read it; remove it"
+            )
+
+
+def special_tokens(tokenizer: Any) -> tuple[str, ...]:
+    """Texts of all tokens that control generation rather than write text, longest first."""
+    if tokenizer not in _SPECIALS:
+        added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        found = {token for token in added.union(tokenizer.all_special_tokens) if token.strip()}
+        _SPECIALS[tokenizer] = tuple(sorted(found, key=lambda token: (-len(token), token)))
+    return _SPECIALS[tokenizer]
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """The template of `tokenizer` for one row: its tools and arguments, and how it takes the arguments of calls."""
+
+    tokenizer: Any
+    tools: list[dict[str, Any]] | None = None
+    kwargs: Mapping[str, Any] | None = None
+    text_arguments: bool = False
+
+    @property
+    def specials(self) -> tuple[str, ...]:
+        """Texts of the special tokens, longest first."""
+        return special_tokens(self.tokenizer)
+
+    def tokens(self, text: str) -> Any:
+        """The text's `ids` and `offsets`, as tokenizer(text, add_special_tokens=False) has them, without the detour."""
+        backend = self.tokenizer.backend_tokenizer
+        if backend.truncation is not None:
+            backend.no_truncation()
+        if backend.padding is not None:
+            backend.no_padding()
+        return backend.encode(text, add_special_tokens=False)
+
+    def render(self, messages: list[Message], generate: bool = False) -> str:
+        """The conversation as the chat template writes it; `generate` adds the opening of an assistant turn."""
+        from jinja2.exceptions import TemplateError
+
+        kwargs = dict(self.kwargs or {})
+        day = datetime.datetime.fromisoformat(str(kwargs["date"])) if "date" in kwargs else _TODAY
+        source = _source(self.tokenizer)
+        try:
+            return self.tokenizer.apply_chat_template(
+                spoken(source, link_results(messages), self.text_arguments),
+                tools=self.tools,
+                tokenize=False,
+                add_generation_prompt=generate,
+                strftime_now=day.strftime,
+                **kwargs,
+            )
+        except (TemplateError, TypeError, AttributeError, KeyError, ValueError) as error:
+            raise RowError("template_refuses", f"the chat template refuses this conversation: {error}") from None
+
+
+def render(
+    tokenizer: Any,
+    messages: list[Message],
+    tools: list[dict[str, Any]] | None = None,
+    generate: bool = False,
+    kwargs: Mapping[str, Any] | None = None,
+) -> str:
+    """The conversation as the chat template writes it; `generate` adds the opening of an assistant turn."""
+    return template_for(tokenizer, messages, tools, kwargs).render(messages, generate)
+
+
+def template_for(
+    tokenizer: Any,
+    messages: list[Message],
+    tools: list[dict[str, Any]] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+) -> ChatTemplate:
+    """The template with call arguments in the form whose output holds them.
+
+    Arguments are an object to some templates (Qwen, Mistral) and JSON text to others (DeepSeek). An object that comes
+    out as JSON, or piece by piece (GLM-4.5, Gemma), is taken; then text; a template that writes neither is refused
+    where its output is checked.
+    """
+    check_kwargs(tokenizer, kwargs)
+    plain = ChatTemplate(tokenizer, tools, kwargs)
+    if not any(message.get("tool_calls") for message in messages):
+        return plain
+    for template in (plain, ChatTemplate(tokenizer, tools, kwargs, text_arguments=True)):
+        try:
+            if holds_calls(messages, template.render(messages)):
+                return template
+        except RowError:
+            continue
+    return plain
+
+
+def _source(tokenizer: Any) -> str:
+    """The template's own text; of several by name, the one that apply_chat_template takes."""
+    source = tokenizer.chat_template
+    return source if isinstance(source, str) else json.dumps(source)

@@ -1,0 +1,40 @@
+"""Where an exported model stops: at what the base stopped at, and at what ended the turns it was trained on."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+
+from eaft_verl.training.export import generation_config
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model: it stops at the end of a document, its template ends turns with another token."""
+    return tiny.tiny_model(tmp_path_factory.mktemp("base"))
+
+
+@pytest.mark.parametrize(
+    ("shipped", "ends", "expected"),
+    [
+        (0, [2], [0, 2]),  # <|endoftext|> of the base, <|im_end|> of the turns
+        ([0, 2], [2], [0, 2]),
+        (2, [2], 2),  # nothing to add: as it was
+        ([0], [1, 2], [0, 1, 2]),
+        (None, [2], [2]),
+    ],
+)
+def test_generation_stops_at_the_trained_end_of_turn(
+    base: Path, shipped: object, ends: list[int], expected: object
+) -> None:
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": shipped}))
+    assert generation_config(str(base), ends).eos_token_id == expected
+
+
+def test_a_base_without_a_generation_config_gets_one(base: Path, tmp_path: Path) -> None:
+    (base / "generation_config.json").unlink()
+    config = generation_config(str(base), [0])
+    config.save_pretrained(tmp_path)
+    eos = json.loads((base / "config.json").read_text())["eos_token_id"]
+    assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == [eos, 0]
