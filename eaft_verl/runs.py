@@ -80,7 +80,8 @@ class Run:
         """The resolved configuration as plain containers."""
         from omegaconf import OmegaConf
 
-        return OmegaConf.to_container(OmegaConf.load(self.path / "config.yaml"), resolve=True)
+        tree: Any = OmegaConf.to_container(OmegaConf.load(self.path / "config.yaml"), resolve=True)
+        return dict(tree)
 
     def update(self, **fields: Any) -> None:
         """Change fields of run.json, e.g. status='finished'."""

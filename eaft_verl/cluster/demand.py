@@ -6,9 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from omegaconf import DictConfig
-
 from eaft_verl.errors import ConfigError
+from eaft_verl.recipe.config import Config
 
 CPUS_PER_WORKER = {  # logical CPUs in a worker's bundle
     "sft": 1,  # ours; verl's own SFT pool asks for 10 and waits for ever where a node has fewer
@@ -67,7 +66,7 @@ class Demand:
         return shortage
 
 
-def demand_of(config: DictConfig) -> Demand:
+def demand_of(config: Config) -> Demand:
     """The demand of a resolved configuration."""
     trainer = config.verl.trainer
     if config.trainer not in CPUS_PER_WORKER:

@@ -8,8 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from omegaconf import DictConfig
-
 from eaft_verl.cluster import findings as judge
 from eaft_verl.cluster.demand import Offer, demand_of
 from eaft_verl.cluster.findings import Finding, node_findings, token_finding, verdict
@@ -19,12 +17,13 @@ from eaft_verl.files import read_json
 from eaft_verl.models import hub_arguments, load_tokenizer, resolve_model
 from eaft_verl.planning.arm_plan import disk_at_once
 from eaft_verl.recipe.checks import pending
+from eaft_verl.recipe.config import Config
 
 CONNECT_TIMEOUT_S = 5.0
 LOCAL_ADDRESSES = ("", "auto", "local")
 
 
-def doctor(config: DictConfig, *, wait_s: float = 0, say: Callable[[str], object] = print) -> int:
+def doctor(config: Config, *, wait_s: float = 0, say: Callable[[str], object] = print) -> int:
     """Print every finding of this machine and, where RAY_ADDRESS names one, of the cluster; 1 when a check fails."""
     started, found = time.monotonic(), []
     for finding in _findings(config, wait_s):
@@ -36,12 +35,12 @@ def doctor(config: DictConfig, *, wait_s: float = 0, say: Callable[[str], object
     return 1 if failed else 0
 
 
-def require_machine(config: DictConfig) -> None:
+def require_machine(config: Config) -> None:
     """Raise ConfigError for what would stop this arm on this machine; made before the data is read."""
     judge.require(machine_findings(config))
 
 
-def _findings(config: DictConfig, wait_s: float) -> Iterator[Finding]:
+def _findings(config: Config, wait_s: float) -> Iterator[Finding]:
     machine = machine_findings(config)
     yield from machine
     yield from recipe_findings(config)
@@ -56,7 +55,7 @@ def _findings(config: DictConfig, wait_s: float) -> Iterator[Finding]:
         yield from local_findings(config, probe_node(config.output))
 
 
-def machine_findings(config: DictConfig) -> list[Finding]:
+def machine_findings(config: Config) -> list[Finding]:
     """What the driver's machine can tell at once: versions, output folder, disk, Ray's address and token."""
     probe = probe_node(config.output)
     return [
@@ -67,7 +66,7 @@ def machine_findings(config: DictConfig) -> list[Finding]:
     ]
 
 
-def disk_needed(config: DictConfig) -> float | None:
+def disk_needed(config: Config) -> float | None:
     """Bytes the planner says the arm has yet to write; None for a model whose sizes it does not know."""
     run = Path(config.output) / f"{config.arm}-seed{config.seed}"
     written = sum(file.stat().st_size for file in run.rglob("*") if file.is_file())
@@ -77,7 +76,7 @@ def disk_needed(config: DictConfig) -> float | None:
         return None
 
 
-def local_findings(config: DictConfig, probe: NodeProbe) -> list[Finding]:
+def local_findings(config: Config, probe: NodeProbe) -> list[Finding]:
     """What a cluster of this one machine offers the arm."""
     demand = demand_of(config)
     # a local Ray is started with as many logical CPUs as there are workers
@@ -89,7 +88,7 @@ def local_findings(config: DictConfig, probe: NodeProbe) -> list[Finding]:
     return [size, *node_findings(config, probe)]
 
 
-def output_finding(config: DictConfig) -> Finding:
+def output_finding(config: Config) -> Finding:
     """Whether `output` outlives the job and belongs to this recipe."""
     output, problem, remedy = Path(config.output), None, "choose another output="
     others = {str(read_json(file).get("recipe")) for file in sorted(output.glob("*/run.json"))} - {config.name}
@@ -103,13 +102,13 @@ def output_finding(config: DictConfig) -> Finding:
     return verdict("output", problem, str(output), remedy)
 
 
-def recipe_findings(config: DictConfig) -> list[Finding]:
+def recipe_findings(config: Config) -> list[Finding]:
     """What the recipe still waits for: files to be supplied, benchmarks whose runner is not installed here."""
     missing = [Finding("recipe", "fail", message) for message in pending(config)]
     return missing or [Finding("recipe", "pass", f"{config.recipe}, arm {config.arm}")]
 
 
-def model_finding(config: DictConfig) -> Finding:
+def model_finding(config: Config) -> Finding:
     """Whether configuration and tokenizer load, with a chat template."""
     from transformers import AutoConfig
 

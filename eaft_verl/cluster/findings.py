@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from omegaconf import DictConfig
 from packaging.requirements import Requirement
 
 from eaft_verl.cluster.node_probe import PACKAGES, NodeProbe
 from eaft_verl.errors import ConfigError
 from eaft_verl.planning.formulas import GIB
+from eaft_verl.recipe.config import Config
 
 Status = Literal["pass", "fail", "skip"]
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}  # NVIDIA: minor version compatibility of CUDA 11, 12 and 13
@@ -140,7 +140,7 @@ def ports(probes: Sequence[NodeProbe]) -> Finding:
     return verdict("ports", problem, f"{len(probes)} node(s) reach the driver's node", remedy)
 
 
-def node_findings(config: DictConfig, probe: NodeProbe) -> list[Finding]:
+def node_findings(config: Config, probe: NodeProbe) -> list[Finding]:
     """What a node that will hold workers must have on a CUDA cluster."""
     if config.device != "cuda":
         return []

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from omegaconf import DictConfig
 from ray.exceptions import RayError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -20,6 +19,7 @@ from eaft_verl.cluster.demand import Demand, Offer, demand_of
 from eaft_verl.cluster.findings import Finding, node_findings, verdict
 from eaft_verl.cluster.node_probe import NodeProbe, probe_node
 from eaft_verl.cluster.session import ray_session
+from eaft_verl.recipe.config import Config
 from eaft_verl.recipe.views import world_size
 
 PLACEMENT_TIMEOUT_S = 20.0
@@ -27,12 +27,12 @@ PROBE_TIMEOUT_S = 60.0
 SMALLER = "lower verl.trainer.nnodes or n_gpus_per_node, or add nodes; `eaft plan RECIPE` says what would fit"
 
 
-def require_cluster(config: DictConfig) -> None:
+def require_cluster(config: Config) -> None:
     """Raise ConfigError for what would stop the arm on the connected cluster; made before a worker is started."""
     judge.require(cluster_findings(config, 0))
 
 
-def connected_findings(config: DictConfig, wait_s: float) -> list[Finding]:
+def connected_findings(config: Config, wait_s: float) -> list[Finding]:
     """`cluster_findings` over a connection of its own."""
     try:
         with ray_session(config.device, world_size(config)):
@@ -42,7 +42,7 @@ def connected_findings(config: DictConfig, wait_s: float) -> list[Finding]:
         return [Finding("ray connection", "fail", str(error).strip().splitlines()[0], remedy)]
 
 
-def cluster_findings(config: DictConfig, wait_s: float) -> list[Finding]:
+def cluster_findings(config: Config, wait_s: float) -> list[Finding]:
     """Every check of the connected cluster; at most `wait_s` seconds are given to nodes that have yet to join."""
     demand = demand_of(config)
     shortage = demand.shortage_after(wait_s, lambda: [_offer(node) for node in _alive()])
@@ -79,7 +79,7 @@ def _offer(node: dict[str, Any]) -> Offer:
     return Offer(node["NodeManagerHostname"], resources.get("CPU", 0), resources.get("GPU", 0))
 
 
-def _nodes_findings(config: DictConfig, alive: list[dict[str, Any]]) -> list[Finding]:
+def _nodes_findings(config: Config, alive: list[dict[str, Any]]) -> list[Finding]:
     """Checks by one task per node, the driver's node first."""
     token = secrets.token_hex(8)
     output = Path(config.output)

@@ -201,8 +201,11 @@ def read_examples(path: Path, key: str | None = None) -> Examples:
 
 def file_hash(path: Path) -> str:
     """sha256 of a file's bytes."""
+    digest = hashlib.sha256()
     with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import multiprocessing
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from eaft_verl.errors import RunError
 from eaft_verl.evaluation.settings import EvaluateSettings, evaluation_key
-from eaft_verl.files import write_json
+from eaft_verl.files import computed_once, write_json
 from eaft_verl.models import model_key, resolve_model
 from eaft_verl.runs import Run, step_name
 
@@ -37,8 +37,8 @@ class _Session:
     base: Path | str
     work: Path
     benchmarks: dict[str, "Benchmark"] = field(default_factory=dict)
-    heldout: list["Example"] = field(default_factory=list)
-    probe: list["Example"] = field(default_factory=list)
+    heldout: Sequence["Example"] = ()
+    probe: Sequence["Example"] = ()
     base_logits: list["Tensor"] = field(default_factory=list)
     loaded: tuple[Path | str, "PreTrainedModel", "PreTrainedTokenizerBase"] | None = None
     mark: float = field(default_factory=time.perf_counter)
@@ -157,7 +157,7 @@ def _load_benchmarks(settings: EvaluateSettings, names: set[str]) -> dict[str, "
 
 def _prepare_drift(session: _Session) -> None:
     """Probe and base logits; after this the base model itself is not needed any more."""
-    from eaft_verl.data.parquet import read_examples, write_examples
+    from eaft_verl.data.parquet import read_examples, to_batch, write_batches
     from eaft_verl.evaluation import drift
 
     wanted = session.settings.drift_settings()
@@ -168,9 +168,12 @@ def _prepare_drift(session: _Session) -> None:
         session.probe = drift.given_probe(tokenizer, prompts, wanted, session.settings.max_length)
     else:
         path = drift.probe_path(session.work, model_key(session.base), tokenizer, prompts, wanted.new_tokens)
-        if not path.exists():
-            write_examples(path, drift.make_probe(model, tokenizer, prompts, wanted.new_tokens))
-        session.probe = read_examples(path)
+
+        def make(empty: Path) -> None:
+            answered = drift.make_probe(model, tokenizer, prompts, wanted.new_tokens)
+            write_batches(empty / path.name, lambda: [to_batch(answered)])
+
+        session.probe = read_examples(computed_once(path.with_suffix(""), path.stem, make) / path.name)
     session.base_logits = drift.base_logits(model, session.probe, session.token_budget)
 
 

@@ -3,6 +3,7 @@
 Dimension letters: B prompts of a batch, T answer tokens of one example, V vocabulary.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -61,7 +62,7 @@ def has_answers(prompts: list[dict[str, Any]]) -> bool:
 
 def given_probe(
     tokenizer: PreTrainedTokenizerBase, prompts: list[dict[str, Any]], settings: DriftSettings, max_length: int
-) -> list[Example]:
+) -> Sequence[Example]:
     """Given answers, one example per assistant turn, each cut after its first `new_tokens` answer tokens.
 
     Raises DataError naming the row whose answer the chat template cannot write, or that has none within max_length.
@@ -91,7 +92,7 @@ def probe_path(
 @torch.inference_mode()
 def make_probe(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[dict[str, Any]], new_tokens: int
-) -> list[Example]:
+) -> Sequence[Example]:
     """The base's own greedy answers of at most new_tokens tokens, its end token included where it came to an end."""
     texts = [
         render(tokenizer, prompt["messages"], prompt["tools"], generate=True, kwargs=prompt.get("chat_template_kwargs"))
@@ -141,7 +142,7 @@ def _until(tokens: list[int], ends: list[int]) -> list[int]:
     return tokens[: first + 1]
 
 
-def base_logits(model: PreTrainedModel, examples: list[Example], token_budget: int = TOKEN_BUDGET) -> list[Tensor]:
+def base_logits(model: PreTrainedModel, examples: Sequence[Example], token_budget: int = TOKEN_BUDGET) -> list[Tensor]:
     """The base's logits_TV of every example in host memory, float32.
 
     Memory: answer tokens * vocabulary * 4 bytes (48 x 48 tokens of 49,152 words: 0.45 GB; 64 x 256 of 151,936: 10 GB).
@@ -171,7 +172,7 @@ def divergence(base_TV: Tensor, model_TV: Tensor, labels_T: Tensor) -> dict[str,
 
 
 def drift(
-    model: PreTrainedModel | None, examples: list[Example], base: list[Tensor], token_budget: int = TOKEN_BUDGET
+    model: PreTrainedModel | None, examples: Sequence[Example], base: list[Tensor], token_budget: int = TOKEN_BUDGET
 ) -> tuple[dict[str, Any], list[Sample]]:
     """(record fields, samples): kl, agreement and nll per answer token, weighted by tokens.
 

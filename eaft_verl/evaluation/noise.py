@@ -1,6 +1,6 @@
 """What the base model differs from itself by, measured once more in other batches: differences of no meaning."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -17,7 +17,7 @@ _SAME = 1e-6  # of scores that are no shares, such as log-probabilities
 
 
 def drift_noise(
-    model: PreTrainedModel, probe: list[Example], base: list[Tensor], known: list[Sample]
+    model: PreTrainedModel, probe: Sequence[Example], base: list[Tensor], known: list[Sample]
 ) -> dict[str, float]:
     """{kl, agreement, nll}: the base against its own logits, examples one by one in reversed order.
 
@@ -29,7 +29,7 @@ def drift_noise(
     return {**scores, "kl": abs(scores["kl"]), "nll": nll_noise(samples, known)}
 
 
-def heldout_noise(model: PreTrainedModel, examples: list[Example], known: list[Sample]) -> float:
+def heldout_noise(model: PreTrainedModel, examples: Sequence[Example], known: list[Sample]) -> float:
     """Absolute difference of the held-out NLL. known: samples of the base's `heldout` benchmark."""
     return nll_noise(heldout(model, examples[QUESTIONS - 1 :: -1], ALONE)[1], known)
 

@@ -80,7 +80,7 @@ def token_nll(logits_TV: Tensor, labels_T: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def heldout(
-    model: PreTrainedModel, examples: list[Example], token_budget: int = TOKEN_BUDGET
+    model: PreTrainedModel, examples: Sequence[Example], token_budget: int = TOKEN_BUDGET
 ) -> tuple[dict[str, Any], list[Sample]]:
     """(record fields, samples): nll in nats per token and token accuracy of given answers, weighted by tokens.
 
@@ -95,7 +95,7 @@ def heldout(
 
 
 def token_weighted(
-    examples: list[Example], scores: dict[int, dict[str, float]], higher_is_better: dict[str, bool]
+    examples: Sequence[Example], scores: dict[int, dict[str, float]], higher_is_better: dict[str, bool]
 ) -> tuple[dict[str, Any], list[Sample]]:
     """(record fields, samples) of per-example means over tokens; the first metric is the primary one.
 

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
-
 from eaft_verl.errors import ConfigError
 from eaft_verl.experiment.processes import CAUSE_FILE, run_stage
 from eaft_verl.experiment.stored import require_same
 from eaft_verl.recipe.checks import check, pending, warn
+from eaft_verl.recipe.config import Config
 from eaft_verl.recipe.resolve import Recipe, load_recipe, resolve
 from eaft_verl.reporting.report import report
 from eaft_verl.runs import Run
@@ -67,7 +66,7 @@ def compare(
     return 1 if failed else 0
 
 
-def _show(configs: list[DictConfig], base: Stage, stages: list[tuple[Stage, Stage]]) -> None:
+def _show(configs: list[Config], base: Stage, stages: list[tuple[Stage, Stage]]) -> None:
     """What a run would do, stage by stage, and where it would stop."""
     for stage in (base, *(stage for pair in stages for stage in pair)):
         print(f"{'done' if stage.done else 'todo'}  {stage.label:32} eaft {' '.join(stage.arguments)}")
@@ -84,7 +83,7 @@ def parse_seeds(text: str | None) -> list[int] | None:
         raise ConfigError(f"--seeds {text!r} must be whole numbers separated by commas, e.g. 0,1,2") from None
 
 
-def in_order(configs: list[DictConfig]) -> list[DictConfig]:
+def in_order(configs: list[Config]) -> list[Config]:
     """Arms that others take a budget or a control's settings from first; otherwise as given.
 
     ConfigError if such an arm is neither among them with the same seed nor finished in the output folder.
@@ -100,7 +99,7 @@ def in_order(configs: list[DictConfig]) -> list[DictConfig]:
     return sorted(configs, key=lambda config: 2 if config.control else 1 if config.budget else 0)
 
 
-def needed_runs(config: DictConfig) -> set[str]:
+def needed_runs(config: Config) -> set[str]:
     """Names of the runs that must be finished before this one starts."""
     arms = [block.of for block in (config.budget, config.control) if block]
     return {run_name(arm, config.seed) for arm in arms}
@@ -115,7 +114,7 @@ def _finished(run: Path) -> bool:
     return (run / "run.json").exists() and Run(run).info["status"] == "finished"
 
 
-def _run_arms(configs: list[DictConfig], stages: list[tuple[Stage, Stage]]) -> list[dict[str, Any]]:
+def _run_arms(configs: list[Config], stages: list[tuple[Stage, Stage]]) -> list[dict[str, Any]]:
     """Train and evaluate every arm; [{arm, seed, run, error}] of those that failed. The others go on."""
     failed: dict[str, dict[str, Any]] = {}
     for config, pair in zip(configs, stages, strict=True):
@@ -131,7 +130,7 @@ def _run_arms(configs: list[DictConfig], stages: list[tuple[Stage, Stage]]) -> l
     return list(failed.values())
 
 
-def plan(recipe: Recipe, configs: list[DictConfig], overrides: list[str]) -> tuple[Stage, list[tuple[Stage, Stage]]]:
+def plan(recipe: Recipe, configs: list[Config], overrides: list[str]) -> tuple[Stage, list[tuple[Stage, Stage]]]:
     """The base's evaluation, and training and evaluation of every arm and seed."""
     output, source = Path(configs[0].output), str(recipe.path)
     base = Stage(
@@ -156,7 +155,7 @@ def plan(recipe: Recipe, configs: list[DictConfig], overrides: list[str]) -> tup
 
 def _resolve_all(
     recipe: Recipe, arms: list[str], seeds: list[int] | None, overrides: list[str], *, dry_run: bool = False
-) -> list[DictConfig]:
+) -> list[Config]:
     """Every arm and seed, checked before the first one starts."""
     if seeds and len(set(seeds)) < len(seeds):
         raise ConfigError(f"--seeds {','.join(map(str, seeds))} names a seed twice; every seed is one run of an arm")

@@ -5,11 +5,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from omegaconf import DictConfig, OmegaConf
-
 from eaft_verl.data.parquet import Example
 from eaft_verl.errors import RunError
 from eaft_verl.recipe import budgets
+from eaft_verl.recipe.config import Config, Control, changed, value_of
 from eaft_verl.recipe.matching import GRPO
 from eaft_verl.runs import Run
 from eaft_verl.training.grpo.config import updates_per_step
@@ -21,12 +20,12 @@ SAME_FOR_CONTROL = ("model", "data", "template")
 class Derived(NamedTuple):
     """The configuration with what was derived written into it, all keys that may differ, and run.json's `derived`."""
 
-    config: DictConfig
+    config: Config
     declared: list[str]
     record: dict[str, Any]
 
 
-def derive(config: DictConfig, declared: list[str], keys: dict[str, str], examples: Sequence[Example]) -> Derived:
+def derive(config: Config, declared: list[str], keys: dict[str, str], examples: Sequence[Example]) -> Derived:
     """Budget and control of the arm, read from the finished runs it names; nothing changes for an arm without them.
 
     RunError if such a run is missing or not finished, lacks what is needed, or was made from another model or data.
@@ -34,27 +33,22 @@ def derive(config: DictConfig, declared: list[str], keys: dict[str, str], exampl
     changes: dict[str, Any] = {}
     record: dict[str, Any] = {}
     if config.budget:
-        record["budget"] = _budget(config, keys, examples, changes)
+        record["budget"] = _budget(config, config.budget.of, keys, examples, changes)
     if config.control:
-        record["control"] = _control(config, keys, changes)
+        record["control"] = _control(config, config.control, keys, changes)
     if not changes:
         return Derived(config, declared, record)
-    record["asked"] = {key: OmegaConf.select(config, key) for key in changes}
-    record["asked"] = OmegaConf.to_container(OmegaConf.create(record["asked"]))
-    changed = OmegaConf.create(OmegaConf.to_container(config))
-    for key, value in changes.items():
-        OmegaConf.update(changed, key, value, force_add=True)
-    OmegaConf.set_readonly(changed, True)
-    return Derived(changed, sorted({*declared, *changes} - {"budget"}), record)
+    record["asked"] = {key: value_of(config, key) for key in changes}
+    return Derived(changed(config, changes), sorted({*declared, *changes} - {"budget"}), record)
 
 
-def _grpo_costs(unit: str, config: DictConfig) -> Iterator[float]:
+def _grpo_costs(unit: str, config: Config) -> Iterator[float]:
     """What every step of verl's main_ppo costs in updates or samples: one batch of rollouts."""
     samples = config.verl.data.train_batch_size * config.verl.actor_rollout_ref.rollout.n
     return itertools.repeat({"updates": updates_per_step(config), "samples": samples}[unit])
 
 
-def _sft_costs(unit: str, config: DictConfig, examples: Sequence[Example]) -> Iterator[float]:
+def _sft_costs(unit: str, config: Config, examples: Sequence[Example]) -> Iterator[float]:
     """What update 1, 2, ... costs in updates, samples or tokens, in the order of the data; never ends."""
     trained, size = [sum(example.loss_mask) for example in examples], config.verl.data.train_batch_size
     for step in itertools.count(1):
@@ -63,9 +57,9 @@ def _sft_costs(unit: str, config: DictConfig, examples: Sequence[Example]) -> It
 
 
 def _budget(
-    config: DictConfig, keys: dict[str, str], examples: Sequence[Example], changes: dict[str, Any]
+    config: Config, of: str, keys: dict[str, str], examples: Sequence[Example], changes: dict[str, Any]
 ) -> dict[str, Any]:
-    of, unit = config.budget.of, config.compare.match
+    unit = config.compare.match
     run = _finished(config, of, f"compare.match={unit} gives {config.arm} the budget of {of}")
     _same(run, keys, ("model",))
     amount = budgets.spent(run.info, run.metrics())[unit]
@@ -79,8 +73,7 @@ def _budget(
     return {**found, "run": run.path.name}
 
 
-def _control(config: DictConfig, keys: dict[str, str], changes: dict[str, Any]) -> dict[str, Any]:
-    control = config.control
+def _control(config: Config, control: Control, keys: dict[str, str], changes: dict[str, Any]) -> dict[str, Any]:
     run = _finished(config, control.of, f"{config.arm} is a control of {control.of}")
     _same(run, keys, SAME_FOR_CONTROL)
     rows, found = run.metrics(), {"of": control.of, "by": control.by, "run": run.path.name}
@@ -92,7 +85,7 @@ def _control(config: DictConfig, keys: dict[str, str], changes: dict[str, Any]) 
     return {**found, "level": level, "window": window}
 
 
-def _finished(config: DictConfig, arm: str, why: str) -> Run:
+def _finished(config: Config, arm: str, why: str) -> Run:
     folder = Path(config.output) / f"{arm}-seed{config.seed}"
     status = Run(folder).info["status"] if (folder / "run.json").exists() else None
     if status != "finished":

@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-
 from eaft_verl.data.prepare import template_hash
 from eaft_verl.errors import ConfigError, RunError
 from eaft_verl.evaluation.checkpoints import evaluate_checkpoints
@@ -12,6 +10,7 @@ from eaft_verl.evaluation.settings import EvaluateSettings, evaluation_key
 from eaft_verl.experiment.environment import describe
 from eaft_verl.models import load_tokenizer, model_key, resolve_model
 from eaft_verl.recipe.checks import check
+from eaft_verl.recipe.config import Config, as_yaml, configuration
 from eaft_verl.recipe.datasets import prepare_data
 from eaft_verl.recipe.resolve import load_recipe, resolve
 from eaft_verl.recipe.views import evaluate_settings
@@ -31,7 +30,7 @@ def evaluate_command(what: str, recipe: str, out: Path | None, overrides: list[s
     return _evaluate_model(config, out)
 
 
-def settings_for(config: DictConfig, tokenizer: Any) -> EvaluateSettings:
+def settings_for(config: Config, tokenizer: Any) -> EvaluateSettings:
     """The evaluation with its held-out data prepared as for training, so that both see the same tokens."""
     heldout = prepare_data(config, tokenizer, "heldout").path if config.data.heldout else None
     return evaluate_settings(config, heldout)
@@ -41,7 +40,7 @@ def _evaluate_run(run: Run) -> Run:
     info = run.info
     if info["status"] != "finished":
         raise RunError(f"{run.path} has status {info['status']!r}; only a finished run is evaluated: train it first")
-    config = OmegaConf.create(run.config)
+    config = configuration(run.config)
     settings = settings_for(config, load_tokenizer(resolve_model(config.model)))
     if info["kind"] == "base":
         checkpoints: dict[int, Path | str] = {0: resolve_model(config.model)}
@@ -52,7 +51,7 @@ def _evaluate_run(run: Run) -> Run:
     return _score(run, config, settings, checkpoints)
 
 
-def _evaluate_model(config: DictConfig, out: Path | None) -> Run:
+def _evaluate_model(config: Config, out: Path | None) -> Run:
     model = resolve_model(config.model)
     tokenizer = load_tokenizer(model)
     settings = settings_for(config, tokenizer)
@@ -65,7 +64,7 @@ def _evaluate_model(config: DictConfig, out: Path | None) -> Run:
     if not (folder / "run.json").exists():
         info = {"kind": "base", "recipe": config.name, "arm": "base", "seed": config.seed, "model": config.model}
         info |= {"keys": keys, "declared": [], "total_steps": 0, "train_seconds": 0.0}
-        Run.create(folder, info=info, config=OmegaConf.to_yaml(config), env=describe())
+        Run.create(folder, info=info, config=as_yaml(config), env=describe())
     run = Run(folder)
     if run.info["keys"] != keys:
         raise RunError(f"{folder} holds the evaluation of another model or recipe; choose another --out or remove it")
@@ -73,7 +72,7 @@ def _evaluate_model(config: DictConfig, out: Path | None) -> Run:
     return _score(run, config, settings, {0: model})
 
 
-def _score(run: Run, config: DictConfig, settings: EvaluateSettings, checkpoints: dict[int, Path | str]) -> Run:
+def _score(run: Run, config: Config, settings: EvaluateSettings, checkpoints: dict[int, Path | str]) -> Run:
     with run.locked():
         try:
             evaluate_checkpoints(

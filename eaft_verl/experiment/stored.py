@@ -3,13 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from eaft_verl.errors import RunError
 from eaft_verl.evaluation.settings import evaluation_key
 from eaft_verl.models import model_key
+from eaft_verl.recipe.config import Config, plain
 from eaft_verl.recipe.datasets import changed_content, prepared_path
-from eaft_verl.recipe.views import evaluate_settings
+from eaft_verl.recipe.views import evaluate_settings, source_of
 from eaft_verl.reporting.comparability import ABSENT, flatten
 from eaft_verl.runs import Run
 
@@ -19,7 +20,7 @@ OF_BASE = ("model", "evaluate", "data.heldout", "data.heldout_rows", "data.max_l
 SHOWN = 5
 
 
-def require_same(folder: Path, config: DictConfig) -> None:
+def require_same(folder: Path, config: Config) -> None:
     """RunError that names every key in which the run in `folder`, where there is one, is not this configuration's."""
     if not (folder / "run.json").exists():
         return
@@ -32,18 +33,18 @@ def require_same(folder: Path, config: DictConfig) -> None:
         )
 
 
-def differences(run: Run, config: DictConfig) -> list[str]:
+def differences(run: Run, config: Config) -> list[str]:
     """'key=stored (now asked)' for every setting, and what is another one in the files behind them."""
     base, keys = run.info["kind"] == "base", run.info.get("keys", {})
     found = [
         line
-        for line in settings_that_differ(asked_of(run), OmegaConf.to_container(config))
+        for line in settings_that_differ(asked_of(run), plain(config))
         if not base or _under(line.partition("=")[0], OF_BASE)
     ]
     if not _named(found, "model") and keys.get("model") != model_key(config.model):
         found.append(f"model: the files of {config.model} have changed")
     for which in ("heldout",) if base else ("train", "heldout"):
-        if config.data[which] and not _named(found, f"data.{which}"):
+        if source_of(config, which) and not _named(found, f"data.{which}"):
             found += changed_content(config, which, keys)
     if not found:
         heldout = prepared_path(config, "heldout") if config.data.heldout else None
@@ -67,7 +68,7 @@ def asked_of(run: Run) -> dict[str, Any]:
     config = OmegaConf.create(run.config)
     for key, value in (run.info.get("derived") or {}).get("asked", {}).items():
         OmegaConf.update(config, key, value, merge=False)
-    return OmegaConf.to_container(config)  # type: ignore[return-value]
+    return dict(plain(config))
 
 
 def _named(found: list[str], key: str) -> bool:

@@ -4,8 +4,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-
 from eaft_verl.cluster.doctor import require_machine
 from eaft_verl.errors import RunError
 from eaft_verl.evaluation.settings import evaluation_key
@@ -13,6 +11,7 @@ from eaft_verl.experiment.derive import derive
 from eaft_verl.experiment.environment import describe
 from eaft_verl.experiment.stored import SHOWN, settings_that_differ
 from eaft_verl.models import check_same_vocabulary, load_tokenizer, model_key, resolve_model
+from eaft_verl.recipe.config import Config, as_yaml, plain
 from eaft_verl.recipe.datasets import prepare_data
 from eaft_verl.recipe.views import evaluate_settings, objective_of
 from eaft_verl.runs import Run, cause_of
@@ -20,12 +19,12 @@ from eaft_verl.training.grpo.run import train_grpo
 from eaft_verl.training.sft.run import check_lengths, check_weights, train_sft
 
 
-def run_folder(config: DictConfig) -> Path:
+def run_folder(config: Config) -> Path:
     """Where an arm's run lives: OUTPUT/ARM-seedN."""
     return Path(config.output) / f"{config.arm}-seed{config.seed}"
 
 
-def train(config: DictConfig, declared: list[str]) -> Run:
+def train(config: Config, declared: list[str]) -> Run:
     """Train one arm; the returned run is finished. A failure is written into run.json and raised."""
     require_machine(config)
     model = resolve_model(config.model)
@@ -60,14 +59,14 @@ def train(config: DictConfig, declared: list[str]) -> Run:
     return run
 
 
-def _open(config: DictConfig, declared: list[str], keys: dict[str, str], derived: dict[str, Any]) -> Run:
+def _open(config: Config, declared: list[str], keys: dict[str, str], derived: dict[str, Any]) -> Run:
     """A new run directory, or the unfinished one of the same configuration, data and model."""
     folder = run_folder(config)
     if not (folder / "run.json").exists():
         info = {"kind": "arm", "recipe": config.name, "arm": config.arm, "seed": config.seed, "model": config.model}
-        objective = config.objective and OmegaConf.to_container(config.objective)
+        objective = plain(config.objective)
         info |= {"keys": keys, "declared": declared, "objective": objective, "derived": derived}
-        return Run.create(folder, info=info, config=OmegaConf.to_yaml(config), env=describe())
+        return Run.create(folder, info=info, config=as_yaml(config), env=describe())
     run = Run(folder)
     if run.info["status"] == "finished":
         raise RunError(
@@ -76,7 +75,7 @@ def _open(config: DictConfig, declared: list[str], keys: dict[str, str], derived
     changed = [
         f"{name} ({run.info['keys'][name]}, now {keys[name]})" for name in keys if run.info["keys"][name] != keys[name]
     ]
-    if found := settings_that_differ(run.config, OmegaConf.to_container(config)) + changed:
+    if found := settings_that_differ(run.config, plain(config)) + changed:
         raise RunError(
             f"{folder} holds an unfinished run of another configuration, model or data set: "
             f"{'; '.join(found[:SHOWN])}; choose another output= or remove it"

@@ -6,13 +6,14 @@ import shlex
 from pathlib import Path
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from eaft_verl.cluster.demand import demand_of
 from eaft_verl.cluster.runtime_env import JOB_ENV, build_runtime_env
 from eaft_verl.errors import ConfigError
 from eaft_verl.files import write_text
 from eaft_verl.launch.request import Launch
+from eaft_verl.recipe.config import Config
 from eaft_verl.recipe.file import read_recipe
 
 LAUNCHERS = Path(__file__).with_name("launchers")
@@ -21,7 +22,7 @@ RECIPE = "EAFT_RECIPE"  # variable of a KubeRay job: the whole recipe in base64,
 JOIN_S = 600  # seconds that nodes get to join
 
 
-def slurm_job(wanted: Launch, config: DictConfig, name: str) -> tuple[str, str, list[str]]:
+def slurm_job(wanted: Launch, config: Config, name: str) -> tuple[str, str, list[str]]:
     """(file name, text, command) of a batch script; what differs between jobs is said on sbatch's command line."""
     trainer = config.verl.trainer
     options = [f"--job-name={name}", f"--nodes={trainer.nnodes}", f"--output={config.output}/{name}-%j.log"]
@@ -30,7 +31,7 @@ def slurm_job(wanted: Launch, config: DictConfig, name: str) -> tuple[str, str, 
     return f"{name}.sbatch", _template("slurm.sbatch"), ["sbatch", *options, "FILE", *wanted.words()]
 
 
-def kuberay_job(wanted: Launch, config: DictConfig, name: str) -> tuple[str, str, list[str]]:
+def kuberay_job(wanted: Launch, config: Config, name: str) -> tuple[str, str, list[str]]:
     """(file name, text, command) of a RayJob; EAFT_IMAGE names the image. The head has GPUs and holds workers too."""
     demand = demand_of(config)
     job = yaml.safe_load(_template("rayjob.yaml"))
@@ -64,7 +65,7 @@ def unpack_recipe(recipe: Path) -> None:
             raise ConfigError(f"recipe {recipe} cannot be written in this image: {error.strerror}") from None
 
 
-def skypilot_job(wanted: Launch, config: DictConfig, name: str) -> tuple[str, str, list[str]]:
+def skypilot_job(wanted: Launch, config: Config, name: str) -> tuple[str, str, list[str]]:
     """(file name, text, command) of a SkyPilot task; EAFT_GPU names the accelerator, A100-80GB where it does not."""
     demand = demand_of(config)
     command = ["sky", "launch", "-y", "-c", name, "--num-nodes", str(demand.nodes)]

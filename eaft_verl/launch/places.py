@@ -15,8 +15,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from omegaconf import DictConfig
-
 from eaft_verl.cluster.demand import demand_of
 from eaft_verl.cluster.doctor import doctor
 from eaft_verl.errors import ConfigError
@@ -24,6 +22,7 @@ from eaft_verl.experiment.compare import compare, parse_seeds
 from eaft_verl.launch.files import accelerator, kuberay_job, skypilot_job, slurm_job, unpack_recipe
 from eaft_verl.launch.request import Launch
 from eaft_verl.recipe.checks import check, pending, warn
+from eaft_verl.recipe.config import Config
 from eaft_verl.recipe.file import recipe_files, recipe_hash
 from eaft_verl.recipe.resolve import Recipe, load_recipe, resolve
 
@@ -60,7 +59,7 @@ def job_id(name: str, arm: str | None) -> str:
     return f"{name}-{arm or 'compare'}-{stamp}".replace("_", "-").lower()
 
 
-def _configs(recipe: Recipe, wanted: Launch, *, elsewhere: bool = False, dry_run: bool = False) -> list[DictConfig]:
+def _configs(recipe: Recipe, wanted: Launch, *, elsewhere: bool = False, dry_run: bool = False) -> list[Config]:
     """Every arm that will run, resolved and checked."""
     configs = []
     for arm in [wanted.arm] if wanted.arm else list(recipe.arms):
@@ -93,7 +92,7 @@ def _for_cluster(recipe: Recipe, wanted: Launch, on: str) -> Launch:
     return replace(wanted, overrides=tuple(f"{key}={value}" for key, value in given.items()))
 
 
-def _local(wanted: Launch, configs: list[DictConfig], *, dry_run: bool) -> int:
+def _local(wanted: Launch, configs: list[Config], *, dry_run: bool) -> int:
     """Preflight and plan for each kind of demand, then the stages that `eaft compare` would run."""
     first = {demand_of(config): config for config in reversed(configs)}
     failed = [config.arm for config in first.values() if doctor(config, wait_s=wanted.wait)]
@@ -106,7 +105,7 @@ def _local(wanted: Launch, configs: list[DictConfig], *, dry_run: bool) -> int:
     return compare(wanted.recipe, arms, parse_seeds(wanted.seeds), list(wanted.overrides), dry_run=dry_run)
 
 
-def _plan(wanted: Launch, config: DictConfig, *, elsewhere: bool) -> None:
+def _plan(wanted: Launch, config: Config, *, elsewhere: bool) -> None:
     """Print the plan, for EAFT_GPU where the GPUs are not here; it informs, it does not decide."""
     words = [wanted.recipe, *(["--arm", wanted.arm] if wanted.arm else []), *wanted.overrides]
     if config.device == "cuda" and (elsewhere or not shutil.which("nvidia-smi")):
@@ -117,16 +116,16 @@ def _plan(wanted: Launch, config: DictConfig, *, elsewhere: bool) -> None:
     subprocess.run([sys.executable, "-m", "eaft_verl.cli", "plan", *words], check=False)
 
 
-def _ray(wanted: Launch, config: DictConfig, name: str, dry_run: bool) -> int:
+def _ray(wanted: Launch, config: Config, name: str, dry_run: bool) -> int:
     from eaft_verl.launch.ray_jobs import run_job
 
     return run_job(wanted, config, name, dry_run=dry_run)
 
 
-def _handed_over(file_of: Callable[[Launch, DictConfig, str], tuple[str, str, list[str]]]) -> Callable[..., int]:
+def _handed_over(file_of: Callable[[Launch, Config, str], tuple[str, str, list[str]]]) -> Callable[..., int]:
     """A place that takes a file and a command: both are printed, and the command is run unless this is a dry run."""
 
-    def place(wanted: Launch, config: DictConfig, name: str, dry_run: bool) -> int:
+    def place(wanted: Launch, config: Config, name: str, dry_run: bool) -> int:
         file_name, text, command = file_of(wanted, config, name)
         path = Path("runs") / "launched" / file_name
         command = [str(path) if word == "FILE" else word for word in command]

@@ -10,7 +10,6 @@ from typing import Any
 from urllib.parse import urlparse
 
 import requests
-from omegaconf import DictConfig
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from ray.util.state import list_nodes
 from ray.util.state.common import NodeState
@@ -23,6 +22,7 @@ from eaft_verl.cluster.runtime_env import JOB_ENV, asked_variables, build_runtim
 from eaft_verl.errors import ConfigError, RunError
 from eaft_verl.experiment.processes import INTERRUPTED
 from eaft_verl.launch.request import Launch
+from eaft_verl.recipe.config import Config
 from eaft_verl.recipe.file import recipe_files
 
 DASHBOARD = "http://127.0.0.1:8265"
@@ -31,7 +31,7 @@ LISTING_DELAY_S = 10.0  # a node is listed by the dashboard some seconds after i
 OUTPUT = "eaft_output"  # in a job's metadata
 
 
-def run_job(wanted: Launch, config: DictConfig, name: str, *, dry_run: bool) -> int:
+def run_job(wanted: Launch, config: Config, name: str, *, dry_run: bool) -> int:
     """Submit and follow; 0 when the job succeeded, 75 when it was stopped, 1 when it failed."""
     address = os.environ.get("RAY_API_SERVER_ADDRESS") or DASHBOARD
     command = shlex.join(["python", "-m", "eaft_verl.cli", "launch", *wanted.words(), "--on", "local"])
@@ -97,7 +97,7 @@ def check_free(jobs: list[JobDetails], output: str, address: str) -> None:
             )
 
 
-def check_size(config: DictConfig, address: str, wait_s: float) -> dict[str, float]:
+def check_size(config: Config, address: str, wait_s: float) -> dict[str, float]:
     """Resources that put the driver on a node with GPUs; ConfigError when the cluster is too small for the arm."""
 
     def alive() -> list[NodeState]:

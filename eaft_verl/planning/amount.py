@@ -4,12 +4,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
-
 from eaft_verl.data.prepare import manifest_path, read_manifest
 from eaft_verl.data.sources import count_rows
 from eaft_verl.data.spec import Source
-from eaft_verl.recipe.views import data_spec, plain
+from eaft_verl.recipe.config import Config, plain
+from eaft_verl.recipe.views import data_spec
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class Amount:
     origin: str  # where the numbers come from
 
 
-def amount_of(config: DictConfig) -> Amount:
+def amount_of(config: Config) -> Amount:
     """The amount of training data of an arm."""
     source = Path(str(plain(config.data.train))).expanduser()
     if source.suffix == ".parquet" and manifest_path(source).is_file():
@@ -55,7 +54,7 @@ def _attended(lengths: dict[str, Any], mean: float) -> float:
     return max(mean, sum(middle**2 * count for middle, count in pairs) / total) if total else mean
 
 
-def _from_recipe(config: DictConfig, reason: str) -> Amount:
+def _from_recipe(config: Config, reason: str) -> Amount:
     longest = config.data.max_length
     counts = [_rows(source) for source in data_spec(config).sources]
     rows = None if None in counts else sum(count or 0 for count in counts)

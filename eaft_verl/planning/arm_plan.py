@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from omegaconf import DictConfig
-
 from eaft_verl.planning.formulas import (
     CONTEXT,
     FRAGMENTATION,
@@ -28,6 +26,7 @@ from eaft_verl.planning.machine import Machine
 from eaft_verl.planning.setup import Arm, arm_of
 from eaft_verl.planning.speed import concurrent, forward_flops, update_seconds
 from eaft_verl.recipe.budgets import evaluation_points
+from eaft_verl.recipe.config import Config
 
 MARGIN = 0.05  # of a device that must stay free
 EXPORT_BYTES = 2  # per parameter: bfloat16, the dtype of every model planned so far
@@ -69,7 +68,7 @@ class ArmPlan:
         return sum(self.seconds.values())
 
 
-def plan_arm(config: DictConfig, machine: Machine, measured: dict[str, Any] | None = None) -> ArmPlan:
+def plan_arm(config: Config, machine: Machine, measured: dict[str, Any] | None = None) -> ArmPlan:
     """The plan of one resolved configuration. measured: what a probe found, whose speed replaces the assumption."""
     arm, speed = arm_of(config), machine.speed
     if measured:
@@ -127,7 +126,7 @@ def _disk(arm: Arm) -> dict[str, float]:
     return {**parts, "at once": one * max(kept, 1) + export * exports + cache}
 
 
-def disk_at_once(config: DictConfig) -> float:
+def disk_at_once(config: Config) -> float:
     """Bytes an arm has on disk at its peak: exports, resumable checkpoints with the one being written, caches."""
     return _disk(arm_of(config))["at once"]
 

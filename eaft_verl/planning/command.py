@@ -5,8 +5,6 @@ Planning loads no model.
 
 import argparse
 
-from omegaconf import DictConfig
-
 from eaft_verl.errors import ConfigError
 from eaft_verl.planning.arm_plan import ArmPlan, plan_arm
 from eaft_verl.planning.machine import Machine, machine_of, parse_gpus
@@ -14,6 +12,7 @@ from eaft_verl.planning.probe import probe
 from eaft_verl.planning.remedies import remedies
 from eaft_verl.planning.text import as_json, print_plans
 from eaft_verl.recipe.checks import start_problem
+from eaft_verl.recipe.config import Config
 from eaft_verl.recipe.resolve import load_recipe, resolve
 
 NOT_FITTING = 3  # exit code
@@ -40,7 +39,7 @@ def plan_command(options: argparse.Namespace, path: str, overrides: list[str]) -
     return 0 if all(plan.verdict == "fits" for plan in plans) else NOT_FITTING
 
 
-def _plan(config: DictConfig, machine: Machine, options: argparse.Namespace) -> ArmPlan:
+def _plan(config: Config, machine: Machine, options: argparse.Namespace) -> ArmPlan:
     """The plan with what would fit, and what would stop the arm all the same."""
     plan = plan_arm(config, machine, probe(config) if options.probe else None)
     plan.problem = start_problem(config, elsewhere=options.gpus is not None)

@@ -6,11 +6,10 @@ import subprocess
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from omegaconf import DictConfig
-
 from eaft_verl.errors import ConfigError
 from eaft_verl.planning.formulas import GIB
 from eaft_verl.planning.speed import SPEED, Speed, speed_of
+from eaft_verl.recipe.config import Config
 
 _GPUS = re.compile(r"^(\d+)x(?:([A-Za-z]+\d+)-)?(\d+(?:\.\d+)?)$")
 
@@ -53,7 +52,7 @@ def gpus_here() -> list[Gpu]:
     return [Gpu(name, int(mib) / 1024 if mib.isdigit() else 0.0, driver) for name, mib, driver in rows]
 
 
-def machine_of(config: DictConfig, gpus: str | None, host_gib: float | None) -> Machine:
+def machine_of(config: Config, gpus: str | None, host_gib: float | None) -> Machine:
     """The machine of --gpus, else this one; ConfigError where this one has no GPU and the recipe wants one."""
     trainer = config.verl.trainer
     if gpus:

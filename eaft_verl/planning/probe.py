@@ -1,6 +1,5 @@
 """`eaft plan --probe`: the longest micro-batch of an arm run for real on one device here, with its plan beside it."""
 
-import copy
 import os
 import subprocess
 import sys
@@ -9,14 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-
 from eaft_verl.errors import ConfigError, RunError
 from eaft_verl.files import read_json, write_json
 from eaft_verl.models import resolve_model
 from eaft_verl.planning.formulas import Setup, training_phases
 from eaft_verl.planning.setup import arm_of
 from eaft_verl.planning.speed import update_flops
+from eaft_verl.recipe.config import Config, as_yaml, changed
 from eaft_verl.recipe.matching import GRPO
 from eaft_verl.recipe.views import objective_of
 
@@ -25,7 +23,7 @@ TIMEOUT_S = 1800
 RESIDENT_IS_LIVE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "2"}
 
 
-def probe(config: DictConfig) -> dict[str, Any]:
+def probe(config: Config) -> dict[str, Any]:
     """{peak, planned: bytes; step_s; tokens; flops: FLOP/s} of one device that holds the whole model.
 
     ConfigError for an arm without a step of ours (GRPO); RunError with the child's last words when it fails.
@@ -51,16 +49,16 @@ def alone(setup: Setup, longest: int) -> tuple[Setup, list[int]]:
     return replace(setup, **single, packed=len(lengths) > 1, extra_forwards=0.0), lengths
 
 
-def _run(config: DictConfig, lengths: list[int], vocab: int) -> dict[str, Any]:
+def _run(config: Config, lengths: list[int], vocab: int) -> dict[str, Any]:
     """Start the child on a configuration of one device and read what it wrote."""
-    changed = copy.deepcopy(config)
-    OmegaConf.set_readonly(changed, False)
-    changed.verl.trainer.update(nnodes=1, n_gpus_per_node=1)
-    changed.verl.engine.update(ulysses_sequence_parallel_size=1, fsdp_size=-1)
-    changed.verl.data.update(train_batch_size=len(lengths), use_dynamic_bsz=True, max_token_len_per_gpu=sum(lengths))
+    alone_here = {
+        **{"verl.trainer.nnodes": 1, "verl.trainer.n_gpus_per_node": 1, "verl.engine.fsdp_size": -1},
+        **{"verl.engine.ulysses_sequence_parallel_size": 1, "verl.data.train_batch_size": len(lengths)},
+        **{"verl.data.use_dynamic_bsz": True, "verl.data.max_token_len_per_gpu": sum(lengths)},
+    }
     with tempfile.TemporaryDirectory(prefix="eaft-probe-") as folder:
         place = Path(folder)
-        (place / "config.yaml").write_text(OmegaConf.to_yaml(changed), encoding="utf-8")
+        (place / "config.yaml").write_text(as_yaml(changed(config, alone_here)), encoding="utf-8")
         job = {"folder": folder, "config": str(place / "config.yaml"), "out": str(place / "out.json")}
         model = {"model": str(resolve_model(config.model)), "reference": _reference(config), "vocab": vocab}
         write_json(place / "job.json", {**job, **model, "lengths": lengths})
@@ -78,7 +76,7 @@ def _run(config: DictConfig, lengths: list[int], vocab: int) -> dict[str, Any]:
         return read_json(place / "out.json")
 
 
-def _reference(config: DictConfig) -> str | None:
+def _reference(config: Config) -> str | None:
     """The model that the workers of this arm load beside the trained one."""
     anchor = objective_of(config).anchor
     if anchor is None or not anchor.full or (anchor.reference is None and config.verl.model.lora_rank):

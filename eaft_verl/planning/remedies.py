@@ -1,10 +1,9 @@
 """The nearest settings that fit, as overrides: first what trains the same thing on the same machine."""
 
-import copy
 from dataclasses import replace
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from eaft_verl.errors import ConfigError
 from eaft_verl.planning.amount import amount_of
@@ -12,6 +11,7 @@ from eaft_verl.planning.architectures import architecture_of
 from eaft_verl.planning.arm_plan import ArmPlan, plan_arm
 from eaft_verl.planning.machine import Machine
 from eaft_verl.recipe.checks import start_problem
+from eaft_verl.recipe.config import Config, changed
 from eaft_verl.recipe.matching import GRPO
 
 LORA_RANK = 32
@@ -25,7 +25,7 @@ Overrides = tuple[str, ...]
 AS_IS: Overrides = ()
 
 
-def remedies(config: DictConfig, machine: Machine) -> list[dict[str, Any]]:
+def remedies(config: Config, machine: Machine) -> list[dict[str, Any]]:
     """For each way, the least change that fits: {way, overrides, peak, host, step_s}; a way that does not help is left
     out. Every one passes the checks that the configuration itself passes."""
     found, layouts = [], [AS_IS, *_layouts(config)]
@@ -39,7 +39,7 @@ def remedies(config: DictConfig, machine: Machine) -> list[dict[str, Any]]:
     return found
 
 
-def _ways(config: DictConfig) -> list[tuple[str, list[Overrides]]]:
+def _ways(config: Config) -> list[tuple[str, list[Overrides]]]:
     """(way, what it sets, the least change first), in order of preference; layouts are tried with each of them."""
     verl, cuda, grpo = config.verl, config.device == "cuda", config.trainer == GRPO
     full, here = not verl.model.lora_rank, not verl.engine.offload_policy
@@ -58,7 +58,7 @@ def _ways(config: DictConfig) -> list[tuple[str, list[Overrides]]]:
     return [(way, changes) for possible, way, changes in table if possible]
 
 
-def _layouts(config: DictConfig) -> list[Overrides]:
+def _layouts(config: Config) -> list[Overrides]:
     """One longest example per micro-batch, split over 1, 2, 4 and 8 devices."""
     data, engine = config.verl.data, config.verl.engine
     longest = max(config.data.max_length, 0 if config.trainer == GRPO else amount_of(config).longest)
@@ -76,14 +76,14 @@ def _layouts(config: DictConfig) -> list[Overrides]:
     return found
 
 
-def _can_split(config: DictConfig, split: int) -> bool:
+def _can_split(config: Config, split: int) -> bool:
     """Ulysses cuts heads: query heads must divide, and key heads divide or be repeated evenly."""
     model = architecture_of(config.model)
     even = model.heads % split == 0 and (model.kv_heads % split == 0 or split % model.kv_heads == 0)
     return even and config.device == "cuda" and split <= config.verl.trainer.n_gpus_per_node
 
 
-def _shares(config: DictConfig) -> list[Overrides]:
+def _shares(config: Config) -> list[Overrides]:
     key = "verl.actor_rollout_ref.rollout.gpu_memory_utilization"
     less = [
         f"{key}={share}" for share in SHARES if share < config.verl.actor_rollout_ref.rollout.gpu_memory_utilization
@@ -91,14 +91,13 @@ def _shares(config: DictConfig) -> list[Overrides]:
     return [PARKED, *(change for share in less for change in ((share,), (*PARKED, share)))]
 
 
-def _fits(config: DictConfig, machine: Machine, overrides: Overrides) -> ArmPlan | None:
+def _fits(config: Config, machine: Machine, overrides: Overrides) -> ArmPlan | None:
     """The plan with these overrides when it fits and is as legal as the configuration itself."""
-    changed = copy.deepcopy(config)
-    OmegaConf.set_readonly(changed, False)
-    changed.merge_with_dotlist(list(overrides))
+    said = (override.partition("=") for override in overrides)
+    nearer = changed(config, {key: OmegaConf.from_dotlist([f"value={value}"]).value for key, _, value in said})
     try:
-        plan = plan_arm(changed, replace(machine, nodes=changed.verl.trainer.nnodes))
+        plan = plan_arm(nearer, replace(machine, nodes=nearer.verl.trainer.nnodes))
     except ConfigError:
         return None
-    legal = start_problem(changed, elsewhere=True) in (None, start_problem(config, elsewhere=True))
+    legal = start_problem(nearer, elsewhere=True) in (None, start_problem(config, elsewhere=True))
     return plan if plan.verdict == "fits" and legal else None

@@ -4,13 +4,12 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from omegaconf import DictConfig
-
 from eaft_verl.errors import ConfigError
 from eaft_verl.objectives import Objective
 from eaft_verl.planning.amount import Amount, amount_of
 from eaft_verl.planning.architectures import Architecture, architecture_of
 from eaft_verl.planning.formulas import OPTIMIZERS, Rollout, Setup
+from eaft_verl.recipe.config import Config
 from eaft_verl.recipe.matching import GRPO
 from eaft_verl.recipe.views import objective_of, world_size
 
@@ -22,7 +21,7 @@ class Arm:
     """One arm ready to be planned. passes: forward passes over all data before the first step."""
 
     name: str
-    config: DictConfig
+    config: Config
     setup: Setup
     amount: Amount
     updates_per_epoch: int | None
@@ -32,7 +31,7 @@ class Arm:
     notes: tuple[str, ...]
 
 
-def arm_of(config: DictConfig) -> Arm:
+def arm_of(config: Config) -> Arm:
     """What the formulas need of a resolved configuration; ConfigError for what cannot be sized."""
     amount, trainer = amount_of(config), config.verl.trainer
     objective = None if config.trainer == GRPO else objective_of(config)
@@ -56,7 +55,7 @@ def arm_of(config: DictConfig) -> Arm:
     )
 
 
-def setup_of(config: DictConfig, amount: Amount, objective: Objective | None) -> Setup:
+def setup_of(config: Config, amount: Amount, objective: Objective | None) -> Setup:
     """The formulas' view of one arm; objective None: GRPO."""
     model, engine, data = config.verl.model, config.verl.engine, config.verl.data
     architecture, devices = architecture_of(config.model), world_size(config)
@@ -98,7 +97,7 @@ def setup_of(config: DictConfig, amount: Amount, objective: Objective | None) ->
     )
 
 
-def micro_batch(config: DictConfig, sequences: int, mean: float, longest: int, devices: int) -> tuple[int, int]:
+def micro_batch(config: Config, sequences: int, mean: float, longest: int, devices: int) -> tuple[int, int]:
     """(tokens of the longest micro-batch on one device, micro-batches per device and update).
 
     verl packs up to max_token_len_per_gpu * sequence parallel tokens for each data-parallel rank and gives every device
@@ -116,7 +115,7 @@ def micro_batch(config: DictConfig, sequences: int, mean: float, longest: int, d
     return -(-whole // parallel), batches
 
 
-def _rollout(config: DictConfig) -> Rollout:
+def _rollout(config: Config) -> Rollout:
     policy, data = config.verl.actor_rollout_ref, config.verl.data
     return Rollout(
         responses=data.train_batch_size * policy.rollout.n,
@@ -130,7 +129,7 @@ def _rollout(config: DictConfig) -> Rollout:
 
 
 def _reference(
-    config: DictConfig, model: Architecture, objective: Objective | None, rollout: Rollout | None
+    config: Config, model: Architecture, objective: Objective | None, rollout: Rollout | None
 ) -> dict[str, Any]:
     """Second engine, full logits, candidates on disk; under LoRA the model without its adapter is the reference."""
     own = None if config.verl.model.lora_rank else model
@@ -151,14 +150,14 @@ def _extra_forwards(objective: Objective | None, rollout: Rollout | None) -> flo
     return float((objective.weight_norm == "batch_mean") + exact_tau + ("old_logprob" in objective.needs))
 
 
-def _parked(config: DictConfig, master: int, moments: float) -> int:
+def _parked(config: Config, master: int, moments: float) -> int:
     """Bytes per parameter on the host while vLLM is awake. In other training verl brings all back for the step."""
     engine = config.verl.engine
     trained = 0 if config.verl.model.lora_rank else 1  # an adapter's moments are small
     return int(master * engine.param_offload + moments * engine.optimizer_offload * trained)
 
 
-def _notes(config: DictConfig, amount: Amount, setup: Setup, objective: Objective | None) -> dict[str, Any]:
+def _notes(config: Config, amount: Amount, setup: Setup, objective: Objective | None) -> dict[str, Any]:
     """{what the reader must know: whether it holds for this arm}."""
     engine, needs = config.verl.engine, objective.needs if objective else ()
     moved = (

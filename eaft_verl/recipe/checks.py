@@ -4,8 +4,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
-
 from eaft_verl.data.readers import SUFFIXES
 from eaft_verl.data.sources import GENERATED, files_of
 from eaft_verl.data.spec import LEAKAGE
@@ -13,14 +11,16 @@ from eaft_verl.errors import ConfigError, DataError, require
 from eaft_verl.grading.graders import absent_package, check_reward
 from eaft_verl.models import check_model
 from eaft_verl.recipe.checks_grpo import check_grpo
-from eaft_verl.recipe.views import data_spec, evaluate_settings, objective_of, world_size
+from eaft_verl.recipe.config import Config, plain
+from eaft_verl.recipe.datasets import prepared_otherwise
+from eaft_verl.recipe.views import data_spec, evaluate_settings, objective_of, source_of, world_size
 
 TRAINERS = ("sft", "grpo")
 PRECISIONS = ("fp32", "bf16", "fp16", "float32", "bfloat16", "float16")
 SCHEDULES = ("constant", "cosine")
 
 
-def check(config: DictConfig, *, elsewhere: bool = False, dry_run: bool = False) -> None:
+def check(config: Config, *, elsewhere: bool = False, dry_run: bool = False) -> None:
     """Raise ConfigError for the first combination that is unknown, contradictory, or wrong in verl 0.9.1.
 
     `elsewhere`: the arm runs on another machine, so files are asked for absolute paths instead of being looked for.
@@ -33,11 +33,9 @@ def check(config: DictConfig, *, elsewhere: bool = False, dry_run: bool = False)
     if config.trainer == "sft" and (anchor := objective_of(config).anchor) and anchor.reference:
         check_model(anchor.reference)
     for which in ("train", "heldout"):
-        if config.data[which]:
-            for source in data_spec(config, which).sources:
-                _check_source(f"data.{which}", source.source)
+        _check_data(config, which)
     _choice("data.leakage", config.data.leakage, LEAKAGE)
-    check_reward(**config.reward)
+    check_reward(**plain(config.reward))
     _check_engine(config)
     _check_schedule(config)
     _check_matching(config)
@@ -51,7 +49,7 @@ def check(config: DictConfig, *, elsewhere: bool = False, dry_run: bool = False)
         raise ConfigError(missing[0])
 
 
-def start_problem(config: DictConfig, *, elsewhere: bool) -> str | None:
+def start_problem(config: Config, *, elsewhere: bool) -> str | None:
     """What `eaft train` would say of the configuration; a plan is made all the same."""
     try:
         check(config, elsewhere=elsewhere)
@@ -60,9 +58,9 @@ def start_problem(config: DictConfig, *, elsewhere: bool) -> str | None:
     return None
 
 
-def pending(config: DictConfig, *, elsewhere: bool = False) -> list[str]:
+def pending(config: Config, *, elsewhere: bool = False) -> list[str]:
     """What a sound configuration still needs before it can run: files to be supplied, benchmarks without a runner."""
-    given = [which for which in ("train", "heldout") if config.data[which]]
+    given = [which for which in ("train", "heldout") if source_of(config, which)]
     sources = [(f"data.{which}", one.source) for which in given for one in data_spec(config, which).sources]
     settings = evaluate_settings(config)
     if drift := settings.drift_settings():
@@ -79,7 +77,18 @@ def warn(missing: list[str]) -> None:
         print(f"eaft: warning: a run would stop here: {message}", file=sys.stderr)
 
 
-def _check_engine(config: DictConfig) -> None:
+def _check_data(config: Config, which: str) -> None:
+    if source_of(config, which):
+        for source in data_spec(config, which).sources:
+            _check_source(f"data.{which}", source.source)
+    if found := prepared_otherwise(config, which):
+        raise ConfigError(
+            f"data.{which} is prepared data, which decides this itself: {', '.join(found)}. Set the "
+            "recipe's keys to what it was prepared with, or run `eaft prepare` again"
+        )
+
+
+def _check_engine(config: Config) -> None:
     model, engine = config.verl.model, config.verl.engine
     require(
         engine.strategy == "fsdp2",
@@ -109,7 +118,7 @@ def _check_engine(config: DictConfig) -> None:
     _check_attention(config)
 
 
-def _check_attention(config: DictConfig) -> None:
+def _check_attention(config: Config) -> None:
     """What sequence parallelism needs, and what a CPU does not have."""
     model, engine = config.verl.model, config.verl.engine
     attention = (model.override_config or {}).get("attn_implementation", "flash_attention_2")
@@ -120,7 +129,12 @@ def _check_attention(config: DictConfig) -> None:
             f"{attention!r} trains on wrong logits without a word; it needs flash_attention_2 and use_remove_padding",
         )
     if config.device == "cpu":
-        bad = [name for name in ("param_offload", "optimizer_offload", "offload_policy") if engine[name]]
+        offloads = {
+            "param_offload": engine.param_offload,
+            "optimizer_offload": engine.optimizer_offload,
+            "offload_policy": engine.offload_policy,
+        }
+        bad = [name for name, chosen in offloads.items() if chosen]
         require(not bad, f"verl.engine.{bad[0] if bad else ''}=true has nothing to offload to on device=cpu")
         require(
             attention != "flash_attention_2" and not model.use_liger,
@@ -128,7 +142,7 @@ def _check_attention(config: DictConfig) -> None:
         )
 
 
-def _check_schedule(config: DictConfig) -> None:
+def _check_schedule(config: Config) -> None:
     trainer, optim = config.verl.trainer, config.verl.optim
     _choice("verl.optim.lr_scheduler_type", optim.lr_scheduler_type, SCHEDULES)
     require(optim.lr > 0, f"verl.optim.lr={optim.lr} must be above 0")
@@ -136,8 +150,7 @@ def _check_schedule(config: DictConfig) -> None:
         optim.clip_grad is not None and optim.clip_grad > 0,
         f"verl.optim.clip_grad={optim.clip_grad} must be above 0 (verl always clips; a large value switches it off)",
     )
-    for key in ("save_freq", "test_freq"):
-        value = trainer[key]
+    for key, value in (("save_freq", trainer.save_freq), ("test_freq", trainer.test_freq)):
         good = value == "after_each_epoch" or (type(value) is int and (value == -1 or value > 0))
         require(good, f"verl.trainer.{key}={value!r} must be a number of steps, after_each_epoch, or -1 for never")
     require(
@@ -157,12 +170,12 @@ def _check_schedule(config: DictConfig) -> None:
     )
 
 
-def _check_matching(config: DictConfig) -> None:
+def _check_matching(config: Config) -> None:
     """`resolve` has checked the arms against each other; this is what the arm's own settings must allow."""
     if config.control:
         require(
             config.trainer == "sft" and config.objective.name == "sft",
-            f"control={dict(config.control)} makes plain SFT slower or shorter; the arm must have trainer sft and "
+            f"control={plain(config.control)} makes plain SFT slower or shorter; the arm must have trainer sft and "
             f"objective.name sft, not {config.trainer} and {config.objective and config.objective.name}",
         )
     if config.budget and config.compare.match == "device_seconds":
@@ -174,7 +187,7 @@ def _check_matching(config: DictConfig) -> None:
         )
 
 
-def _check_batch(config: DictConfig) -> None:
+def _check_batch(config: Config) -> None:
     data, engine = config.verl.data, config.verl.engine
     workers, parallel = world_size(config), engine.ulysses_sequence_parallel_size
     require(
@@ -201,7 +214,7 @@ def _check_batch(config: DictConfig) -> None:
     )
 
 
-def _check_evaluation(config: DictConfig) -> None:
+def _check_evaluation(config: Config) -> None:
     points = config.evaluate.points
     require(type(points) is int and points >= 1, f"evaluate.points={points!r} must be a whole number of at least 1")
     settings = evaluate_settings(config)

@@ -1,15 +1,14 @@
 """Cross-field checks of an arm with `trainer: grpo`, made without torch and before Ray starts."""
 
-from omegaconf import DictConfig, OmegaConf
-
 from eaft_verl.errors import require
+from eaft_verl.recipe.config import Config, value_of
 from eaft_verl.recipe.verl_keys import CHOICES, REJECTIONS, VLLM_ONLY, grpo_tree
 
 ROLLOUTS = {"cpu": "hf", "cuda": "vllm"}
 _ROLLOUT = "verl.actor_rollout_ref.rollout"
 
 
-def check_grpo(config: DictConfig) -> None:
+def check_grpo(config: Config) -> None:
     """Raise ConfigError for the first setting that main_ppo would refuse later, ignore, or train wrongly with."""
     _check_choices(config)
     _check_rollout(config)
@@ -25,9 +24,9 @@ def check_grpo(config: DictConfig) -> None:
     )
 
 
-def _check_choices(config: DictConfig) -> None:
+def _check_choices(config: Config) -> None:
     for key, allowed in CHOICES.items():
-        value = OmegaConf.select(config.verl, key)
+        value = value_of(config, f"verl.{key}")
         names = ", ".join(name or "null" for name in allowed)
         require(value in allowed, f"verl.{key}={value!r} is not one of {names}")
     actor, algorithm = config.verl.actor_rollout_ref.actor, config.verl.algorithm
@@ -44,7 +43,7 @@ def _check_choices(config: DictConfig) -> None:
         require(groups[name] >= 1, f"verl.algorithm.filter_groups.{name}={groups[name]} must be at least 1")
 
 
-def _check_rollout(config: DictConfig) -> None:
+def _check_rollout(config: Config) -> None:
     rollout, device = config.verl.actor_rollout_ref.rollout, config.device
     known = ROLLOUTS.values()
     require(rollout.name in known, f"{_ROLLOUT}.name={rollout.name!r} is not one of {', '.join(known)}")
@@ -70,7 +69,7 @@ def _check_rollout(config: DictConfig) -> None:
     )
 
 
-def _check_sampling(config: DictConfig) -> None:
+def _check_sampling(config: Config) -> None:
     rollout = config.verl.actor_rollout_ref.rollout
     heat, top_k, top_p = rollout.temperature, rollout.top_k, rollout.top_p
     require(heat > 0, f"{_ROLLOUT}.temperature={heat} must be above 0: equal answers teach nothing")
@@ -84,7 +83,7 @@ def _check_sampling(config: DictConfig) -> None:
     )
 
 
-def _check_correction(config: DictConfig) -> None:
+def _check_correction(config: Config) -> None:
     """rollout_correction: importance weights and rejection act where old log-probabilities are computed again."""
     key, block = "verl.algorithm.rollout_correction", config.verl.algorithm.rollout_correction
     for name in ("rollout_is", "rollout_rs"):
@@ -119,7 +118,7 @@ def _check_bounds(key: str, value: object, *, pair: bool) -> None:
     )
 
 
-def _check_lengths(config: DictConfig) -> None:
+def _check_lengths(config: Config) -> None:
     data, longest = config.verl.data, config.data.max_length
     response, prompt = data.max_response_length, data.max_prompt_length
     require(type(response) is int and response >= 1, f"verl.data.max_response_length={response!r} must be at least 1")
@@ -135,7 +134,7 @@ def _check_lengths(config: DictConfig) -> None:
     )
 
 
-def _check_groups(config: DictConfig) -> None:
+def _check_groups(config: Config) -> None:
     rollout, actor = config.verl.actor_rollout_ref.rollout, config.verl.actor_rollout_ref.actor
     trainer, prompts = config.verl.trainer, config.verl.data.train_batch_size
     require(

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,7 @@ class VerlEngine:
     ulysses_sequence_parallel_size: int
     pad_to_length: bool
     forward_only: bool
+    use_no_sync_for_gradient_accumulation: bool
     qat: Switch
 
 
@@ -192,3 +195,33 @@ class Config:
     reward: Reward
     evaluate: Evaluate
     verl: Verl
+
+
+def configuration(tree: Any) -> Config:
+    """The read-only tree of a whole configuration, references resolved, under its typed face."""
+    config = OmegaConf.create(plain(OmegaConf.create(plain(tree)), resolve=True))
+    OmegaConf.set_readonly(config, True)
+    return cast(Config, config)
+
+
+def plain(node: Any, *, resolve: bool = False) -> Any:
+    """A node of a configuration as Python's own lists and dictionaries; anything else as it is."""
+    return OmegaConf.to_container(node, resolve=resolve) if isinstance(node, DictConfig | ListConfig) else node
+
+
+def changed(config: Config, changes: Mapping[str, Any]) -> Config:
+    """The configuration with values of dotted keys replaced, or added where there is no such key."""
+    tree = OmegaConf.create(plain(config))
+    for key, value in changes.items():
+        OmegaConf.update(tree, key, value, merge=False, force_add=True)
+    return configuration(tree)
+
+
+def value_of(config: Config, dotted: str) -> Any:
+    """The value of a dotted key; None where there is none."""
+    return plain(OmegaConf.select(cast(DictConfig, config), dotted))
+
+
+def as_yaml(config: Config) -> str:
+    """The text of config.yaml."""
+    return OmegaConf.to_yaml(config)

@@ -2,11 +2,10 @@
 
 import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
-
-from omegaconf import DictConfig
 
 from eaft_verl.data.columns import PROMPT_KEYS
 from eaft_verl.data.formats import to_messages
@@ -24,12 +23,13 @@ from eaft_verl.data.sources import GENERATED, files_of, iter_rows
 from eaft_verl.data.spec import Columns, RowError, Source, sources_of
 from eaft_verl.errors import DataError
 from eaft_verl.evaluation.questions import benchmark_questions
-from eaft_verl.recipe.views import data_spec, evaluate_settings, plain
+from eaft_verl.recipe.config import Config
+from eaft_verl.recipe.views import data_spec, evaluate_settings, source_of
 
 _QUESTION_KEYS = (*PROMPT_KEYS, "text")
 
 
-def prepare_data(config: DictConfig, tokenizer: Any, which: str) -> Prepared:
+def prepare_data(config: Config, tokenizer: Any, which: str) -> Prepared:
     """The recipe's 'train' or 'heldout' data, prepared in OUTPUT/data unless the source is prepared already.
 
     Training data is compared with the recipe's benchmarks and held-out data: what is found is printed to stderr and
@@ -37,7 +37,7 @@ def prepare_data(config: DictConfig, tokenizer: Any, which: str) -> Prepared:
     """
     against = recipe_questions(config) if which == "train" else None
     out = prepared_path(config, which)
-    if out == Path(str(plain(config.data[which]))).expanduser():
+    if out == Path(str(source_of(config, which))).expanduser():
         prepared = check_leakage(load_prepared(out, tokenizer), against)
     else:
         prepared = prepare(data_spec(config, which), tokenizer, out, against)
@@ -46,7 +46,7 @@ def prepare_data(config: DictConfig, tokenizer: Any, which: str) -> Prepared:
     return prepared
 
 
-def recipe_questions(config: DictConfig, policy: str | None = None) -> Against:
+def recipe_questions(config: Config, policy: str | None = None) -> Against:
     """What a recipe's training data must not contain: its benchmarks' questions and its held-out rows' user turns."""
     known, unknown = benchmark_questions(evaluate_settings(config))
     if config.data.heldout:
@@ -77,21 +77,34 @@ def question_of(row: dict[str, Any], columns: Columns | None = None) -> str:
     return next((message["content"] for message in reversed(messages) if message["role"] == "user"), "")
 
 
-def prepared_path(config: DictConfig, which: str) -> Path:
+def prepared_path(config: Config, which: str) -> Path:
     """Where a data set is once it is prepared: its source, where that is prepared data, else in OUTPUT/data."""
-    source = Path(str(plain(config.data[which]))).expanduser()
+    source = Path(str(source_of(config, which))).expanduser()
     if source.suffix == ".parquet" and manifest_path(source).exists():
         return source
     return Path(config.output) / "data" / f"{which}.parquet"
 
 
-def changed_content(config: DictConfig, which: str, keys: Mapping[str, str]) -> list[str]:
+def prepared_otherwise(config: Config, which: str) -> list[str]:
+    """'data.key=asked (prepared with stated)' for what prepared data named as a source decides otherwise."""
+    if not source_of(config, which) or prepared_path(config, which) != Path(str(source_of(config, which))).expanduser():
+        return []
+    stated, asked = read_manifest(prepared_path(config, which))["spec"], asdict(data_spec(config, which))
+    name = {"rows": "heldout_rows"} if which == "heldout" else {}
+    return [
+        f"data.{name.get(key, key)}={value} (prepared with {stated.get(key)})"
+        for key, value in asked.items()
+        if key not in ("source", "sources") and value != stated.get(key)
+    ]
+
+
+def changed_content(config: Config, which: str, keys: Mapping[str, str]) -> list[str]:
     """What is no longer in a data set as it was prepared here; nothing where it was not, or lies on a hub."""
     spec, prepared = data_spec(config, which), prepared_path(config, which)
     if not manifest_path(prepared).exists():
         return []
     sources = [one.source for one in spec.sources]
-    if sources == [str(plain(config.data[which]))] and prepared == Path(sources[0]).expanduser():
+    if sources == [str(source_of(config, which))] and prepared == Path(sources[0]).expanduser():
         same = which != "train" or read_manifest(prepared)["parquet_sha256"] == keys["data"]
     else:
         readable = all(source.startswith(GENERATED) or files_of(source) for source in sources)

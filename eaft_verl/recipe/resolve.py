@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from eaft_verl.errors import ConfigError
+from eaft_verl.recipe.config import Config, configuration, plain
 from eaft_verl.recipe.file import read_recipe
 from eaft_verl.recipe.keys import (
     ENGINE_OF_GRPO,
@@ -73,11 +74,11 @@ def load_recipe(path: Path | str) -> Recipe:
     return Recipe(path, name, tree, arms)
 
 
-def resolve(recipe: Recipe, arm: str, overrides: Iterable[str] = ()) -> DictConfig:
+def resolve(recipe: Recipe, arm: str, overrides: Iterable[str] = ()) -> Config:
     """The whole configuration of one arm, read-only. Cross-field checks are `checks.check(...)`."""
     if arm not in recipe.arms:
         raise ConfigError(f"{recipe.path} has no arm {arm!r}; its arms are {', '.join(recipe.arms)}")
-    defaults = OmegaConf.to_container(OmegaConf.load(Path(__file__).with_name("defaults.yaml")))
+    defaults: dict[str, Any] = plain(OmegaConf.load(Path(__file__).with_name("defaults.yaml")))
     defaults.pop("arms")
     layers = [(f"{recipe.path}", recipe.shared), (f"{recipe.path}: arms.{arm}", recipe.arms[arm])]
     layers.append(("command line", _overrides(overrides)))
@@ -96,13 +97,11 @@ def resolve(recipe: Recipe, arm: str, overrides: Iterable[str] = ()) -> DictConf
     tree["output"] = str(Path(tree["output"] or Path("runs") / tree["name"]).absolute())
     tree |= {"recipe": str(recipe.path), "arm": arm, **_matched(recipe, arm, tree, layers[-1][1])}
     try:
-        config = OmegaConf.create(OmegaConf.to_container(OmegaConf.create(tree), resolve=True))
+        return configuration(tree)
     except OmegaConfBaseException as error:
         raise ConfigError(
             f"{recipe.path}: a ${{...}} reference cannot be resolved: {str(error).splitlines()[0]}"
         ) from None
-    OmegaConf.set_readonly(config, True)
-    return config
 
 
 def _matched(recipe: Recipe, arm: str, tree: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
@@ -136,7 +135,7 @@ def declared_keys(recipe: Recipe, arm: str) -> list[str]:
 
 def _verl_tree(ours: dict[str, Any], trainer: str) -> dict[str, Any]:
     """verl's own SFT configuration, composed from the installed package without importing it, less what is not ours."""
-    tree = OmegaConf.to_container(compose_verl(VERL_TREE), resolve=True, throw_on_missing=False)
+    tree: Any = OmegaConf.to_container(compose_verl(VERL_TREE), resolve=True, throw_on_missing=False)
     kept = {part: tree[part] for part in ("model", "engine", "optim")}
     kept |= {part: {key: tree[part][key] for key in keys} for part, keys in VERL_KEYS.items()}
     kept["engine"]["mixed_precision"] = None  # a field of verl's dataclass that its YAML does not list
@@ -190,11 +189,10 @@ def _overrides(items: Iterable[str]) -> dict[str, Any]:
         if "=" not in item or item.startswith("="):
             raise ConfigError(f"override {item!r} must be key=value, for example verl.optim.lr=2e-5")
     try:
-        tree = OmegaConf.to_container(OmegaConf.from_dotlist(items), throw_on_missing=True)
+        tree: Any = OmegaConf.to_container(OmegaConf.from_dotlist(items), throw_on_missing=True)
     except (OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(f"overrides {' '.join(items)}: {str(error).splitlines()[0]}") from None
-    assert isinstance(tree, dict)
-    return tree
+    return dict(tree)
 
 
 def _merge(base: dict[str, Any], layer: dict[str, Any], where: str, pristine: Any, prefix: str = "") -> None:
@@ -204,27 +202,33 @@ def _merge(base: dict[str, Any], layer: dict[str, Any], where: str, pristine: An
     """
     for key, value in layer.items():
         dotted = f"{prefix}.{key}" if prefix else str(key)
-        if dotted == "device" and prefix == "":
+        if dotted == "device":
             continue  # resolved once, before the layers, because it changes the defaults they are laid on
         if key not in base or key == "_target_":
             raise ConfigError(f"{where}: {_unknown(dotted, key, base)}")
         default = pristine.get(key) if isinstance(pristine, dict) else None
-        if value is None and default is None:
-            base[key] = None
-        elif dotted in OPEN_KEYS:
-            if value is not None and not isinstance(value, dict):
-                raise ConfigError(f"{where}: {dotted}={value!r} must be a mapping")
-            # an objective is chosen whole: parameters of another one must not survive underneath
-            keep = {} if dotted == "objective" and "name" in (value or {}) else base[key] or {}
-            base[key] = {**keep, **value} if value is not None else None
-        elif dotted in SOURCE_KEYS:
-            base[key] = _sources(where, dotted, base[key], value)
-        elif isinstance(base[key], dict) and isinstance(default, dict):
+        if isinstance(default, dict) and dotted not in OPEN_KEYS:
             if not isinstance(value, dict):
                 raise ConfigError(f"{where}: {dotted}={value!r} must be a mapping with keys {', '.join(base[key])}")
             _merge(base[key], value, where, default, dotted)
         else:
-            base[key] = _typed(where, dotted, base[key], value)
+            base[key] = _laid(where, dotted, base[key], default, value)
+
+
+def _laid(where: str, dotted: str, before: Any, default: Any, value: Any) -> Any:
+    """What a key holds once `value` is laid over `before`."""
+    if value is None and default is None:
+        return None
+    if dotted in SOURCE_KEYS:
+        return _sources(where, dotted, before, value)
+    if dotted not in OPEN_KEYS:
+        return _typed(where, dotted, before, value)
+    if value is not None and not isinstance(value, dict):
+        raise ConfigError(f"{where}: {dotted}={value!r} must be a mapping")
+    # an objective is chosen whole: parameters of another one must not survive underneath
+    if value is None or (dotted == "objective" and "name" in value):
+        return value
+    return {**(before or {}), **value}
 
 
 def _sources(where: str, dotted: str, before: Any, value: Any) -> Any:
@@ -257,20 +261,12 @@ def _typed(where: str, dotted: str, default: Any, value: Any) -> Any:
     """The value, when it is of the default's kind. A default of None says nothing of the kind."""
     if dotted in TEXT_KEYS and not (value is None or isinstance(value, str)):
         raise ConfigError(f"{where}: {dotted}={value!r} must be text")
-    if (
-        default is None
-        or isinstance(default, dict)
-        or dotted in FREE_KEYS
-        or (isinstance(value, str) and "${" in value)
-    ):
+    kind = type(default)
+    refers = isinstance(value, str) and "${" in value
+    if default is None or kind is dict or dotted in FREE_KEYS or refers:
         return value
-    if isinstance(default, bool) or isinstance(value, bool):
-        fits = isinstance(default, bool) and isinstance(value, bool)
-    elif isinstance(default, int | float):
-        fits = isinstance(value, int) or (isinstance(value, float) and isinstance(default, float))
-    else:
-        fits = isinstance(value, type(default))
+    fits = type(value) is kind or (kind is float and type(value) is int)
     if not fits:
-        kind = {bool: "true or false", int: "an integer", float: "a number", str: "text"}.get(type(default), "a list")
-        raise ConfigError(f"{where}: {dotted}={value!r} must be {kind}, such as {default!r}")
-    return float(value) if isinstance(default, float) else value
+        said = {bool: "true or false", int: "an integer", float: "a number", str: "text"}.get(kind, "a list")
+        raise ConfigError(f"{where}: {dotted}={value!r} must be {said}, such as {default!r}")
+    return float(value) if kind is float else value

@@ -4,18 +4,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
-
 from eaft_verl.data.spec import DataSpec
 from eaft_verl.errors import ConfigError
 from eaft_verl.evaluation.settings import EvaluateSettings
 from eaft_verl.objectives import Objective
+from eaft_verl.recipe.config import Config, plain
 from eaft_verl.recipe.objective import build_objective
 
 
-def objective_of(config: DictConfig) -> Objective:
+def objective_of(config: Config) -> Objective:
     """The arm's objective object; ConfigError lists what exists for an unknown name or parameter."""
-    params = dict(OmegaConf.to_container(config.objective) if config.objective else {})
+    params = dict(plain(config.objective) or {})
     if not isinstance(name := params.pop("name", None), str):
         raise ConfigError("objective.name is missing, e.g. objective: {name: eaft}")
     try:
@@ -24,11 +23,11 @@ def objective_of(config: DictConfig) -> Objective:
         raise ConfigError(str(error)) from None
 
 
-def data_spec(config: DictConfig, which: str = "train") -> DataSpec:
+def data_spec(config: Config, which: str = "train") -> DataSpec:
     """How one of the recipe's data sets ('train' or 'heldout') is to be prepared."""
     data = config.data
     return DataSpec(
-        source=plain(data[which]),
+        source=source_of(config, which),
         max_length=data.max_length,
         over_long=data.over_long,
         control_tokens=data.control_tokens,
@@ -39,21 +38,21 @@ def data_spec(config: DictConfig, which: str = "train") -> DataSpec:
     )
 
 
-def plain(value: Any) -> Any:
-    """A node of a configuration as Python's own lists and dictionaries."""
-    return OmegaConf.to_container(value) if isinstance(value, DictConfig | ListConfig) else value
+def source_of(config: Config, which: str) -> Any:
+    """What the recipe names as its 'train' or 'heldout' data; None where it names nothing."""
+    return plain(config.data.train if which == "train" else config.data.heldout)
 
 
-def world_size(config: DictConfig) -> int:
+def world_size(config: Config) -> int:
     """Workers of the arm's training."""
     return config.verl.trainer.nnodes * config.verl.trainer.n_gpus_per_node
 
 
-def evaluate_settings(config: DictConfig, heldout: Path | None = None) -> EvaluateSettings:
+def evaluate_settings(config: Config, heldout: Path | None = None) -> EvaluateSettings:
     """The `evaluate` block as the evaluation package takes it; `heldout`: the prepared file, once there is one."""
-    block = OmegaConf.to_container(config.evaluate)
+    block = plain(config.evaluate)
     block.pop("points")
     block["backend_args"] = block["backend_args"] or {}
-    named = plain(config.data.heldout)
+    named = source_of(config, "heldout")
     source = str(heldout) if heldout else named if named is None or isinstance(named, str) else json.dumps(named)
     return EvaluateSettings(**block, heldout=source, max_length=config.data.max_length)

@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
@@ -43,7 +44,8 @@ def export_weights(
     config.save_pretrained(partial)
     tokenizer = AutoTokenizer.from_pretrained(base_model)
     tokenizer.save_pretrained(partial)
-    generation_config(base_model, tokenizer.convert_tokens_to_ids(list(ends))).save_pretrained(partial)
+    stops: Any = tokenizer.convert_tokens_to_ids(list(ends))
+    generation_config(base_model, stops).save_pretrained(partial)
     os.replace(partial, folder)
 
 

@@ -3,9 +3,8 @@
 from collections import deque
 from typing import NamedTuple
 
-from omegaconf import DictConfig
-
 from eaft_verl.recipe.budgets import Row, is_evaluated, smoothed_nll
+from eaft_verl.recipe.config import Config
 
 
 class Moment(NamedTuple):
@@ -77,7 +76,7 @@ class UntilNll(FixedSteps):
 Plan = FixedSteps | DeviceSeconds | UntilNll
 
 
-def training_plan(config: DictConfig, steps: int, devices: int) -> Plan:
+def training_plan(config: Config, steps: int, devices: int) -> Plan:
     """When the arm is evaluated and ends; `steps`: updates its learning rate schedule is laid over."""
     if config.control:
         return UntilNll(steps, config.control.level, config.control.window)

@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from eaft_verl.recipe.config import Config
 from eaft_verl.recipe.verl_keys import PPO_TREE, compose_verl, lay
 from eaft_verl.recipe.views import world_size
 from eaft_verl.training.grpo.reward import reward_function
@@ -46,19 +47,19 @@ class Schedule:
     save_seconds: float = SAVE_SECONDS
 
 
-def updates_per_step(config: DictConfig) -> int:
+def updates_per_step(config: Config) -> int:
     """Optimizer updates that one batch of rollouts is used for."""
     actor, prompts = config.verl.actor_rollout_ref.actor, config.verl.data.train_batch_size
     return prompts // (actor.ppo_mini_batch_size or prompts) * actor.ppo_epochs
 
 
-def prompt_length(config: DictConfig) -> int:
+def prompt_length(config: Config) -> int:
     """Tokens a prompt may have."""
     data = config.verl.data
     return data.max_prompt_length or config.data.max_length - data.max_response_length
 
 
-def ppo_config(config: DictConfig, files: RunFiles, schedule: Schedule, stop_ids: list[int], dtype: str) -> DictConfig:
+def ppo_config(config: Config, files: RunFiles, schedule: Schedule, stop_ids: list[int], dtype: str) -> DictConfig:
     """main_ppo's whole configuration, resolved. dtype: of the exports; stop_ids: tokens that end a response.
 
     Verbatim parts of the arm are laid over verl's own tree; the shared keys are put where main_ppo reads them.
@@ -99,11 +100,11 @@ def _set_model(tree: DictConfig, verl: dict[str, Any], files: RunFiles) -> None:
     tree.model.external_lib = libraries + ([own] if isinstance(own, str) else list(own or []))
 
 
-def _engine(config: DictConfig, verl: dict[str, Any]) -> dict[str, Any]:
+def _engine(config: Config, verl: dict[str, Any]) -> dict[str, Any]:
     return {**verl["engine"], "seed": config.seed}
 
 
-def _set_actor(actor: DictConfig, config: DictConfig, verl: dict[str, Any]) -> None:
+def _set_actor(actor: DictConfig, config: Config, verl: dict[str, Any]) -> None:
     data, engine = config.verl.data, config.verl.engine
     actor.optim, actor.fsdp_config = verl["optim"], _engine(config, verl)
     actor.update(
@@ -113,7 +114,7 @@ def _set_actor(actor: DictConfig, config: DictConfig, verl: dict[str, Any]) -> N
         ppo_micro_batch_size_per_gpu=data.micro_batch_size_per_gpu,
         use_dynamic_bsz=data.use_dynamic_bsz,
         ppo_max_token_len_per_gpu=data.max_token_len_per_gpu,
-        use_torch_compile=engine.use_torch_compile,
+        use_torch_compile=verl["engine"]["use_torch_compile"],
         ulysses_sequence_parallel_size=engine.ulysses_sequence_parallel_size,
         data_loader_seed=config.seed,
         calculate_entropy=True,
@@ -123,7 +124,7 @@ def _set_actor(actor: DictConfig, config: DictConfig, verl: dict[str, Any]) -> N
     actor.checkpoint.update(save_contents=[*state, "hf_model"], load_contents=state)
 
 
-def _set_rollout(rollout: DictConfig, config: DictConfig) -> None:
+def _set_rollout(rollout: DictConfig, config: Config) -> None:
     data, precision = config.verl.data, config.verl.engine.mixed_precision or {}
     rollout.update(
         dtype="float32" if precision.get("param_dtype", "bf16") in FLOAT32 else "bfloat16",
@@ -141,7 +142,7 @@ def _set_rollout(rollout: DictConfig, config: DictConfig) -> None:
         rollout.update(load_format="auto", free_cache_engine=False)
 
 
-def _set_reference(ref: DictConfig, config: DictConfig, verl: dict[str, Any]) -> None:
+def _set_reference(ref: DictConfig, config: Config, verl: dict[str, Any]) -> None:
     data, own = config.verl.data, verl["actor_rollout_ref"]["ref"]["fsdp_config"]
     ref.fsdp_config = {**_engine(config, verl), "forward_only": True, **own}
     ref.update(
@@ -152,7 +153,7 @@ def _set_reference(ref: DictConfig, config: DictConfig, verl: dict[str, Any]) ->
     )
 
 
-def _set_data(data: DictConfig, config: DictConfig, files: RunFiles) -> None:
+def _set_data(data: DictConfig, config: Config, files: RunFiles) -> None:
     data.update(
         train_files=files.prompts,
         val_files=files.prompts,  # verl opens one whether it validates or not
@@ -165,7 +166,7 @@ def _set_data(data: DictConfig, config: DictConfig, files: RunFiles) -> None:
     )
 
 
-def _set_trainer(trainer: DictConfig, config: DictConfig, files: RunFiles, schedule: Schedule) -> None:
+def _set_trainer(trainer: DictConfig, config: Config, files: RunFiles, schedule: Schedule) -> None:
     shared = config.verl.trainer
     trainer.update(
         total_training_steps=schedule.steps,
@@ -193,7 +194,7 @@ def _set_trainer(trainer: DictConfig, config: DictConfig, files: RunFiles, sched
     )
 
 
-def _sampler(config: DictConfig, files: RunFiles, stop_ids: list[int]) -> dict[str, Any]:
+def _sampler(config: Config, files: RunFiles, stop_ids: list[int]) -> dict[str, Any]:
     """Our sampler, and in `verl` the settings that verl gives to its own sampler only."""
     filtering, data = config.verl.algorithm.filter_groups, config.verl.data
     rollout = config.verl.actor_rollout_ref.rollout
@@ -219,13 +220,13 @@ def _sampler(config: DictConfig, files: RunFiles, stop_ids: list[int]) -> dict[s
     }
 
 
-def total_ppo_steps(config: DictConfig, prompts: int) -> int:
+def total_ppo_steps(config: Config, prompts: int) -> int:
     """Batches of rollouts of the arm; verl drops the last, smaller batch of an epoch."""
     trainer = config.verl.trainer
     return trainer.total_training_steps or prompts // config.verl.data.train_batch_size * trainer.total_epochs
 
 
-def save_steps(config: DictConfig, steps: int, prompts: int) -> list[int]:
+def save_steps(config: Config, steps: int, prompts: int) -> list[int]:
     """Steps after which a resumable state is kept; the last has nothing to resume."""
     frequency: Any = config.verl.trainer.save_freq
     if frequency == "after_each_epoch":

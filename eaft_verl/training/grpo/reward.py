@@ -10,15 +10,14 @@ import logging
 import threading
 from typing import Any
 
-from omegaconf import DictConfig
-
 from eaft_verl.grading.process import Grade, GradingProcess
+from eaft_verl.recipe.config import Config
 
 _LOG = logging.getLogger(__name__)
 _ONE_AT_A_TIME = threading.Lock()  # or the first burst of answers would start, and leave, a process per thread
 
 
-def reward_function(config: DictConfig) -> dict[str, Any]:
+def reward_function(config: Config) -> dict[str, Any]:
     """verl's `reward.custom_reward_function` for a recipe's `reward` block: path, name, reward_kwargs."""
     block = config.reward
     kwargs = {"grader": block.grader, "format_bonus": block.format_bonus, "seconds": block.seconds}

@@ -15,6 +15,7 @@ from eaft_verl.data.prompts import write_prompts
 from eaft_verl.errors import Interrupted, RunError
 from eaft_verl.files import write_text
 from eaft_verl.recipe.budgets import evaluation_points
+from eaft_verl.recipe.config import Config
 from eaft_verl.recipe.views import world_size
 from eaft_verl.runs import Run
 from eaft_verl.training.grpo.config import (
@@ -44,7 +45,7 @@ class Plan:
     updates: int
 
 
-def train_grpo(config: DictConfig, run: Run, data: Prepared, model: str, tokenizer: Any) -> dict[str, Any]:
+def train_grpo(config: Config, run: Run, data: Prepared, model: str, tokenizer: Any) -> dict[str, Any]:
     """Train the arm in its open, locked run directory; the fields of a finished run.json besides its status.
 
     Raises RunError with the cause when the trainer, a worker, the rollout or the reward failed. On SIGTERM the step in
@@ -86,7 +87,7 @@ def train_grpo(config: DictConfig, run: Run, data: Prepared, model: str, tokeniz
     }
 
 
-def _stopped(config: DictConfig, run: Run, plan: Plan) -> RunError:
+def _stopped(config: Config, run: Run, plan: Plan) -> RunError:
     """What a stop request ends with: whether there is something to go on from."""
     saved = tidy(plan.files.resume, config.verl.trainer.max_ckpt_to_keep) * plan.updates
     total = plan.schedule.steps * plan.updates
@@ -95,7 +96,7 @@ def _stopped(config: DictConfig, run: Run, plan: Plan) -> RunError:
     return Interrupted(f"SIGTERM: {run.path} is saved at step {saved} of {total}; run the same command again")
 
 
-def _plan(config: DictConfig, run: Run, data: Prepared, model: str, tokenizer: Any) -> Plan:
+def _plan(config: Config, run: Run, data: Prepared, model: str, tokenizer: Any) -> Plan:
     """Prompts written, and the run's files cut back to the newest state that can be resumed."""
     import pyarrow.parquet as pq
 
@@ -127,7 +128,7 @@ def _plan(config: DictConfig, run: Run, data: Prepared, model: str, tokenizer: A
     return Plan(files, schedule, max(1, count // config.verl.data.train_batch_size), updates)
 
 
-def _settings(config: DictConfig, plan: Plan) -> DictConfig:
+def _settings(config: Config, plan: Plan) -> DictConfig:
     """main_ppo's configuration, passed through main_ppo's own validation."""
     from verl.trainer.ppo.utils import need_critic, need_reference_policy
     from verl.utils.config import validate_config
@@ -140,7 +141,7 @@ def _settings(config: DictConfig, plan: Plan) -> DictConfig:
     return settings
 
 
-def _follow(config: DictConfig, run: Run, plan: Plan, settings: DictConfig, follower: Follower, stop: Any) -> None:
+def _follow(config: Config, run: Run, plan: Plan, settings: DictConfig, follower: Follower, stop: Any) -> None:
     """Run main_ppo's trainer actor to its end, logging what it logs as it comes."""
     import ray
     from ray.exceptions import RayError

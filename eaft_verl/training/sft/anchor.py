@@ -3,10 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
-
 from eaft_verl.models import model_key, resolve_model
 from eaft_verl.objectives import Anchor, Objective
+from eaft_verl.recipe.config import Config
 from eaft_verl.training.sft.anchor_cache import EmitTop, ReferenceCache, reference_cache
 
 
@@ -16,7 +15,7 @@ def reference_model(objective: Objective) -> str | None:
     return None if anchor is None or anchor.reference is None else str(resolve_model(anchor.reference))
 
 
-def needs_second_model(config: DictConfig, objective: Objective) -> bool:
+def needs_second_model(config: Config, objective: Objective) -> bool:
     """Whether workers load a frozen model: not for stored values of the start, nor under LoRA (adapter off)."""
     anchor = objective.anchor
     if anchor is None:
@@ -24,9 +23,7 @@ def needs_second_model(config: DictConfig, objective: Objective) -> bool:
     return anchor.reference is not None or (anchor.full and config.verl.model.lora_rank == 0)
 
 
-def anchor_sources(
-    config: DictConfig, trainer: Any, objective: Objective, keys: dict[str, str]
-) -> list[ReferenceCache]:
+def anchor_sources(config: Config, trainer: Any, objective: Objective, keys: dict[str, str]) -> list[ReferenceCache]:
     """Open the workers' reference, or return the stored one, made now where there is none."""
     anchor = objective.anchor
     if anchor is None:
@@ -40,7 +37,7 @@ def anchor_sources(
     return [cache]
 
 
-def _cache(config: DictConfig, trainer: Any, anchor: Anchor, keys: dict[str, str]) -> ReferenceCache:
+def _cache(config: Config, trainer: Any, anchor: Anchor, keys: dict[str, str]) -> ReferenceCache:
     """Made before the first step, when the model still is the reference: then no second one is loaded at all."""
     model = keys["model"] if anchor.reference is None else model_key(anchor.reference)
     name = f"reference_k{anchor.k}" + ("" if anchor.reference is None else f"_{model[:8]}")

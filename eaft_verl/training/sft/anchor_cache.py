@@ -87,7 +87,7 @@ def _fill(
     folder: Path, examples: Sequence[Example], k: int, infer: Callable[[list[int]], Any], batch_size: int
 ) -> None:
     starts = _starts(examples)
-    arrays: dict[str, np.ndarray] = {}
+    arrays: dict[str, np.memmap] = {}
     for indices in sequential_batches(len(examples), batch_size):
         output = infer(indices)
         columns = sorted(name for name in output.keys() if name.startswith("top_"))  # noqa: SIM118 - a TensorDict

@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from omegaconf import DictConfig
-
 from eaft_verl.data.parquet import Example
 from eaft_verl.files import seconds_to_compute
 from eaft_verl.objectives import Objective, Psft, Sft
+from eaft_verl.recipe.config import Config
 from eaft_verl.recipe.views import objective_of
 from eaft_verl.runs import Run, drop_checkpoints_after
 from eaft_verl.training.interruption import StopRequest
@@ -23,7 +22,7 @@ from eaft_verl.training.sft.workers import start_workers, stop_workers
 
 
 def train_arm(
-    config: DictConfig,
+    config: Config,
     run: Run,
     examples: Sequence[Example],
     heldout: Sequence[Example],
@@ -56,7 +55,7 @@ def train_arm(
         stop_workers(group)
 
 
-def _complete(config: DictConfig, trainer: Trainer, objective: Objective, keys: dict[str, str]) -> Objective:
+def _complete(config: Config, trainer: Trainer, objective: Objective, keys: dict[str, str]) -> Objective:
     """The objective with what it takes from the base model, its sources, and the state of an earlier attempt."""
     objective = _calibrate(config, trainer, objective, keys)
     trainer.sources.extend(anchor_sources(config, trainer, objective, keys))
@@ -71,7 +70,7 @@ def _complete(config: DictConfig, trainer: Trainer, objective: Objective, keys: 
     return objective
 
 
-def _calibrate(config: DictConfig, trainer: Trainer, objective: Objective, keys: dict[str, str]) -> Objective:
+def _calibrate(config: Config, trainer: Trainer, objective: Objective, keys: dict[str, str]) -> Objective:
     """Thresholds and sample weights from the base model's pass over the data, where the objective takes them there."""
     if "base" not in objective.needs:
         return objective

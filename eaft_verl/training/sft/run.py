@@ -1,17 +1,17 @@
 """Where an SFT arm starts: nothing of verl is imported before Ray's session has chosen its platform."""
 
-from typing import Any
+from collections.abc import Sequence
 
-from omegaconf import DictConfig
-
+from eaft_verl.data.parquet import Example
 from eaft_verl.data.prepare import Prepared
 from eaft_verl.errors import ConfigError
 from eaft_verl.objectives import Psft
+from eaft_verl.recipe.config import Config
 from eaft_verl.recipe.views import objective_of, world_size
 from eaft_verl.runs import Run
 
 
-def check_lengths(config: DictConfig, data: Prepared) -> None:
+def check_lengths(config: Config, data: Prepared) -> None:
     """A packed micro-batch must hold the longest example: verl would fail at the step that meets it."""
     batch = config.verl.data
     limit = batch.max_token_len_per_gpu * config.verl.engine.ulysses_sequence_parallel_size
@@ -22,7 +22,7 @@ def check_lengths(config: DictConfig, data: Prepared) -> None:
         )
 
 
-def check_weights(config: DictConfig, data: Prepared) -> None:
+def check_weights(config: Config, data: Prepared) -> None:
     """Weights of rows must have something to multiply."""
     if data.examples.weights is not None and isinstance(objective_of(config), Psft):
         raise ConfigError(
@@ -32,7 +32,7 @@ def check_weights(config: DictConfig, data: Prepared) -> None:
 
 
 def train_sft(
-    config: DictConfig, run: Run, data: Prepared, heldout: list[Any], model: str, keys: dict[str, str]
+    config: Config, run: Run, data: Prepared, heldout: Sequence[Example], model: str, keys: dict[str, str]
 ) -> None:
     """Train the arm in its open, locked run directory and mark it finished; what stopped it is raised."""
     from eaft_verl.cluster.preflight import require_cluster

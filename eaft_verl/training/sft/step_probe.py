@@ -30,12 +30,13 @@ def main(job_path: str) -> None:
     from omegaconf import OmegaConf
 
     from eaft_verl.objectives import Objective, Sft
+    from eaft_verl.recipe.config import configuration
     from eaft_verl.recipe.views import objective_of
     from eaft_verl.training.sft.loss import TokenLoss
     from eaft_verl.training.sft.worker import EaftWorker
     from eaft_verl.training.sft.workers import worker_config
 
-    config = OmegaConf.load(job["config"])
+    config = configuration(OmegaConf.load(job["config"]))
     objective: Objective = objective_of(config)
     worker = EaftWorker(worker_config(config, job["model"], total_steps=4, reference=job["reference"]))
     worker.reset()

@@ -5,12 +5,12 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from omegaconf import DictConfig
 from torch.utils.tensorboard import SummaryWriter
 
 from eaft_verl.data.parquet import Example
 from eaft_verl.errors import Interrupted, RunError
 from eaft_verl.objectives import Objective, Talr
+from eaft_verl.recipe.config import Config
 from eaft_verl.runs import Run, step_name
 from eaft_verl.training.interruption import StopRequest
 from eaft_verl.training.progress import Progress
@@ -30,7 +30,7 @@ LOGGED = (
 VALIDATED = ("nll", "token_accuracy", "entropy", "conflict_share")
 
 
-def total_steps(config: DictConfig, examples: int) -> int:
+def total_steps(config: Config, examples: int) -> int:
     """Optimizer steps of the arm."""
     trainer = config.verl.trainer
     per_epoch = steps_per_epoch(examples, config.verl.data.train_batch_size)
@@ -42,7 +42,7 @@ class Trainer:
 
     def __init__(
         self,
-        config: DictConfig,
+        config: Config,
         run: Run,
         group: Any,
         examples: Sequence[Example],

@@ -4,14 +4,15 @@ import socket
 from typing import Any
 
 import ray
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from eaft_verl.cluster.demand import CPUS_PER_WORKER
 from eaft_verl.cluster.session import worker_environment
+from eaft_verl.recipe.config import Config, plain
 from eaft_verl.recipe.views import world_size
 
 
-def start_workers(config: DictConfig, model_path: str, total_steps: int, loss: Any, reference: str | None) -> Any:
+def start_workers(config: Config, model_path: str, total_steps: int, loss: Any, reference: str | None) -> Any:
     """A RayWorkerGroup of EaftWorkers, model built, loss set; `reference`: a frozen model that they may open."""
     from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
 
@@ -41,13 +42,12 @@ def stop_workers(group: Any) -> None:
         ray.util.remove_placement_group(place)
 
 
-def worker_config(config: DictConfig, model_path: str, total_steps: int, reference: str | None = None) -> Any:
+def worker_config(config: Config, model_path: str, total_steps: int, reference: str | None = None) -> Any:
     """verl's dataclasses from the resolved tree; `reference`: folder or hub id of a frozen second model."""
     from verl.utils.config import omega_conf_to_dataclass
     from verl.workers.config import TrainingWorkerConfig
 
-    tree = OmegaConf.create(OmegaConf.to_container(config.verl))
-    OmegaConf.set_struct(tree, False)
+    tree: Any = OmegaConf.create(plain(config.verl))
     tree.model.update(path=model_path, hf_config_path=model_path, tokenizer_path=model_path)
     tree.engine.seed = config.seed
     tree.optim.total_training_steps = total_steps
@@ -72,11 +72,11 @@ def worker_config(config: DictConfig, model_path: str, total_steps: int, referen
     )
 
 
-def _reference_config(tree: DictConfig, path: str) -> dict[str, Any]:
+def _reference_config(tree: Any, path: str) -> dict[str, Any]:
     """The second engine: like the first, without adapter or offloading, its weights in the dtype both compute in."""
     from verl.utils.config import omega_conf_to_dataclass
 
-    tree = OmegaConf.create(OmegaConf.to_container(tree))
+    tree = OmegaConf.create(plain(tree))
     tree.model.update(path=path, hf_config_path=path, tokenizer_path=path)
     tree.model.update(lora_rank=0, lora_adapter_path=None, enable_gradient_checkpointing=False)
     dtype = (tree.engine.mixed_precision or {}).get("param_dtype", "bf16")
