@@ -56,7 +56,8 @@ def _attended(lengths: dict[str, Any], mean: float) -> float:
 
 def _from_recipe(config: Config, reason: str) -> Amount:
     longest = config.data.max_length
-    counts = [_rows(source) for source in data_spec(config).sources]
+    # a recipe without data, such as the shared part of several, can be planned; it cannot be run
+    counts = [_rows(source) for source in data_spec(config).sources] if config.data.train else [None]
     rows = None if None in counts else sum(count or 0 for count in counts)
     origin = f"{reason}not prepared yet: every example is taken to have data.max_length={longest} tokens, all trained"
     if rows is None:

@@ -12,7 +12,6 @@ from eaft_verl.grading.graders import absent_package, check_reward
 from eaft_verl.models import check_model
 from eaft_verl.recipe.checks_grpo import check_grpo
 from eaft_verl.recipe.config import Config, plain
-from eaft_verl.recipe.datasets import prepared_otherwise
 from eaft_verl.recipe.views import data_spec, evaluate_settings, objective_of, source_of, world_size
 
 TRAINERS = ("sft", "grpo")
@@ -81,6 +80,10 @@ def _check_data(config: Config, which: str) -> None:
     if source_of(config, which):
         for source in data_spec(config, which).sources:
             _check_source(f"data.{which}", source.source)
+    if not str(source_of(config, which)).endswith(".parquet"):
+        return
+    from eaft_verl.recipe.datasets import prepared_otherwise  # Arrow takes half a second
+
     if found := prepared_otherwise(config, which):
         raise ConfigError(
             f"data.{which} is prepared data, which decides this itself: {', '.join(found)}. Set the "
