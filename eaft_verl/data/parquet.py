@@ -177,6 +177,25 @@ def write_batches(path: Path, batches: Callable[[], Iterable[pa.RecordBatch]]) -
     return key
 
 
+def write_examples(path: Path, examples: Sequence[Example]) -> None:
+    """Write a few examples that are in memory; see write_batches."""
+    write_batches(path, lambda: [to_batch(examples)])
+
+
+def lengths_of(examples: Sequence[Example]) -> NDArray[np.int64]:
+    """Tokens of each example, [N]; of prepared ones without reading them."""
+    if isinstance(examples, Examples):
+        return examples.lengths
+    return np.array([len(example.input_ids) for example in examples], np.int64)
+
+
+def trained_of(examples: Sequence[Example]) -> NDArray[np.int64]:
+    """Tokens of each example with loss, [N], the first never; of prepared ones without reading them."""
+    if isinstance(examples, Examples):
+        return examples.trained
+    return np.array([sum(example.loss_mask[1:]) for example in examples], np.int64)
+
+
 def read_examples(path: Path, key: str | None = None) -> Examples:
     """The examples of a file that write_batches wrote, in order, by memory map.
 
