@@ -65,10 +65,7 @@ class Row:
             str(key): value for key, value in row.items() if isinstance(value, str) and str(key) not in self.filled
         }
         self.columns = columns or {}
-        self.roles: dict[str, list[str]] = {}
-        for name in self.filled:
-            for role in _ROLES.get(name.lower(), ()):
-                self.roles.setdefault(role, []).append(name)
+        self.roles = _by_role(self.filled)
         self.used: set[str] = set(_listed(self.columns.get("ignore")))
         if "input_ids" in self.filled:
             self.used.update(_PREPARED)
@@ -83,7 +80,7 @@ class Row:
             return [name for name in _listed(self.columns[role]) if name in self.filled or name in self.empty]
         usual = self.roles.get(role, [])
         if not usual and role in ("prompt", "response"):
-            usual = [name for name in self.empty if role in _ROLES.get(name.lower(), ())]
+            usual = _by_role(self.empty).get(role, [])
         taken = [name for names in self.columns.values() for name in _listed(names)]
         return [name for name in usual if name not in taken and name not in self.used]
 
@@ -112,6 +109,15 @@ class Row:
             if meant and (media or not _is_copy(value, messages)):
                 raise RowError("column", _meaning(name, value, media))
         return left
+
+
+def _by_role(names: Iterable[str]) -> dict[str, list[str]]:
+    """The columns of each role, by their usual names."""
+    roles: dict[str, list[str]] = {}
+    for name in names:
+        for role in _ROLES.get(name.lower(), ()):
+            roles.setdefault(role, []).append(name)
+    return roles
 
 
 def absent(value: Any) -> bool:

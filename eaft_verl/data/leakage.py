@@ -22,6 +22,7 @@ from typing import Any
 from eaft_verl.errors import DataError
 
 RUN, SHORTEST = 13, 8
+_OPENING = 3  # words by which a run is looked for
 COVERED = 0.5  # of a question's words
 _SHARED_BY = 10  # a run in more than one of so many questions is boilerplate
 _SHOWN = 20  # ids listed per benchmark
@@ -84,21 +85,28 @@ class Against:
                     short.setdefault(tuple(text[:SHORTEST]), []).append((text, (name, number)))
         return short
 
+    @cached_property
+    def _openings(self) -> set[Words]:
+        """First words of all runs and of all questions shorter than one."""
+        return {run[:_OPENING] for run in (*self._places, *self._short)}
+
     def find(self, messages: Iterable[dict[str, Any]]) -> set[Hit]:
         """The questions that a conversation's user and assistant turns contain, as (benchmark, index)."""
-        places, found = self._places, set[Hit]()
+        places, short, openings, found = self._places, self._short, self._openings, set[Hit]()
         covered: dict[Hit, set[int]] = {}
         for message in messages:
             if message["role"] not in ("user", "assistant"):
                 continue
             text = words(message["content"])
             if message["role"] == "user" and len(text) < SHORTEST:
-                found |= {hit for _, hit in self._short.get(tuple(text), ())}
-            for start, run in enumerate(_runs(text, SHORTEST)):
-                found |= {hit for short, hit in self._short.get(run, ()) if text[start : start + len(short)] == short}
-            for run in _runs(text):
-                for name, number, start in places.get(run, ()):
-                    covered.setdefault((name, number), set()).update(range(start, start + RUN))
+                found |= {hit for _, hit in short.get(tuple(text), ())}
+            for start, opening in enumerate(_runs(text, _OPENING)):
+                if opening not in openings:  # most places: no longer run need be put together there
+                    continue
+                begun = short.get(tuple(text[start : start + SHORTEST]), ()) if start + SHORTEST <= len(text) else ()
+                found |= {hit for asked, hit in begun if text[start : start + len(asked)] == asked}
+                for name, number, at in places.get(tuple(text[start : start + RUN]), ()):
+                    covered.setdefault((name, number), set()).update(range(at, at + RUN))
         return found | {hit for hit, marked in covered.items() if len(marked) >= COVERED * self._length(hit)}
 
     def _length(self, hit: Hit) -> int:

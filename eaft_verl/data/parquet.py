@@ -13,7 +13,7 @@ import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -88,7 +88,9 @@ class Examples(Sequence[Example]):
         return _example(self._batches[number], place - int(self._starts[number]))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Examples) and self.table.equals(other.table)
+        if isinstance(other, Examples):
+            return self.table.equals(other.table)
+        return isinstance(other, list) and list(map(_comparable, self)) == list(map(_comparable, other))
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -111,6 +113,11 @@ class Examples(Sequence[Example]):
 
     def _each(self, count: Callable[[pa.RecordBatch], NDArray[Any]]) -> NDArray[np.int64]:
         return np.concatenate([np.zeros(0, np.int64), *(count(batch) for batch in self._batches)]).astype(np.int64)
+
+
+def _comparable(example: Example) -> Example:
+    """With lists for numbers, whatever they were kept in."""
+    return replace(example, input_ids=list(example.input_ids), loss_mask=list(map(int, example.loss_mask)))
 
 
 def trained_tokens(batch: pa.RecordBatch) -> NDArray[Any]:
@@ -175,6 +182,25 @@ def write_batches(path: Path, batches: Callable[[], Iterable[pa.RecordBatch]]) -
         key = file_hash(temporary)
         os.replace(temporary, path)
     return key
+
+
+def write_examples(path: Path, examples: Sequence[Example]) -> None:
+    """Write a few examples that are in memory; see write_batches."""
+    write_batches(path, lambda: [to_batch(examples)])
+
+
+def lengths_of(examples: Sequence[Example]) -> NDArray[np.int64]:
+    """Tokens of each example, [N]; of prepared ones without reading them."""
+    if isinstance(examples, Examples):
+        return examples.lengths
+    return np.array([len(example.input_ids) for example in examples], np.int64)
+
+
+def trained_of(examples: Sequence[Example]) -> NDArray[np.int64]:
+    """Tokens of each example with loss, [N], the first never; of prepared ones without reading them."""
+    if isinstance(examples, Examples):
+        return examples.trained
+    return np.array([sum(example.loss_mask[1:]) for example in examples], np.int64)
 
 
 def read_examples(path: Path, key: str | None = None) -> Examples:

@@ -4,6 +4,7 @@ Memory is flat: rows are read, taken and spilled to disk in chunks. What stays o
 and, if it was rejected, the reason.
 """
 
+import gc
 import os
 import sys
 from collections import Counter, deque
@@ -181,6 +182,8 @@ def _chunks(taker: Taker, outcome: Outcome) -> Iterator[Chunk]:
         return
     from tqdm import tqdm
 
+    if taker.against:
+        taker.against.find([])  # its index is built once, before processes share it
     counts = [count_rows(source.source, source.rows) for source in taker.spec.sources]
     total = None if None in counts else sum(count or 0 for count in counts)
     terminal = sys.stderr.isatty()
@@ -199,6 +202,7 @@ def in_order(
     """
     global _TASK
     _TASK, waiting = function, deque[Future[Chunk]]()
+    gc.freeze()  # what is there now is never looked through again, and its pages stay shared
     pool = ProcessPoolExecutor(workers, mp_context=get_context("fork"))
     try:
         for chunk in chunks:
@@ -211,6 +215,7 @@ def in_order(
         raise DataError("a process that takes rows was killed (out of memory?); free memory, then repeat") from None
     finally:
         pool.shutdown(cancel_futures=True)
+        gc.unfreeze()
         _TASK = None
 
 

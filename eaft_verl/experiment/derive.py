@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from eaft_verl.data.parquet import Example
+from eaft_verl.data.parquet import Example, trained_of
 from eaft_verl.errors import RunError
 from eaft_verl.recipe import budgets
 from eaft_verl.recipe.config import Config, Control, changed, value_of
@@ -50,10 +50,10 @@ def _grpo_costs(unit: str, config: Config) -> Iterator[float]:
 
 def _sft_costs(unit: str, config: Config, examples: Sequence[Example]) -> Iterator[float]:
     """What update 1, 2, ... costs in updates, samples or tokens, in the order of the data; never ends."""
-    trained, size = [sum(example.loss_mask) for example in examples], config.verl.data.train_batch_size
+    trained, size = trained_of(examples), config.verl.data.train_batch_size
     for step in itertools.count(1):
         rows = [index for index in batch_indices(step, len(examples), size, config.seed) if index != PADDING]
-        yield {"updates": 1, "samples": len(rows), "tokens": sum(trained[index] for index in rows)}[unit]
+        yield {"updates": 1, "samples": len(rows), "tokens": int(trained[rows].sum())}[unit]
 
 
 def _budget(

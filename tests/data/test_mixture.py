@@ -148,3 +148,20 @@ def test_every_reported_file_goes_in_whole_or_is_refused(path, tmp_path):
     assert prepared.manifest["counts"]["kept"] == len(read_rows(str(path)))
     texts = [tokenizer_of("qwen3").decode(list(one.input_ids)) for one in prepared.examples]
     assert not any("null" in text or "None" in text for text in texts)
+
+
+def test_columns_on_the_command_line(write, tmp_path, capsys):
+    import tiny
+
+    from eaft_verl.cli import main
+
+    rows = [{"Frage": f"Q{n}", "Antwort": "A", "options": ["x y"], "rang": n} for n in range(3)]
+    model = str(tiny.tiny_model(tmp_path / "model"))
+    command = ["prepare", write("r.jsonl", rows), str(tmp_path / "t.parquet"), "--model", model]
+    assert main([*command, "--column", "prompt=Frage"]) != 0
+    assert "found the fields" in capsys.readouterr().err
+    assert main([*command, "--column", "prompt=Frage", "--column", "response=Antwort"]) in (0, None)
+    assert "columns not used: options (3 rows), rang (3 rows)" in capsys.readouterr().out
+    assert [one.messages[0]["content"] for one in load_prepared(tmp_path / "t.parquet").examples] == ["Q0", "Q1", "Q2"]
+    assert main([*command, "--column", "prompt"]) != 0
+    assert "must be ROLE=NAME" in capsys.readouterr().err

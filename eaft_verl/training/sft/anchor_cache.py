@@ -14,7 +14,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from eaft_verl.data.parquet import Example
+from eaft_verl.data.parquet import Example, trained_of
 from eaft_verl.errors import RunError
 from eaft_verl.files import computed_once, seconds_to_compute
 from eaft_verl.tokens.reference_kl import TopReference, top_reference
@@ -119,9 +119,9 @@ def unpack(packed_TK: Tensor, tail_T: Tensor) -> TopReference:
 
 def _trained(example: Example) -> np.ndarray:
     """[length] bool: positions whose prediction is trained; the last one predicts nothing."""
-    return np.array([*example.loss_mask[1:], 0], dtype=bool)
+    return np.append(np.array(example.loss_mask, bool)[1:], False)
 
 
 def _starts(examples: Sequence[Example]) -> np.ndarray:
     """[examples + 1]: where each example's trained tokens begin."""
-    return np.concatenate([[0], np.cumsum([int(_trained(example).sum()) for example in examples])])
+    return np.concatenate([[0], np.cumsum(trained_of(examples))])

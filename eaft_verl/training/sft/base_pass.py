@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -45,7 +46,8 @@ def _pass(examples: Sequence[Example], k: int, infer: Callable[[list[int]], Any]
         for row, index in enumerate(indices):
             if index == PADDING:
                 continue
-            trained = torch.tensor(examples[index].loss_mask[1:], dtype=torch.bool)  # position t predicts token t + 1
+            mask = np.array(examples[index].loss_mask, bool)
+            trained = torch.from_numpy(mask[1:])  # position t predicts token t + 1
             nll = nlls[row][:-1][trained]
             stats = TokenStats(-nll, entropies[row][:-1][trained], min(k, vocab))
             entropy.append(normalized_entropy(stats))

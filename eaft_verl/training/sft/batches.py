@@ -1,9 +1,10 @@
 """Examples -> the TensorDicts verl's workers take."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from tensordict import TensorDict
 from tensordict.tensorclass import NonTensorData
@@ -21,7 +22,7 @@ def sequential_batches(examples: int, batch_size: int) -> Iterator[list[int]]:
         yield chosen + [PADDING] * (batch_size - len(chosen))
 
 
-def balanced(indices: list[int], lengths: Sequence[int], ranks: int) -> list[int]:
+def balanced(indices: list[int], lengths: Sequence[int] | Mapping[int, int], ranks: int) -> list[int]:
     """The same rows, reordered so that each rank's contiguous part costs about the same."""
     if ranks == 1:
         return indices
@@ -51,7 +52,7 @@ def make_batch(
     `sources` add jagged tensors [B, j, ...] of their own names.
     """
     real = [index for index in indices if index != PADDING] or range(len(examples))
-    filler = min(real, key=lambda index: len(examples[index].input_ids))
+    filler = min(real, key=lambda index: len(examples[index].input_ids)) if PADDING in indices else PADDING
     ids, masks, weights, row_weights, more = [], [], [], [], defaultdict(list)
     for index in indices:
         chosen = filler if index == PADDING else index
@@ -59,8 +60,8 @@ def make_batch(
         for source in sources:
             for name, tensor in source.tokens(chosen).items():
                 more[name].append(tensor)
-        ids.append(torch.tensor(example.input_ids, dtype=torch.int64))
-        mask = torch.tensor(example.loss_mask, dtype=torch.int64)
+        ids.append(torch.from_numpy(np.array(example.input_ids, np.int64)))
+        mask = torch.from_numpy(np.array(example.loss_mask, np.int64))
         masks.append(torch.zeros_like(mask) if index == PADDING else mask)
         row_weights.append(example.weight)
         weights.append(1.0 if index == PADDING or sample_weights is None else sample_weights[index])

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from eaft_verl.data.parquet import Example
+from eaft_verl.data.parquet import Example, lengths_of
 from eaft_verl.errors import Interrupted, RunError
 from eaft_verl.objectives import Objective, Talr
 from eaft_verl.recipe.config import Config
@@ -51,6 +51,7 @@ class Trainer:
     ) -> None:
         self.config, self.run, self.group, self.model = config, run, group, model
         self.examples, self.heldout = examples, heldout
+        self.lengths = lengths_of(examples)
         self.batch_size: int = config.verl.data.train_batch_size
         self.steps = total_steps(config, len(examples))
         self.plan = training_plan(config, self.steps, group.world_size)
@@ -71,9 +72,10 @@ class Trainer:
         """The rows in an order that gives every worker about the same work."""
         if not self.config.verl.trainer.balance_batch:
             return rows
-        lengths = [len(example.input_ids) for example in self.examples]
         ranks = self.group.world_size // self.config.verl.engine.ulysses_sequence_parallel_size
-        return balanced(rows, [*lengths, min(lengths)], ranks)  # PADDING = -1 is the shortest row
+        lengths = {index: int(self.lengths[index]) for index in rows if index != PADDING}
+        lengths[PADDING] = min(lengths.values())
+        return balanced(rows, lengths, ranks)
 
     def fit(self, objective: Objective, stop: StopRequest) -> None:
         """Train from `state` to the end; RunError when the loss stays non-finite, Interrupted once `stop` is set."""
@@ -142,7 +144,7 @@ class Trainer:
             **{name: metrics[name] for name in LOGGED},
             **({} if objective.anchor is None else {"anchor_kl": metrics["anchor_kl"]}),
             "step_s": seconds,
-            "tokens_per_s": sum(len(self.examples[index].input_ids) for index in rows if index >= 0) / seconds,
+            "tokens_per_s": float(self.lengths[[index for index in rows if index >= 0]].sum()) / seconds,
             "memory_gib": metrics["perf/max_memory_allocated_gb"],
         }
         self._log(row)

@@ -1,0 +1,87 @@
+"""Rows on several cores: the same data set as on one, in the same order; and what training opens of it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from template_families import tokenizer_of
+
+from eaft_verl.data import take
+from eaft_verl.data.leakage import Against
+from eaft_verl.data.parquet import Examples, read_examples
+from eaft_verl.data.prepare import load_prepared, prepare
+from eaft_verl.data.spec import DataSpec
+from eaft_verl.errors import DataError
+
+
+@pytest.fixture
+def source(tmp_path):
+    rows = [{"id": str(n % 900), "prompt": f"Q{n % 1400}", "response": "A" * (n % 7)} for n in range(2100)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_several_processes_make_the_file_that_one_makes(source, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
+    against = Against({"bench": ["Q8", "one two three four five six seven eight"]})
+    many = prepare(DataSpec(source), tokenizer_of("chatml"), tmp_path / "many.parquet", against)
+    assert "2100/2100" in capsys.readouterr().err
+    monkeypatch.setattr(take, "_ALONE", 10**6)
+    one = prepare(DataSpec(source), tokenizer_of("chatml"), tmp_path / "one.parquet", against)
+    assert many.key == one.key and many.manifest == one.manifest
+    counts = many.manifest["counts"]
+    assert counts["rejected"] == {"empty_assistant": 300, "duplicate": 600}  # the last 700 less 100
+    assert len({example.id for example in many.examples}) == len(many.examples) == counts["kept"] == 1200
+    assert many.manifest["leakage"]["against"]["bench"]["ids"] == ["8"]
+
+
+def test_a_killed_process_is_one_line(monkeypatch):
+    def die(_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(DataError, match="a process that takes rows was killed"):
+        list(take.in_order(die, iter([[], []]), 2))
+
+
+def test_examples_are_views_of_a_map(source, tmp_path):
+    prepared = prepare(DataSpec(source), tokenizer_of("chatml"), tmp_path / "t.parquet")
+    examples = prepared.examples
+    assert isinstance(examples, Examples)
+    lengths = [len(one.input_ids) for one in examples]
+    assert examples.lengths.tolist() == lengths and examples.trained.tolist() == [sum(o.loss_mask) for o in examples]
+    assert examples[-1].id == examples[len(examples) - 1].id and [o.id for o in examples[3:5]] == [
+        examples[3].id,
+        examples[4].id,
+    ]
+    with pytest.raises(IndexError):
+        examples[len(examples)]
+    (mapped,) = tmp_path.glob(".t.*.arrow")
+    mapped.unlink()  # made again from the parquet file
+    assert load_prepared(tmp_path / "t.parquet").examples == examples
+    assert sum(1 for _ in tmp_path.glob(".t.*.arrow")) == 1
+    (tmp_path / "u.parquet").write_bytes((tmp_path / "t.parquet").read_bytes())
+    assert np.array_equal(read_examples(tmp_path / "u.parquet").lengths, examples.lengths)
+
+
+def test_opening_takes_no_memory(tmp_path):
+    """Four million tokens of 5 bytes: opened, counted and read here and there in a process of its own."""
+    code = f"""
+import resource, sys
+from pathlib import Path
+from eaft_verl.data.parquet import Example, read_examples, to_batch, write_batches
+rows = to_batch([Example(str(n), [], list(range(1000)), [0] + [1] * 999) for n in range(500)])
+path = Path({str(tmp_path)!r}) / "big.parquet"
+write_batches(path, lambda: iter([rows] * 8))
+read_examples(path)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+examples = read_examples(path)
+assert len(examples) == 4000 and examples.trained.sum() == 4000 * 999
+assert list(examples[3999].input_ids[:3]) == [0, 1, 2]
+assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 60_000
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
