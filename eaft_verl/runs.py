@@ -27,6 +27,17 @@ _RAISED = re.compile(r"^[\w.]*(?:Error|Exception|Interrupt|Exit|Interrupted)\b")
 _CAUSE_LENGTH = 2000
 
 
+def run_name(arm: str, seed: int) -> str:
+    """Folder of an arm's run in the output folder: 'eaft-seed0'."""
+    return f"{arm}-seed{seed}"
+
+
+def steps_in(folder: Path, file: str = "") -> dict[int, Path]:
+    """{step: folder} of a folder's steps that hold `file`, ascending."""
+    found = {int(m[1]): step for step in folder.glob("step_*") if (m := _STEP_DIR.match(step.name))}
+    return {step: found[step] for step in sorted(found) if (found[step] / file).exists()}
+
+
 def step_name(step: int) -> str:
     """Directory name of a step: 16 -> 'step_000016'."""
     return f"step_{step:06d}"
@@ -116,11 +127,10 @@ class Run:
 
     def evals(self) -> dict[int, dict[str, dict[str, Any]]]:
         """{step: {benchmark: record}}, steps ascending."""
-        found: dict[int, dict[str, dict[str, Any]]] = {}
-        for folder in sorted((self.path / "eval").glob("step_*")):
-            if match := _STEP_DIR.match(folder.name):
-                found[int(match[1])] = {file.stem: read_json(file) for file in sorted(folder.glob("*.json"))}
-        return dict(sorted(found.items()))
+        return {
+            step: {file.stem: read_json(file) for file in sorted(folder.glob("*.json"))}
+            for step, folder in steps_in(self.path / "eval").items()
+        }
 
     def samples(self, step: int, name: str) -> list[dict[str, Any]]:
         """Per-example rows of one benchmark at one step."""
@@ -128,11 +138,7 @@ class Run:
 
     def checkpoints(self) -> dict[int, Path]:
         """{step: folder} of complete Hugging Face exports (they carry a config.json), steps ascending."""
-        found = {}
-        for folder in (self.path / "checkpoints").glob("step_*"):
-            if (match := _STEP_DIR.match(folder.name)) and (folder / "config.json").exists():
-                found[int(match[1])] = folder
-        return dict(sorted(found.items()))
+        return steps_in(self.path / "checkpoints", "config.json")
 
 
 def drop_checkpoints_after(run: Run, step: int) -> None:

@@ -18,6 +18,7 @@ from eaft_verl.models import hub_arguments, load_tokenizer, resolve_model
 from eaft_verl.planning.arm_plan import disk_at_once
 from eaft_verl.recipe.checks import pending
 from eaft_verl.recipe.config import Config
+from eaft_verl.runs import run_name
 
 CONNECT_TIMEOUT_S = 5.0
 LOCAL_ADDRESSES = ("", "auto", "local")
@@ -68,7 +69,7 @@ def machine_findings(config: Config) -> list[Finding]:
 
 def disk_needed(config: Config) -> float | None:
     """Bytes the planner says the arm has yet to write; None for a model whose sizes it does not know."""
-    run = Path(config.output) / f"{config.arm}-seed{config.seed}"
+    run = Path(config.output) / run_name(config.arm, config.seed)
     written = sum(file.stat().st_size for file in run.rglob("*") if file.is_file())
     try:
         return max(0.0, disk_at_once(config) - written)

@@ -16,7 +16,7 @@ from eaft_verl.errors import ConfigError
 
 Message = dict[str, Any]
 # Templates that print today's date would make every preparation differ: they get Llama 3.1's own default instead.
-_TODAY = datetime.datetime(2024, 7, 26)
+TODAY = datetime.datetime(2024, 7, 26)
 # What `apply_chat_template` is called with here; a row or recipe cannot say it.
 _OURS = frozenset(
     (
@@ -106,7 +106,7 @@ class ChatTemplate:
         from jinja2.exceptions import TemplateError
 
         kwargs = dict(self.kwargs or {})
-        day = datetime.datetime.fromisoformat(str(kwargs["date"])) if "date" in kwargs else _TODAY
+        day = datetime.datetime.fromisoformat(str(kwargs["date"])) if "date" in kwargs else TODAY
         source = _source(self.tokenizer)
         try:
             return self.tokenizer.apply_chat_template(

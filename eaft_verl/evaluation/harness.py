@@ -1,6 +1,5 @@
 """A checkpoint behind lm-evaluation-harness: plain transformers or vLLM."""
 
-import datetime
 import gc
 import importlib.metadata
 import random
@@ -22,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from eaft_verl.data.template import TODAY
 from eaft_verl.errors import DataError
 from eaft_verl.evaluation.benchmarks import Benchmark
 from eaft_verl.evaluation.quiet import quiet
@@ -33,8 +33,6 @@ SEED = 1234
 BATCH_SIZE = 32
 SMALL = 10**9  # weights of a model that is evaluated in float32 on any device
 MIN_ANSWER = 64  # tokens that a prompt must leave for a longer answer
-# A template that prints today's date would make every day's prompts differ; training data get this date too.
-_TODAY = datetime.datetime(2024, 7, 26)
 
 
 def load_model(path: Path | str, settings: EvaluateSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -103,7 +101,7 @@ def language_model(
             tokenizer=tokenizer,
             batch_size=batch_size,
             max_length=settings.max_length,
-            chat_template_args={"strftime_now": _TODAY.strftime},
+            chat_template_args={"strftime_now": TODAY.strftime},
         )
 
 
@@ -114,7 +112,7 @@ def vllm_model(path: Path | str, settings: EvaluateSettings) -> LM:
     source = hub_arguments(path)
     arguments: dict[str, Any] = {"pretrained": source.pop("pretrained_model_name_or_path"), **source}
     arguments |= {"dtype": "bfloat16", "seed": SEED, "max_model_len": settings.max_length}
-    arguments |= {"chat_template_args": {"strftime_now": _TODAY.strftime}, **settings.backend_args}
+    arguments |= {"chat_template_args": {"strftime_now": TODAY.strftime}, **settings.backend_args}
     return get_model("vllm")(**arguments)
 
 

@@ -18,7 +18,7 @@ from eaft_verl.recipe.checks import check, pending, warn
 from eaft_verl.recipe.config import Config
 from eaft_verl.recipe.resolve import Recipe, load_recipe, resolve
 from eaft_verl.reporting.report import report
-from eaft_verl.runs import Run
+from eaft_verl.runs import Run, run_name
 
 
 @dataclass(frozen=True)
@@ -103,11 +103,6 @@ def needed_runs(config: Config) -> set[str]:
     """Names of the runs that must be finished before this one starts."""
     arms = [block.of for block in (config.budget, config.control) if block]
     return {run_name(arm, config.seed) for arm in arms}
-
-
-def run_name(arm: str, seed: int) -> str:
-    """Folder of a run in the output folder."""
-    return f"{arm}-seed{seed}"
 
 
 def _finished(run: Path) -> bool:

@@ -14,14 +14,9 @@ from eaft_verl.models import check_same_vocabulary, load_tokenizer, model_key, r
 from eaft_verl.recipe.config import Config, as_yaml, plain
 from eaft_verl.recipe.datasets import prepare_data
 from eaft_verl.recipe.views import evaluate_settings, objective_of
-from eaft_verl.runs import Run, cause_of
+from eaft_verl.runs import Run, cause_of, run_name
 from eaft_verl.training.grpo.run import train_grpo
 from eaft_verl.training.sft.run import check_lengths, check_weights, train_sft
-
-
-def run_folder(config: Config) -> Path:
-    """Where an arm's run lives: OUTPUT/ARM-seedN."""
-    return Path(config.output) / f"{config.arm}-seed{config.seed}"
 
 
 def train(config: Config, declared: list[str]) -> Run:
@@ -61,7 +56,7 @@ def train(config: Config, declared: list[str]) -> Run:
 
 def _open(config: Config, declared: list[str], keys: dict[str, str], derived: dict[str, Any]) -> Run:
     """A new run directory, or the unfinished one of the same configuration, data and model."""
-    folder = run_folder(config)
+    folder = Path(config.output) / run_name(config.arm, config.seed)
     if not (folder / "run.json").exists():
         info = {"kind": "arm", "recipe": config.name, "arm": config.arm, "seed": config.seed, "model": config.model}
         objective = plain(config.objective)

@@ -6,6 +6,8 @@ from typing import NamedTuple
 from eaft_verl.recipe.budgets import Row, is_evaluated, smoothed_nll
 from eaft_verl.recipe.config import Config
 
+MAX_NONFINITE_STEPS = 5  # in a row; verl skips such an update and goes on for ever
+
 
 class Moment(NamedTuple):
     """What happens after a step: the model is exported for evaluation, training ends."""

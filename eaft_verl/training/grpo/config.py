@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from eaft_verl.recipe.config import Config
 from eaft_verl.recipe.verl_keys import PPO_TREE, compose_verl, lay
 from eaft_verl.recipe.views import world_size
+from eaft_verl.runs import run_name
 from eaft_verl.training.grpo.reward import reward_function
 from eaft_verl.training.grpo.states import TRAINER, server_name
 
@@ -175,7 +176,7 @@ def _set_trainer(trainer: DictConfig, config: Config, files: RunFiles, schedule:
         n_gpus_per_node=shared.n_gpus_per_node,
         balance_batch=shared.balance_batch,
         project_name=config.name,
-        experiment_name=f"{config.arm}-seed{config.seed}",
+        experiment_name=run_name(config.arm, config.seed),
         logger=["file"],
         save_freq=-1,  # SavingTrainer does
         test_freq=-1,

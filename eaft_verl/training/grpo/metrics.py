@@ -10,6 +10,7 @@ from typing import Any
 from eaft_verl.errors import RunError
 from eaft_verl.files import read_jsonl, write_jsonl
 from eaft_verl.runs import Run
+from eaft_verl.training.schedule import MAX_NONFINITE_STEPS
 
 VERL_FILE = "metrics_verl.jsonl"
 NAMES = {  # ours: verl's
@@ -33,7 +34,6 @@ COUNTED = (
     *("reward_timeouts", "reward_errors"),
 )
 FAULTS = ("reward_timeouts", "reward_errors")
-MAX_NONFINITE_STEPS = 5  # in a row
 TOTALS = ("seconds", "tokens", "samples", "generated_tokens")
 
 

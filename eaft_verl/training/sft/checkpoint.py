@@ -1,18 +1,16 @@
 """Resumable checkpoints: verl's sharded state plus what the driver must remember, complete or not there at all."""
 
 import os
-import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 from eaft_verl.errors import RunError
 from eaft_verl.files import read_json, write_json
-from eaft_verl.runs import Run, step_name
+from eaft_verl.runs import Run, step_name, steps_in
 
 FOLDER = "resume"
 STATE_FILE = "trainer.json"
-_STEP = re.compile(r"^step_(\d{6,})$")
 
 
 def save(run: Run, group: Any, step: int, state: dict[str, Any], keep: int | None) -> None:
@@ -56,5 +54,4 @@ def remove(run: Run) -> None:
 
 
 def _complete(run: Run) -> dict[int, Path]:
-    folders = (run.path / FOLDER).glob("step_*")
-    return {int(m[1]): f for f in folders if (m := _STEP.match(f.name)) and (f / STATE_FILE).exists()}
+    return steps_in(run.path / FOLDER, STATE_FILE)

@@ -12,9 +12,10 @@ from eaft_verl.errors import Interrupted, RunError
 from eaft_verl.objectives import Objective, Talr
 from eaft_verl.recipe.config import Config
 from eaft_verl.runs import Run, step_name
+from eaft_verl.training.export import export_dtype
 from eaft_verl.training.interruption import StopRequest
 from eaft_verl.training.progress import Progress
-from eaft_verl.training.schedule import training_plan
+from eaft_verl.training.schedule import MAX_NONFINITE_STEPS, training_plan
 from eaft_verl.training.sft import checkpoint
 from eaft_verl.training.sft.base_pass import metrics_of
 from eaft_verl.training.sft.batches import TokenSource, balanced, make_batch, sequential_batches
@@ -22,7 +23,6 @@ from eaft_verl.training.sft.loss import BATCH_FLAGS
 from eaft_verl.training.sft.old_policy import OldPolicy
 from eaft_verl.training.sft.order import PADDING, batch_indices, steps_per_epoch
 
-MAX_NONFINITE_STEPS = 5  # consecutive; verl skips such an update and goes on for ever
 LOGGED = (
     *("loss", "nll", "token_accuracy", "entropy", "weight_mean", "weight_p10", "weight_p50", "weight_p90", "ess"),
     *("conflict_share", "nll_low_entropy", "nll_high_entropy", "grad_norm", "lr", "step_tokens"),
@@ -197,15 +197,7 @@ class Trainer:
         """The model at this step, for evaluation and use."""
         folder = self.run.path / "checkpoints" / step_name(step)
         if not (folder / "config.json").exists():
-            self.group.export(str(folder), self.model, self.export_dtype, self.run.info.get("end_of_turn", []))
-
-    @property
-    def export_dtype(self) -> str:
-        """The base model's own dtype: what it is served in."""
-        from transformers import AutoConfig
-
-        dtype = str(AutoConfig.from_pretrained(self.model).dtype or "bfloat16").removeprefix("torch.")
-        return dtype if dtype in ("bfloat16", "float16", "float32") else "bfloat16"
+            self.group.export(str(folder), self.model, export_dtype(self.model), self.run.info.get("end_of_turn", []))
 
     def _frequency(self, value: int | str) -> float:
         """Steps between two events; infinity for never (any step % inf is the step itself, never 0)."""
