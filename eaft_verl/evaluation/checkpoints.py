@@ -157,7 +157,7 @@ def _load_benchmarks(settings: EvaluateSettings, names: set[str]) -> dict[str, "
 
 def _prepare_drift(session: _Session) -> None:
     """Probe and base logits; after this the base model itself is not needed any more."""
-    from eaft_verl.data.parquet import read_examples, to_batch, write_batches
+    from eaft_verl.data.parquet import read_examples, write_examples
     from eaft_verl.evaluation import drift
 
     wanted = session.settings.drift_settings()
@@ -170,8 +170,7 @@ def _prepare_drift(session: _Session) -> None:
         path = drift.probe_path(session.work, model_key(session.base), tokenizer, prompts, wanted.new_tokens)
 
         def make(empty: Path) -> None:
-            answered = drift.make_probe(model, tokenizer, prompts, wanted.new_tokens)
-            write_batches(empty / path.name, lambda: [to_batch(answered)])
+            write_examples(empty / path.name, drift.make_probe(model, tokenizer, prompts, wanted.new_tokens))
 
         session.probe = read_examples(computed_once(path.with_suffix(""), path.stem, make) / path.name)
     session.base_logits = drift.base_logits(model, session.probe, session.token_budget)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eaft_verl.data.encode import encode
 from eaft_verl.data.formats import to_messages
-from eaft_verl.data.parquet import Example, read_examples, to_batch, write_batches
+from eaft_verl.data.parquet import Example, read_examples, write_examples
 from eaft_verl.errors import DataError
 from eaft_verl.evaluation import drift, harness, noise, teacher_forced
 from eaft_verl.evaluation.settings import DriftSettings, EvaluateSettings
@@ -143,7 +143,7 @@ def test_probe_survives_the_disk_and_its_name_says_what_it_depends_on(base, toke
     prompts = drift.prompts_of(DriftSettings(rows=3))
     probe = drift.make_probe(base, tokenizer, prompts, 4)
     path = drift.probe_path(tmp_path, "key", tokenizer, prompts, 4)
-    write_batches(path, lambda: [to_batch(probe)])
+    write_examples(path, probe)
     stored = read_examples(path)
     for name in ("id", "messages", "input_ids", "loss_mask"):
         for one, other in zip(stored, probe, strict=True):
