@@ -1,0 +1,1 @@
+"""A package, because verl installs one of this name: `python -m tests.faults` must find this one."""
