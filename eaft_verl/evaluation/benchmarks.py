@@ -16,7 +16,7 @@ from eaft_verl.errors import ConfigError, DataError
 from eaft_verl.evaluation.quiet import quiet
 from eaft_verl.evaluation.records import label
 from eaft_verl.evaluation.rows import benchmark_rows, check_ids
-from eaft_verl.evaluation.tasks import LOCAL_VARIANTS, TASK_FILES, Entry, OwnTask, unknown_task
+from eaft_verl.evaluation.tasks import LOCAL_VARIANTS, Entry, OwnTask, unknown_task
 from eaft_verl.grading.answers import opened_thinking
 
 _SEED = 1234  # lm-evaluation-harness's default for few-shot sampling
@@ -75,7 +75,7 @@ def load_benchmark(entry: Entry) -> Benchmark:
         with quiet():
             task = _own_task(entry, entry.own)
         tasks = {entry.task: task}
-        version = f"{entry.own.file.removesuffix('.yaml')} {task.VERSION}"
+        version = f"{entry.own.file.stem} {task.VERSION}"
     else:
         with quiet():
             tasks, groups = _harness_tasks(entry.task)
@@ -120,7 +120,7 @@ class _ThoughtfulTask(ConfigurableTask):
 def _own_task(entry: Entry, own: OwnTask) -> Task:
     rows = benchmark_rows(entry, own)
     try:
-        config = load_yaml(TASK_FILES / own.file)
+        config = load_yaml(own.file)
     except ImportError as error:
         raise ConfigError(
             f"task {entry.task!r} needs a package that is missing ({error}): pip install 'eaft-verl[eval]'"
@@ -128,6 +128,7 @@ def _own_task(entry: Entry, own: OwnTask) -> Task:
     # In memory: the harness would otherwise copy the file into the Arrow cache of the user's home.
     config["custom_dataset"] = lambda **_: datasets.DatasetDict(test=datasets.Dataset.from_list(rows))
     config["task"] = entry.task
+    config.pop("tasks", None)  # ours, see OwnTask
     return _ThoughtfulTask(config=config)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from eaft_verl.data.sources import read_rows
-from eaft_verl.errors import DataError
+from eaft_verl.errors import ConfigError, DataError
 from eaft_verl.evaluation.choices import boxed_fault, cluewsc_target, options_of, right_index
 from eaft_verl.evaluation.tasks import Entry, OwnTask
 from eaft_verl.grading.graders import GRADERS
@@ -35,7 +35,9 @@ def benchmark_rows(entry: Entry, own: OwnTask) -> list[Row]:
         rows = _from_zero(rows)
     except DataError as error:
         raise DataError(f"{source}: {error}") from None
-    check = _CHECKS[own.checked]
+    if own.checked is not None and own.checked not in _CHECKS:
+        raise ConfigError(f"{own.file}: checked is {own.checked!r}; allowed: {', '.join(_CHECKS)}")
+    check = _CHECKS[own.checked] if own.checked else dict
     return [_checked(row, check, f"{source} row {number}") for number, row in enumerate(rows, 1)]
 
 

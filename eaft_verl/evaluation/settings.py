@@ -5,13 +5,13 @@ import importlib.metadata
 import importlib.util
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from eaft_verl.data.sources import GENERATED, source_hash
 from eaft_verl.errors import ConfigError
-from eaft_verl.evaluation.tasks import TASK_FILES, Entry, absent, parse_entries
+from eaft_verl.evaluation.tasks import Entry, absent, parse_entries, task_text
 
 BACKENDS = ("hf", "vllm")
 PROTOCOL = 2  # to be raised when the same settings give other scores than before; 2: float32 logits, prepared held-out
@@ -49,7 +49,7 @@ class EvaluateSettings:
     def entries(self, side: str) -> list[Entry]:
         """Parsed entries of 'target' or 'general', the common limit filled in."""
         parsed = parse_entries(list(getattr(self, side)), f"evaluate.{side}")
-        return [entry if entry.limit else Entry(entry.task, entry.data, self.limit, entry.metric) for entry in parsed]
+        return [entry if entry.limit else replace(entry, limit=self.limit) for entry in parsed]
 
     def drift_settings(self) -> DriftSettings | None:
         """`drift` with defaults filled in, or None."""
@@ -141,7 +141,7 @@ def _all_entries(settings: EvaluateSettings) -> list[Entry]:
 
 
 def _entry_key(entry: Entry) -> dict[str, Any]:
-    text = (TASK_FILES / entry.own.file).read_text(encoding="utf-8") if entry.own else None
+    text = task_text(entry.own.file) if entry.own else None
     return {"task": entry.task, "limit": entry.limit, "metric": entry.metric, "file": text}
 
 

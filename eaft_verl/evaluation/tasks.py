@@ -1,10 +1,13 @@
 """What may stand in `evaluate.target` and `evaluate.general`. The config check uses it: no torch, no lm_eval."""
 
 import difflib
+import functools
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from eaft_verl.data.readers import SUFFIXES
 from eaft_verl.errors import ConfigError
@@ -18,64 +21,70 @@ _CLOSE = 0.8  # no built-in task is this close to one of ours, so such a name is
 
 @dataclass(frozen=True)
 class OwnTask:
-    """One of our tasks: its lm-eval file, the fields its rows need, and where they come from unless `data:` says so.
+    """One line under `tasks:` in a task file of lm-eval's format: the fields its rows need and where they come from
+    unless `data:` says so. The file itself is all that a new benchmark takes.
 
-    checked: what `rows` checks in every row besides.
+    checked: what `rows` checks in every row besides. built_in: the harness has this task too, but reads the hub only.
     """
 
-    file: str
-    fields: tuple[str, ...]
+    file: Path
+    fields: tuple[str, ...] = ()
     data: str | None = None
-    checked: str = "number"
+    checked: str | None = None
+    built_in: bool = False
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One benchmark asked for. `data`, `limit`, `metric`: None means the task's own."""
+    """One benchmark asked for. `data`, `limit`, `metric`: None means the task's own. `file`: the user's task file."""
 
     task: str
     data: str | None = None
     limit: int | None = None
     metric: str | None = None
+    file: Path | None = None
 
     @property
     def own(self) -> OwnTask | None:
-        """Our definition of this task, or None if lm-evaluation-harness has to bring it."""
+        """The task file's definition of this task, or None if lm-evaluation-harness has to bring it."""
+        if self.file:
+            return _declared(self.file)[self.task]
         return LOCAL_VARIANTS.get(self.task) if self.data and self.task in LOCAL_VARIANTS else OWN_TASKS.get(self.task)
 
 
-def _generated(name: str) -> OwnTask:
-    return OwnTask(f"{name}.yaml", ("question", "answer"), f"generate:{name}")
+class _Loader(yaml.CSafeLoader):
+    """Safe YAML that leaves lm-eval's `!function` tags alone."""
 
 
-_GSM8K = OwnTask("gsm8k.yaml", ("question", "answer"), "openai/gsm8k:main:test")
-OWN_TASKS = {
-    "sums": OwnTask("sums.yaml", ("prompt", "answer"), "generate:sums_heldout"),
-    "two_shot_sums": _generated("two_shot_sums"),
-    "products": _generated("products"),
-    "gcd": _generated("gcd"),
-    "lcm": _generated("lcm"),
-    "letter_counting": _generated("letter_counting"),
-    "gsm8k_local": _GSM8K,
-    "cluewsc": OwnTask("cluewsc.yaml", ("text", "target", "label"), checked="cluewsc"),
-    # Asked as a chat, so that a model may think before it answers.
-    "aime24_boxed": OwnTask("boxed.yaml", ("answer",), "HuggingFaceH4/aime_2024", "boxed"),
-    "aime25_boxed": OwnTask("boxed.yaml", ("answer",), "math-ai/aime25::test", "boxed"),
-    "gsm8k_boxed": OwnTask("boxed.yaml", ("question", "answer"), "openai/gsm8k:main:test", "boxed"),
-    "mmlu_chat": OwnTask("mmlu_chat.yaml", ("question", "choices", "answer"), "cais/mmlu:all:test", "options"),
-    "medmcqa_chat": OwnTask("medmcqa_chat.yaml", ("question",), "openlifescienceai/medmcqa::validation", "options"),
-    "medqa_chat": OwnTask("medqa_chat.yaml", (), "GBaker/MedQA-USMLE-4-options-hf::test", "options"),
-    "pubmedqa_chat": OwnTask("pubmedqa_chat.yaml", ("QUESTION", "CONTEXTS", "final_decision"), checked="options"),
-    "cluewsc_chat": OwnTask("cluewsc_chat.yaml", ("text", "target", "label"), checked="cluewsc"),
-}
+_Loader.add_multi_constructor("!", lambda loader, suffix, node: None)
+
+
+@functools.cache
+def _declared(path: Path) -> dict[str, OwnTask]:
+    """The tasks that a file serves, by name; a file without `tasks:` serves its `task`, with rows of any fields.
+
+    Raises ConfigError for a file that is no such mapping or that names a key or check unknown here.
+    """
+    try:
+        content = _Loader(path.read_bytes()).get_single_data()
+        lines = content.get("tasks") or ({content["task"]: {}} if "task" in content else {})
+        return {name: OwnTask(path, tuple(line.pop("fields", ())), **line) for name, line in lines.items()}
+    except (OSError, yaml.YAMLError, AttributeError, TypeError) as error:
+        raise ConfigError(f"{path} is no task file of lm-evaluation-harness: {str(error).splitlines()[0]}") from None
+
+
+def task_text(path: Path) -> str:
+    """What decides a score: the task file, what it includes, and the Python files beside it that it names."""
+    text = path.read_text(encoding="utf-8")
+    names = [*re.findall(r"^include:\s*(\S+)", text, re.M), *re.findall(r"!function\s+(\w+)\.\w+\s*$", text, re.M)]
+    beside = [path.parent / (name if name.endswith(".yaml") else f"{name}.py") for name in dict.fromkeys(names)]
+    return "\n".join([text, *(task_text(file) for file in beside if file.is_file())])
+
+
+_SHIPPED = {name: task for path in sorted(TASK_FILES.glob("*.yaml")) for name, task in _declared(path).items()}
+OWN_TASKS = {name: task for name, task in _SHIPPED.items() if not task.built_in}
 # Built-in tasks whose rows may also come from `data:`; the harness's own files can read only the hub.
-LOCAL_VARIANTS = {
-    "gsm8k": _GSM8K,
-    "mmlu": OwnTask("mmlu.yaml", ("subject", "question", "choices", "answer"), checked="four choices"),
-    "ifeval": OwnTask("ifeval.yaml", ("key", "prompt", "instruction_id_list", "kwargs"), checked="instructions"),
-    "aime24": OwnTask("aime.yaml", ("problem", "answer")),
-    "aime25": OwnTask("aime.yaml", ("problem", "answer")),
-}
+LOCAL_VARIANTS = {name: task for name, task in _SHIPPED.items() if task.built_in}
 # Benchmarks of the paper that are known by name only: a recipe may list them, and says so at --dry-run.
 UNBUILT = {
     "bfcl_v3": "(Berkeley function calling) has no runner here yet: score the exports with the bfcl-eval package",
@@ -110,10 +119,23 @@ def _parse(entry: Any, key: str) -> Entry:
     limit = entry.get("limit")
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise ConfigError(f"{key}.limit is {limit!r}; expected a positive number of examples, or leave it out for all")
-    parsed = Entry(**entry)
-    _check_name(parsed.task, key)
+    parsed = _of_file(entry, key) if Path(entry["task"]).suffix in (".yaml", ".yml") else Entry(**entry)
+    if parsed.file is None:
+        _check_name(parsed.task, key)
     _check_data(parsed, key)
     return parsed
+
+
+def _of_file(entry: dict[str, Any], key: str) -> Entry:
+    path = Path(entry["task"]).expanduser()
+    if not path.is_file():
+        raise ConfigError(f"{key}: task file {entry['task']!r} does not exist; give a file or the name of a task")
+    names = list(_declared(path))
+    if len(names) != 1 or not _HARNESS_NAME.match(str(names[0])) or names[0] in RESERVED:
+        raise ConfigError(
+            f"{key}: {path} serves {names or 'nothing'}; a task file here names one task, as `task: NAME`"
+        )
+    return Entry(**{**entry, "task": names[0]}, file=path)
 
 
 def _check_name(name: str, key: str) -> None:
@@ -136,9 +158,8 @@ def _check_data(entry: Entry, key: str) -> None:
     own = entry.own
     if entry.data is None:
         if own and own.data is None:
-            raise ConfigError(
-                f"{key}: task {entry.task!r} needs data: a file with {', '.join(own.fields)} in every row"
-            )
+            fields = f" with {', '.join(own.fields)} in every row" * bool(own.fields)
+            raise ConfigError(f"{key}: task {entry.task!r} needs data: a file{fields}")
         return
     if own is None:
         allowed = ", ".join([*OWN_TASKS, *LOCAL_VARIANTS])

@@ -102,7 +102,7 @@ def test_elsewhere_files_need_absolute_paths():
 
 
 def test_every_task_has_its_file_and_nothing_else_lies_there():
-    named = {task.file for task in [*OWN_TASKS.values(), *LOCAL_VARIANTS.values()]}
+    named = {task.file.name for task in [*OWN_TASKS.values(), *LOCAL_VARIANTS.values()]}
     assert {path.name for path in TASK_FILES.glob("*.yaml")} == named | {"last_number.yaml", "chat.yaml"}
 
 
@@ -140,3 +140,67 @@ def test_evaluation_key_says_what_graded_boxed_answers(tmp_path: Path, monkeypat
         monkeypatch.setattr("importlib.metadata.version", lambda name: "same")
         keys[present] = evaluation_key(boxed)
     assert keys[True] != keys[False]
+
+
+MINE = """task: capitals
+tasks: {{capitals: {{fields: [question, answer], data: {data}}}}}
+include: base.yaml
+process_results: !function scorer.score
+"""
+BASE = """output_type: generate_until
+test_split: test
+num_fewshot: 0
+doc_to_text: "{{question}}"
+doc_to_target: "{{answer}}"
+generation_kwargs: {until: [], do_sample: false, max_gen_toks: 8}
+metric_list: [{metric: starts, aggregation: mean, higher_is_better: true}]
+metadata: {version: 3.0}
+"""
+
+
+def own_benchmark(folder: Path) -> Path:
+    """A benchmark of the user's: a task file, what it includes, its scorer and its rows."""
+    (folder / "rows.jsonl").write_text(json.dumps({"question": "Capital of France?", "answer": "Paris"}) + "\n")
+    (folder / "base.yaml").write_text(BASE)
+    scorer = "def score(doc, results):\n    return {'starts': results[0].startswith(doc['answer'])}\n"
+    (folder / "scorer.py").write_text(scorer)
+    (folder / "mine.yaml").write_text(MINE.format(data=folder / "rows.jsonl"))
+    return folder / "mine.yaml"
+
+
+def test_a_benchmark_is_one_file_given_by_its_path(tmp_path: Path):
+    from eaft_verl.evaluation.benchmarks import load_benchmark
+
+    (entry,) = parse_entries([str(own_benchmark(tmp_path))])
+    assert entry.task == "capitals"
+    benchmark = load_benchmark(entry)
+    task = benchmark.tasks["capitals"]
+    (doc,) = task.eval_docs
+    assert (benchmark.version, task.doc_to_text(doc)) == ("mine 3.0", "Capital of France?")
+    assert [task.process_results(doc, [text])["starts"] for text in ("Paris.", "Lyon")] == [True, False]
+
+
+@pytest.mark.parametrize("name", ["mine.yaml", "base.yaml", "scorer.py"])
+def test_every_file_of_a_benchmark_is_part_of_its_key(name: str, tmp_path: Path):
+    settings = EvaluateSettings(target=[str(own_benchmark(tmp_path))])
+    before = evaluation_key(settings)
+    (tmp_path / name).write_text((tmp_path / name).read_text() + "\n# another\n")
+    assert evaluation_key(settings) != before
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "does not exist"),
+        ("[1, 2]", "no task file"),
+        ("a: [", "no task file"),
+        ("output_type: generate_until", "serves nothing"),
+        ("task: x y", "serves .'x y'."),
+        ("tasks: {x: {filds: [a]}}", "filds"),
+    ],
+)
+def test_a_file_that_is_no_task_is_refused(content: str | None, message: str, tmp_path: Path):
+    if content is not None:
+        (tmp_path / "t.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        parse_entries([str(tmp_path / "t.yaml")])
