@@ -7,7 +7,7 @@ compute dtype.
 Sources. [Z] ZeRO, arXiv 1910.02054, Sec. 3: 16 bytes per parameter with fp32 weights, gradients and Adam. [K]
 Korthikanti et al., arXiv 2205.05198: what a layer keeps for backward, and what recomputing it costs. [F] torch FSDP2:
 two layers gathered, gradient and reduce-scatter input of one; the root and an untied embedding and head are units of
-their own, as verl 0.9.1 wraps them (utils/fsdp_utils.py). [C] this package: token_stats.py, reference_kl.py. [V] verl
+their own, as verl 0.9.1 wraps them (utils/fsdp_utils.py). [C] this package: tokens/. [V] verl
 0.9.1, workers/engine. Compared with published memory (torchtitan: Llama-3.1-8B, 83.9 GiB) in tests/test_plan.py, with
 measured peaks by `eaft plan --probe`.
 """
@@ -15,9 +15,9 @@ measured peaks by `eaft plan --probe`.
 from dataclasses import dataclass
 
 from eaft_verl.planning.architectures import Architecture
+from eaft_verl.tokens.chunks import CHUNK_TOKENS, bytes_per_logit, head_chunk
 
 GIB = 1 << 30
-CHUNK_TOKENS = 1024  # [C] rows upcast at a time
 CONTEXT = {True: 2.5 * GIB, False: 0.0}  # CUDA context, cuBLAS workspaces, NCCL buffers: 2 to 3 GiB; none on a CPU
 FRAGMENTATION = 0.05  # of the tensors, on a GPU: blocks that are free and too small
 PROCESS = 0.7 * GIB  # host memory of a worker before its model: verl, Ray and torch imported, measured 0.57-0.64 GiB
@@ -62,6 +62,7 @@ class Setup:
     adapter: int = 0  # parameters of a LoRA adapter; 0: every weight is trained
     offload_policy: bool = False
     parked: int = 0  # bytes per parameter that verl moves to the host between training and rollout
+    fused: bool = False  # the loss is formed in the head, without whole logits
     unsynced: bool = False  # whole gradients kept over micro-batches
     reference: Architecture | None = None  # a second engine
     anchored: bool = False  # full reference logits in every step
@@ -138,7 +139,10 @@ def logits_bytes(setup: Setup) -> float:
     """Bytes of whole logits and their gradient; an anchor adds a gradient, a full one the reference's logits too. [C]
 
     GRPO: log-probabilities and entropy by verl's own eager functions, whose graph keeps three tensors. [V]
+    Fused: instead of them the gradient of the hidden states, and the trained ones (here: all) by themselves.
     """
+    if setup.fused:
+        return 2 * setup.compute * setup.tokens * setup.model.hidden
     count = 3 if setup.rollout else 2 + (setup.cache_k > 0) + 2 * setup.anchored
     return count * setup.compute * setup.tokens * setup.model.vocab
 
@@ -147,9 +151,14 @@ def chunk_bytes(setup: Setup) -> float:
     """Bytes of one chunk of rows while the loss is formed: the rows, their fp32 copy, the difference. [C]
 
     A full anchor comes after it and holds three fp32 tensors: both log-probabilities and the reference's distribution.
+    Fused: a smaller chunk, worked on in place; the gradient of the head, where it is trained, is there by then.
     """
     if setup.rollout:
         return 0.0
+    if setup.fused:
+        rows = min(setup.tokens, head_chunk(setup.model.vocab, setup.compute, "cuda" if setup.cuda else "cpu"))
+        head = 0 if setup.adapter else setup.compute * setup.model.embedding
+        return bytes_per_logit(setup.compute) * setup.model.vocab * rows + head
     per_entry = 12 if setup.anchored else 8 if setup.compute == 4 else 10
     return per_entry * setup.model.vocab * min(setup.tokens, CHUNK_TOKENS)
 

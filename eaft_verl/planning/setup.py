@@ -92,7 +92,7 @@ def setup_of(config: Config, amount: Amount, objective: Objective | None) -> Set
         parked=_parked(config, master, OPTIMIZERS[optimizer] or 2 * master) if rollout else 0,
         unsynced=engine.use_no_sync_for_gradient_accumulation,
         rollout=rollout,
-        **_reference(config, architecture, objective, rollout),
+        **_loss_terms(config, architecture, objective, rollout),
         extra_forwards=_extra_forwards(objective, rollout),
     )
 
@@ -128,15 +128,16 @@ def _rollout(config: Config) -> Rollout:
     )
 
 
-def _reference(
+def _loss_terms(
     config: Config, model: Architecture, objective: Objective | None, rollout: Rollout | None
 ) -> dict[str, Any]:
-    """Second engine, full logits, candidates on disk; under LoRA the model without its adapter is the reference."""
+    """Fused head, or second engine, full logits, candidates on disk; under LoRA the model without its adapter is the
+    reference."""
     own = None if config.verl.model.lora_rank else model
     if objective is None:
         return {"reference": own if rollout and rollout.reference else None}
     if (anchor := objective.anchor) is None:
-        return {}
+        return {"fused": bool(config.fused_head and config.verl.model.use_remove_padding)}
     if not anchor.full:
         return {"cache_k": anchor.k}  # a reference of another model is loaded for the one pass, before Adam exists
     return {"reference": architecture_of(anchor.reference) if anchor.reference else own, "anchored": True}

@@ -187,6 +187,7 @@ class Config:
     seed: int
     output: str
     trainer: str
+    fused_head: bool | None
     objective: Any
     control: Control | None
     compare: Compare

@@ -91,7 +91,7 @@ def resolve(recipe: Recipe, arm: str, overrides: Iterable[str] = ()) -> Config:
     for where, layer in layers:
         _merge(tree, layer, where, pristine)
     if trainer == "grpo":
-        tree["objective"] = None
+        tree["objective"] = tree["fused_head"] = None
     tree["name"] = tree["name"] or recipe.name
     _check_name(tree["name"])
     tree["output"] = str(Path(tree["output"] or Path("runs") / tree["name"]).absolute())
@@ -158,8 +158,9 @@ def _trainer(layers: list[tuple[str, dict[str, Any]]]) -> str:
     if trainer == "sft" and "reward" in layers[1][1]:
         raise ConfigError(f"{layers[1][0]}: reward has no effect with trainer: sft, which generates nothing; remove it")
     for where, layer in layers[1:]:
-        if trainer == "grpo" and "objective" in layer:
-            raise ConfigError(f"{where}: objective has no effect with trainer: grpo, whose loss is verl's; remove it")
+        for key in ("objective", "fused_head"):
+            if trainer == "grpo" and key in layer:
+                raise ConfigError(f"{where}: {key} has no effect with trainer: grpo, whose loss is verl's; remove it")
     return trainer
 
 

@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from eaft_verl.tokens.chunks import CHUNK_TOKENS
 from eaft_verl.tokens.stats import TOPK
-
-CHUNK_TOKENS = 1024  # rows upcast at a time: bounds the float32 copy to CHUNK_TOKENS * V
 
 
 class LogitStats(NamedTuple):
@@ -72,10 +71,10 @@ class _ChunkedStats(torch.autograd.Function):
         out_5T = torch.zeros(5, logits_TV.shape[0], dtype=accumulator(logits_TV), device=logits_TV.device)
         grad_TV = torch.zeros_like(logits_TV) if wants_grad else None
         for rows in rows_R.split(CHUNK_TOKENS):
-            part, grad_RV = _chunk(logits_TV[rows], labels_T[rows], k, sum_p2, wants_grad)
-            out_5T[:, rows] = part
-            if grad_TV is not None and grad_RV is not None:
-                grad_TV[rows] = grad_RV
+            labels_R = labels_T[rows]
+            out_5T[:, rows], exp_RV, total_R = row_statistics(logits_TV[rows], labels_R, k, sum_p2)
+            if grad_TV is not None:
+                grad_TV[rows] = row_gradient(exp_RV, total_R, labels_R, torch.ones_like(total_R), grad_TV.dtype)
         ctx.grad_TV = grad_TV
         nll_T, *rest = out_5T.unbind()
         ctx.mark_non_differentiable(*rest)
@@ -90,29 +89,32 @@ class _ChunkedStats(torch.autograd.Function):
         return grad_TV.mul_(upstream_T[:, None].to(grad_TV.dtype)), None, None, None, None, None
 
 
-def _chunk(logits_RV: Tensor, labels_R: Tensor, k: int, sum_p2: bool, wants_grad: bool) -> tuple[Tensor, Tensor | None]:
-    """Five statistics [5, R] of some rows, and d nll / d logits [R, V] where asked for."""
+def row_statistics(logits_RV: Tensor, labels_R: Tensor, k: int, sum_p2: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(five statistics [5, R] in the order of LogitStats, exp(logits - largest) [R, V], its sum [R]).
+
+    Uses the logits up: float32 ones are overwritten, others are freed as soon as they are upcast.
+    """
     vocab = logits_RV.shape[-1]
     # top-K before the upcast is bit-identical to after it, and spares a float32 pass over the vocabulary
-    top = logits_RV.topk(min(max(k, TOPK), vocab), dim=-1)
-    best_RK = top.values.to(accumulator(logits_RV))
+    best_RK = logits_RV.topk(min(max(k, TOPK), vocab), dim=-1).values.to(accumulator(logits_RV))
     entropy20_R = topk_entropy(best_RK[:, :TOPK])
     entropy_R = entropy20_R if k == TOPK else topk_entropy(best_RK[:, :k])
     # relative to the largest logit, so that a confident token's small nll is no difference of two large numbers
-    wide_RV = logits_RV.to(accumulator(logits_RV)) - best_RK[:, :1]
+    wide_RV = logits_RV.to(accumulator(logits_RV)).sub_(best_RK[:, :1])
+    del logits_RV
     label_R = wide_RV.gather(-1, labels_R[:, None]).squeeze(-1)
-    prob_RV = wide_RV.exp_()
-    total_R = prob_RV.sum(dim=-1)
+    exp_RV = wide_RV.exp_()
+    total_R = exp_RV.sum(dim=-1)
     nll_R = total_R.log() - label_R
-    sum_p2_R, grad_RV = torch.zeros_like(nll_R), None
-    if wants_grad or sum_p2:
-        prob_RV.div_(total_R[:, None])
-        if sum_p2:
-            sum_p2_R = prob_RV.square().sum(dim=-1)
-        prob_RV.scatter_add_(-1, labels_R[:, None], torch.full_like(nll_R, -1.0)[:, None])
-        grad_RV = prob_RV.to(logits_RV.dtype)
-    correct_R = (top.indices[:, 0] == labels_R).to(nll_R.dtype)
-    return torch.stack([nll_R, entropy_R, entropy20_R, correct_R, sum_p2_R]), grad_RV
+    sum_p2_R = exp_RV.square().sum(dim=-1) / total_R.square() if sum_p2 else torch.zeros_like(nll_R)
+    correct_R = (label_R == 0).to(nll_R.dtype)
+    return torch.stack([nll_R, entropy_R, entropy20_R, correct_R, sum_p2_R]), exp_RV, total_R
+
+
+def row_gradient(exp_RV: Tensor, total_R: Tensor, labels_R: Tensor, weight_R: Tensor, dtype: torch.dtype) -> Tensor:
+    """d (sum_t w_t nll_t) / d logits = w_t (softmax_t - onehot_t), [R, V] in `dtype`; formed in place of `exp_RV`."""
+    exp_RV.mul_((weight_R / total_R)[:, None])
+    return exp_RV.scatter_add_(-1, labels_R[:, None], -weight_R[:, None]).to(dtype)
 
 
 def accumulator(logits: Tensor) -> torch.dtype:

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from eaft_verl.tokens.logits import CHUNK_TOKENS, accumulator
+from eaft_verl.tokens.chunks import CHUNK_TOKENS
+from eaft_verl.tokens.logits import accumulator
 from eaft_verl.tokens.stats import FULL_KINDS
 
 TINY = 1e-30  # probability below which a bucket counts as empty

@@ -30,6 +30,7 @@ ENGINES: dict[str, list[str]] = {  # overrides of the recipe
     "padded": ["verl.model.use_remove_padding=false"],
     "eager": ["verl.model.override_config.attn_implementation=eager"],
     "no_sync": ["verl.engine.use_no_sync_for_gradient_accumulation=true"],
+    "whole": ["fused_head=false"],
     "bf16": ["verl.engine.mixed_precision.param_dtype=bf16"],
     # an adapter whose B matrices are not zero, so that A has a gradient
     "lora": ["verl.model.lora_rank=4", "verl.model.lora_adapter_path={folder}/adapter"],
@@ -63,6 +64,7 @@ def cases(world: int) -> list[Case]:
         made.append(Case(f"{objective}-no_sync-micro1", objective, engine="no_sync", layout=_one(1)))
         made.append(Case(f"{objective}-bf16-micro2", objective, engine="bf16"))
         made.append(Case(f"{objective}-lora-micro2", objective, engine="lora"))
+        made.append(Case(f"{objective}-whole-dynamic", objective, engine="whole", layout=DYNAMIC))
     made.append(Case("eaft-eager-dynamic", "eaft", engine="eager", layout=DYNAMIC))
     made.append(Case("eaft-no_sync-dynamic", "eaft", engine="no_sync", layout=DYNAMIC))
     made.append(Case("talr-batch_tau", "talr", {"floor": 0.01}, state={"tau": 1.5}))
@@ -217,7 +219,7 @@ def train_once(worker: Any, case: Case, rank: int) -> dict[str, Any]:
     worker.set_loss_fn(TokenLoss(build_objective(case.objective, **case.params)))
     output = worker.train_batch(mine)
     metrics = None if output is None else tu.get(output, "metrics")
-    return {"metrics": metrics, "grads": grads if rank == 0 else {}}
+    return {"metrics": metrics, "grads": grads if rank == 0 else {}, "fused": worker.loss_fn.fused}
 
 
 class Stored:

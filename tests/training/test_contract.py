@@ -19,6 +19,7 @@ from verl.workers.engine import BaseEngine, EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngine, FSDPEngineWithLMHead
 from verl.workers.engine_workers import TrainingWorker
 
+from eaft_verl.training.sft.fused_head import FusedHeadEngine
 from eaft_verl.training.sft.loss import BATCH_FLAGS
 from eaft_verl.training.sft.worker import EaftWorker
 from eaft_verl.training.verl_cpu.platform import PlatformCPU
@@ -118,7 +119,9 @@ def test_the_engine_counts_the_tokens_of_the_global_batch() -> None:
 
 
 def test_the_cpu_uses_the_engine_registered_for_cuda() -> None:
-    assert EngineRegistry.get_engine_cls("language_model", "fsdp2") is FSDPEngineWithLMHead
+    assert EngineRegistry.get_engine_cls("language_model", "fsdp2") is FusedHeadEngine
+    assert FusedHeadEngine.__bases__ == (FSDPEngineWithLMHead,)
+    assert list(inspect.signature(FSDPEngineWithLMHead.prepare_model_inputs).parameters) == ["self", "micro_batch"]
 
 
 @pytest.mark.parametrize("key", ["worker_env", "master_addr", "master_port", "device_name"])

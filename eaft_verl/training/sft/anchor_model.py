@@ -14,6 +14,7 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.engine import EngineRegistry
 
+from eaft_verl.training.sft.fused_head import FusedHeadEngine
 from eaft_verl.training.verl_cpu.private import frozen_engine
 
 
@@ -64,6 +65,8 @@ class AdapterOff:
 def micro_batch_logits(engine: Any, data: TensorDict) -> Tensor:
     """What the engine's logits hook is given for this micro-batch: [T, V], packed, this rank's shard."""
     inputs, _ = engine.prepare_model_inputs(data)
+    if isinstance(engine, FusedHeadEngine) and engine.head:
+        engine.head.batch = None  # these logits are wanted whole
     logits = engine.module(**inputs, use_cache=False).logits
     if isinstance(logits, DTensor):
         logits = logits.full_tensor()

@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from eaft_verl.data.parquet import Example
 from eaft_verl.files import seconds_to_compute
@@ -38,6 +39,7 @@ def train_arm(
     try:
         trainer = Trainer(config, run, group, examples, heldout, model)
         objective = _complete(config, trainer, objective, keys)
+        _say_whether_fused(config, run, objective, group)
         started = time.monotonic()
         trainer.fit(objective, stop)
         checkpoint.remove(run)
@@ -53,6 +55,17 @@ def train_arm(
         )
     finally:
         stop_workers(group)
+
+
+def _say_whether_fused(config: Config, run: Run, objective: Objective, group: Any) -> None:
+    reason = group.plain_head()[0]
+    if reason is None and objective.anchor is not None:
+        reason = "the anchor is computed from them"
+    if reason is None and not config.verl.model.use_remove_padding:
+        reason = "verl.model.use_remove_padding=false"
+    if reason and config.fused_head:
+        print(f"[{config.arm}] the loss is formed from whole logits: {reason}")
+    run.update(fused_head=reason is None)
 
 
 def _complete(config: Config, trainer: Trainer, objective: Objective, keys: dict[str, str]) -> Objective:

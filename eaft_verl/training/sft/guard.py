@@ -21,7 +21,9 @@ from eaft_verl.objectives import (
     Psft,
     Sft,
     Talr,
+    present,
 )
+from eaft_verl.tokens.head import Head, head_statistics
 from eaft_verl.tokens.logits import LogitStats, reference_stats
 from eaft_verl.tokens.reference_kl import TopReference, plain_kl
 from eaft_verl.tokens.stats import TokenStats
@@ -44,6 +46,26 @@ def check_statistics(
             _agree(name, ours.detach()[rows], truth)
     for row in rows[:FEW].tolist():
         _agree("entropy_T", stats.entropy_T[row], _entropy(logits_TV.detach()[row].double(), objective.k))
+
+
+def check_head(
+    stats: LogitStats, hidden_TD: Tensor, head: Head, labels_T: Tensor, mask_T: Tensor, objective: Objective
+) -> None:
+    """The same for statistics from the fused head, and its gradient d nll / d hidden of a few tokens in closed form."""
+    rows = mask_T.nonzero().squeeze(-1)[:TOKENS]
+    hidden_RD, labels_R, every_R = hidden_TD.detach()[rows], labels_T[rows], torch.ones_like(rows, dtype=torch.bool)
+    plain = Head(head.weight_VD.detach(), None if head.bias_V is None else head.bias_V.detach())
+    logits_RV = torch.nn.functional.linear(hidden_RD, *plain)
+    of_rows = stats._replace(**{name: part[rows] for name, part in stats._asdict().items() if part is not None})
+    check_statistics(of_rows, logits_RV, labels_R, every_R, objective)
+    with torch.enable_grad():
+        asked_FD = hidden_RD[:FEW].clone().requires_grad_()
+        head_statistics(asked_FD, plain, labels_R[:FEW], every_R[:FEW]).nll_T.sum().backward()
+    error_FV = logits_RV[:FEW].double().softmax(-1)
+    error_FV.scatter_add_(-1, labels_R[:FEW, None], torch.full_like(error_FV[:, :1], -1.0))
+    truth = error_FV @ plain.weight_VD[:, :FEW].double()  # a few columns: the whole head in float64 may not fit
+    rounding = 20 if logits_RV.dtype.itemsize < 4 else 1
+    _agree("gradient of the head", present("gradient", asked_FD.grad)[:, :FEW], truth, rounding * TOLERANCE)
 
 
 def _entropy(logits_V: Tensor, k: int) -> Tensor:
@@ -163,8 +185,8 @@ def check_loss(
     _agree("loss", loss.detach().double(), torch.tensor(total / num_tokens, dtype=torch.float64, device=loss.device))
 
 
-def _agree(name: str, ours: Tensor, truth: Tensor) -> None:
-    if not torch.allclose(ours.double(), truth.double(), rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True):
+def _agree(name: str, ours: Tensor, truth: Tensor, tolerance: float = TOLERANCE) -> None:
+    if not torch.allclose(ours.double(), truth.double(), rtol=tolerance, atol=tolerance, equal_nan=True):
         worst = (ours.double() - truth.double()).abs().max().item()
         raise RuntimeError(
             f"objective guard: {name} differs from its definition by {worst:.3g} on the first micro-batch"

@@ -18,7 +18,8 @@ from verl.utils.dataset.dataset_utils import DatasetPadMode
 from verl.utils.ulysses import slice_input_tensor
 
 from eaft_verl.objectives import Anchor, Objective, Psft, present, weighted_nll
-from eaft_verl.tokens.logits import logit_stats
+from eaft_verl.tokens.head import Gate
+from eaft_verl.tokens.logits import LogitStats, logit_stats
 from eaft_verl.tokens.reference_kl import TopReference, reference_kl
 from eaft_verl.tokens.stats import TokenStats
 from eaft_verl.training.sft.guard import check_anchor, check_loss, check_statistics, check_weight
@@ -74,21 +75,50 @@ class TokenLoss(LogitsHook):
         super().__init__()
         self.objective = objective
         self.guarded = False
+        self.fused = False  # whether the model's output is `channels` from its head instead of logits; set there
+        self.vocab = 0  # rows of that head
+
+    def reads_statistics(self, data: TensorDict) -> bool:
+        """Whether this micro-batch can do without its logits: it is packed, and no anchor is computed from them."""
+        packed = tu.get_non_tensor_data(data, "use_remove_padding", True)
+        return packed and (self.objective.anchor is None or not torch.is_grad_enabled())
+
+    def gate(self, data: TensorDict, vocab: int) -> Gate | None:
+        """The weights that `_loss` is going to give these tokens, up to a factor; None where it is no weighted sum."""
+        if isinstance(self.objective, Psft):
+            return None
+        lengths_B = data["input_ids"].offsets().diff()
+        row_weight_T, sample_weight_T = (
+            local_shard(data[name].repeat_interleave(lengths_B), data) for name in ("row_weight", "sample_weight")
+        )
+
+        def weight(made: LogitStats, rows: Tensor) -> Tensor:
+            stats = self._token_stats(named(made), vocab, sample_weight_T[rows], data)
+            return self.objective.weight(stats) * row_weight_T[rows]
+
+        return weight
 
     def _statistics(self, logits_TV: Tensor, data: TensorDict) -> dict[str, Tensor]:
-        labels_T, mask_T = (local_shard(part, data) for part in shifted(data))
-        named = {}
+        if self.fused:
+            made, vocab = self._from_head(logits_TV)
+        else:
+            labels_T, mask_T = (local_shard(part, data) for part in shifted(data))
+            made = logit_stats(logits_TV, labels_T, mask_T, k=self.objective.k, sum_p2="sum_p2" in self.objective.needs)
+            vocab = logits_TV.shape[-1]
+            if not self.guarded:
+                check_statistics(made, logits_TV, labels_T, mask_T, self.objective)
+        values = named(made) | {"vocab": torch.full_like(made.nll_T, vocab)}
         if self.objective.anchor is not None and torch.is_grad_enabled():
-            named["anchor_kl"] = self._anchor(self.objective.anchor, logits_TV, mask_T, data)
-        stats = logit_stats(logits_TV, labels_T, mask_T, k=self.objective.k, sum_p2="sum_p2" in self.objective.needs)
-        if not self.guarded:
-            check_statistics(stats, logits_TV, labels_T, mask_T, self.objective)
-        named |= {"nll": stats.nll_T, "entropy": stats.entropy_T, "entropy20": stats.entropy20_T}
-        named |= {"correct": stats.correct_T}
-        if stats.sum_p2_T is not None:
-            named["sum_p2"] = stats.sum_p2_T
-        named["vocab"] = torch.full_like(stats.nll_T, logits_TV.shape[-1])
-        return {name: value[None] for name, value in named.items()}
+            values["anchor_kl"] = self._anchor(self.objective.anchor, logits_TV, mask_T, data)
+        return {name: value[None] for name, value in values.items()}
+
+    def _from_head(self, channels_TC: Tensor) -> tuple[LogitStats, int]:
+        """What `channels` wrote; RuntimeError where the model changed it on the way."""
+        *made, vocab_T = channels_TC.unbind(-1)
+        if not self.guarded and (channels_TC.dtype != torch.float32 or bool((vocab_T != self.vocab).any())):
+            raise RuntimeError("the model changes its logits after its head: set fused_head=false in the recipe")
+        stats = LogitStats(*made)
+        return stats if "sum_p2" in self.objective.needs else stats._replace(sum_p2_T=None), self.vocab
 
     def _anchor(self, anchor: Anchor, logits_TV: Tensor, mask_T: Tensor, data: TensorDict) -> Tensor:
         reference: Tensor | TopReference
@@ -113,7 +143,8 @@ class TokenLoss(LogitsHook):
             values["old_logprob"] = self._old_logprob(values["nll"], data)
         _, mask_T = shifted(data)
         lengths_B = data["input_ids"].offsets().diff()
-        stats = self._token_stats(values, data, lengths_B)
+        sample_weight_T = data["sample_weight"].repeat_interleave(lengths_B)
+        stats = self._token_stats(values, int(values["vocab"][0]), sample_weight_T, data)
         weight_T = self.objective.weight(stats)
         if not self.guarded:
             check_weight(self.objective, stats, weight_T, mask_T)
@@ -143,19 +174,30 @@ class TokenLoss(LogitsHook):
             return -nll_T.detach()
         return present("psft: old_logprob in the batch", old_logprob).values()
 
-    def _token_stats(self, values: dict[str, Tensor], data: TensorDict, lengths_B: Tensor) -> TokenStats:
-        sample_weight_T = None
-        if "sample_weight" in self.objective.needs:
-            sample_weight_T = data["sample_weight"].repeat_interleave(lengths_B)
+    def _token_stats(
+        self, values: dict[str, Tensor], vocab: int, sample_weight_T: Tensor, data: TensorDict
+    ) -> TokenStats:
         return TokenStats(
             logprob_T=-values["nll"].detach(),
             entropy_T=values["entropy"],
-            k=min(self.objective.k, int(values["vocab"][0])),
+            k=min(self.objective.k, vocab),
             sum_p2_T=values.get("sum_p2"),
-            sample_weight_T=sample_weight_T,
+            sample_weight_T=sample_weight_T if "sample_weight" in self.objective.needs else None,
             tau=_state(data).get("tau"),
             old_logprob_T=values.get("old_logprob"),
         )
+
+
+def named(made: LogitStats) -> dict[str, Tensor]:
+    """The statistics that are there, as the values of a model's output."""
+    return {name.removesuffix("_T"): part for name, part in made._asdict().items() if part is not None}
+
+
+def channels(made: LogitStats, vocab: int) -> Tensor:
+    """Statistics as the output of a head [T, 6]: the fields of LogitStats, and in every row the size of the vocabulary,
+    by which the reader sees that the model handed them through as they were."""
+    values = [torch.zeros_like(made.nll_T) if part is None else part for part in made]
+    return torch.stack([*values, torch.full_like(made.nll_T, vocab)], dim=-1)
 
 
 def policy_loss(objective: Psft, logprob_T: Tensor, old_T: Tensor, mask_T: Tensor, num_tokens: float) -> Tensor:

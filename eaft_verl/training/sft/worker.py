@@ -16,6 +16,7 @@ from verl.workers.engine_workers import TrainingWorker, TrainingWorkerConfig
 
 from eaft_verl.training.export import export_weights
 from eaft_verl.training.sft.anchor_model import AdapterOff, Reference
+from eaft_verl.training.sft.fused_head import FusedHeadEngine, fuse
 from eaft_verl.training.sft.step_metrics import summarize
 
 _PER_DP_RANK = make_nd_compute_dataproto_dispatch_fn(mesh_name="train")
@@ -23,7 +24,7 @@ COLLECTIVE_TIMEOUT_S = 1800  # verl waits 10 h for a rank that hangs
 
 
 class EaftWorker(TrainingWorker):
-    """verl's worker. `config.extra_context`: the seed of what is drawn with the model, and its reference."""
+    """verl's worker. `config.extra_context`: fused_head, the reference, the seed of what is drawn with the model."""
 
     def __init__(self, config: TrainingWorkerConfig) -> None:
         # on CPU verl's own backend string names the device twice, which torch refuses; it skips an initialised group
@@ -36,6 +37,12 @@ class EaftWorker(TrainingWorker):
     def reset(self) -> None:
         torch.manual_seed(self.config.extra_context["seed"])  # same adapter initialisation on every rank
         super().reset()
+        self.unfused = fuse(self.engine) if self.config.extra_context["fused_head"] else "fused_head=false"
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def plain_head(self) -> str | None:
+        """Why the loss is formed from whole logits; None where it is not."""
+        return self.unfused
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def open_reference(self) -> None:
@@ -68,6 +75,8 @@ class EaftWorker(TrainingWorker):
     def _ready(self) -> None:
         self.loss_fn.table.clear()
         self.loss_fn.reference = self.reference
+        if isinstance(self.engine, FusedHeadEngine) and self.engine.head:
+            self.engine.head.loss = self.loss_fn
 
     def _postprocess_output(self, output: dict[str, Any], *, forward_only: bool, **kwargs: Any) -> TensorDict:
         rows = self.loss_fn.table.gather(self.engine.get_data_parallel_group())

@@ -68,7 +68,11 @@ def worker_config(config: Config, model_path: str, total_steps: int, reference: 
         engine_config=omega_conf_to_dataclass(tree.engine),
         optimizer_config=omega_conf_to_dataclass(tree.optim),
         checkpoint_config=omega_conf_to_dataclass(checkpoint),
-        extra_context={"seed": config.seed, "reference": reference and _reference_config(tree, reference)},
+        extra_context={
+            "seed": config.seed,
+            "fused_head": config.fused_head,
+            "reference": reference and _reference_config(tree, reference),
+        },
     )
 
 

@@ -167,6 +167,12 @@ def test_step_equals_plain_float64(world: int, case: Case, results: Any, referen
     assert ((ours - truth).norm() / truth.norm()).item() <= tolerance
 
 
+def test_the_head_is_fused_wherever_it_may_be(results: Any) -> None:
+    for case in cases(2):
+        whole = case.engine in ("padded", "whole") or "anchor" in case.params
+        assert [found[case.name]["fused"] for found in results[2]] == [not whole] * 2, case.name
+
+
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("engine", ["fp32", "padded"])
 def test_inference_keeps_the_order_of_the_rows(world: int, engine: str, results: Any, references: Any) -> None:

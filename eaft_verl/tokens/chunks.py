@@ -1,0 +1,16 @@
+"""How many rows of logits are held at a time. Nothing here imports torch: `eaft plan` counts with it."""
+
+CHUNK_TOKENS = 1024  # rows of whole logits upcast at a time: bounds the float32 copy to CHUNK_TOKENS * V
+HEAD_BYTES = {"cpu": 64 << 20}  # of a chunk in the fused head; more does not stay in a cache
+ACCELERATOR_HEAD_BYTES = 1280 << 20  # with few rows units idle, and every chunk reads and writes all of dW
+
+
+def bytes_per_logit(itemsize: int) -> int:
+    """Of a chunk in the fused head at its peak: float32 is worked on in place, less is upcast beside itself."""
+    return itemsize if itemsize >= 4 else itemsize + 4
+
+
+def head_chunk(vocab: int, itemsize: int, device: str) -> int:
+    """Rows of a chunk in the fused head: a multiple of 64 that fills the budget of its device, at least 64."""
+    budget = HEAD_BYTES.get(device, ACCELERATOR_HEAD_BYTES)
+    return max(64, budget // (vocab * bytes_per_logit(itemsize)) // 64 * 64)

@@ -1,0 +1,168 @@
+"""The language-model head and the loss in one: hidden states to token statistics, without the matrix of all logits.
+
+Dimension letters: T tokens of a packed micro-batch, R trained ones among them, C of a chunk, D hidden, V vocabulary.
+
+The weight of an objective is detached and known as soon as a row of logits is, so the gradient
+d (sum_t w_t nll_t) / d logits_t = w_t (softmax_t - onehot_t) (arXiv 2601.02151, Eq. 3) can be formed chunk by chunk in
+the forward pass: three matrix products (logits, d hidden, d weight), and never more logits than one chunk of them.
+Backward then only has to find that the loss really asked for that gradient, up to one common factor.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from eaft_verl.tokens.chunks import head_chunk
+from eaft_verl.tokens.logits import LogitStats, accumulator, row_gradient, row_statistics
+from eaft_verl.tokens.stats import TOPK
+
+Gate = Callable[[LogitStats, Tensor], Tensor]  # statistics [C] of some tokens and which of the T they are -> weight [C]
+
+FACTOR_TOLERANCE = 1e-4  # relative; the loss rounds its weights once more than we do
+
+
+class Head(NamedTuple):
+    """What `lm_head` is: logits = hidden @ weight^T + bias."""
+
+    weight_VD: Tensor
+    bias_V: Tensor | None = None
+
+
+def head_statistics(
+    hidden_TD: Tensor,
+    head: Head,
+    labels_T: Tensor,
+    mask_T: Tensor,
+    *,
+    gate: Gate | None = None,
+    k: int = TOPK,
+    sum_p2: bool = False,
+) -> LogitStats:
+    """`logit_stats(hidden @ weight^T + bias, ...)` in chunks; rows with mask 0 are not multiplied.
+
+    Args: hidden_TD: [T, D] and head in one float dtype, in which the products run; all else is float32 (float64 in,
+    float64 out). gate: the weights with which the loss is going to sum nll_T. None, or a loss that does otherwise:
+    right all the same, but backward forms the logits a second time (four products instead of three).
+    Returns: LogitStats [T]; nll_T carries the gradient to hidden, weight and bias; a frozen one costs no product.
+    Under autocast the products run in its dtype, as those of `torch.nn.Linear` do.
+    """
+    device = hidden_TD.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        bias_V = None if head.bias_V is None else head.bias_V.to(dtype)
+        hidden_TD, head = hidden_TD.to(dtype), Head(head.weight_VD.to(dtype), bias_V)
+    rows_R = mask_T.nonzero().squeeze(-1)
+    with torch.autocast(device, enabled=False):
+        made = _FusedHead.apply(
+            hidden_TD, head.weight_VD, head.bias_V, labels_T, rows_R, gate, k, sum_p2, torch.is_grad_enabled()
+        )
+    stats = LogitStats(*made)
+    return stats if sum_p2 else stats._replace(sum_p2_T=None)
+
+
+class _FusedHead(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_TD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        labels_T: Tensor,
+        rows_R: Tensor,
+        gate: Gate | None,
+        k: int,
+        sum_p2: bool,
+        grad: bool,
+    ) -> tuple[Tensor, ...]:
+        out_5T = torch.zeros(5, hidden_TD.shape[0], dtype=accumulator(hidden_TD), device=hidden_TD.device)
+        wanted = tuple(grad and needs for needs in ctx.needs_input_grad[:3])
+        speculate = gate is not None and any(wanted)
+        head = Head(weight_VD, bias_V)
+        sums = _Gradients(hidden_TD, head, len(rows_R), wanted) if speculate else None
+        weight_R = out_5T.new_empty(len(rows_R))
+        for start, rows in _chunks(rows_R, head):
+            hidden_CD, labels_C = hidden_TD[rows], labels_T[rows]
+            out_5T[:, rows], exp_CV, total_C = row_statistics(_logits(hidden_CD, head), labels_C, k, sum_p2)
+            if gate is not None and sums is not None:
+                weight_C = weight_R[start : start + len(rows)].copy_(gate(LogitStats(*out_5T[:, rows].unbind()), rows))
+                sums.add(start, hidden_CD, head, row_gradient(exp_CV, total_C, labels_C, weight_C, hidden_CD.dtype))
+            del exp_CV  # before the next chunk's logits are formed
+        ctx.sums, ctx.weight_R = sums, weight_R
+        ctx.wanted, ctx.k = wanted, k
+        ctx.save_for_backward(hidden_TD, weight_VD, bias_V, labels_T, rows_R)
+        nll_T, *rest = out_5T.unbind()
+        ctx.mark_non_differentiable(*rest)
+        return nll_T, *rest
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream_T: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_TD, weight_VD, bias_V, labels_T, rows_R = ctx.saved_tensors
+        sums, ctx.sums = ctx.sums, None
+        upstream_R = upstream_T[rows_R]
+        factor = _common_factor(upstream_R, ctx.weight_R) if sums is not None else None
+        head = Head(weight_VD, bias_V)
+        if sums is None or factor is None:
+            factor, sums = None, _recomputed(hidden_TD, head, labels_T, rows_R, upstream_R, ctx.wanted)
+        return *sums.results(rows_R, hidden_TD, factor), None, None, None, None, None, None
+
+
+def _chunks(rows_R: Tensor, head: Head) -> list[tuple[int, Tensor]]:
+    size = head_chunk(len(head.weight_VD), head.weight_VD.dtype.itemsize, head.weight_VD.device.type)
+    return [(number * size, rows) for number, rows in enumerate(rows_R.split(size)) if len(rows)]
+
+
+def _logits(hidden_CD: Tensor, head: Head) -> Tensor:
+    return torch.nn.functional.linear(hidden_CD, head.weight_VD, head.bias_V)
+
+
+def _recomputed(
+    hidden_TD: Tensor, head: Head, labels_T: Tensor, rows_R: Tensor, upstream_R: Tensor, wanted: tuple[bool, ...]
+) -> "_Gradients":
+    """The gradient for any upstream: the logits are formed once more."""
+    sums = _Gradients(hidden_TD, head, len(rows_R), wanted)
+    for start, rows in _chunks(rows_R, head):
+        hidden_CD, labels_C = hidden_TD[rows], labels_T[rows]
+        _, exp_CV, total_C = row_statistics(_logits(hidden_CD, head), labels_C, 1, False)
+        upstream_C = upstream_R[start : start + len(rows)]
+        sums.add(start, hidden_CD, head, row_gradient(exp_CV, total_C, labels_C, upstream_C, hidden_CD.dtype))
+    return sums
+
+
+def _common_factor(upstream_R: Tensor, weight_R: Tensor) -> Tensor | None:
+    """c where upstream = c * weight for every token, else None."""
+    square = weight_R.square().sum()
+    factor = torch.where(square > 0, (upstream_R * weight_R).sum() / square, torch.zeros_like(square))
+    close = (upstream_R - factor * weight_R).abs() <= FACTOR_TOLERANCE * (factor * weight_R).abs()
+    return factor if bool(close.all()) else None
+
+
+class _Gradients:
+    """Gradients of hidden states (trained rows), weight and bias, summed over chunks; None where not wanted."""
+
+    def __init__(self, hidden_TD: Tensor, head: Head, rows: int, wanted: tuple[bool, ...]) -> None:
+        self.hidden_RD = hidden_TD.new_empty(rows, hidden_TD.shape[1]) if wanted[0] else None
+        self.weight_VD = torch.zeros_like(head.weight_VD) if wanted[1] else None
+        self.bias_V = torch.zeros_like(head.bias_V) if wanted[2] and head.bias_V is not None else None
+
+    def add(self, start: int, hidden_CD: Tensor, head: Head, logits_CV: Tensor) -> None:
+        """The part of one chunk, from its gradient of the logits."""
+        if self.hidden_RD is not None:
+            self.hidden_RD[start : start + len(hidden_CD)] = logits_CV @ head.weight_VD
+        if self.weight_VD is not None:
+            self.weight_VD.addmm_(logits_CV.T, hidden_CD)
+        if self.bias_V is not None:
+            self.bias_V += logits_CV.sum(dim=0)
+
+    def results(self, rows_R: Tensor, hidden_TD: Tensor, factor: Tensor | None) -> tuple[Tensor | None, ...]:
+        """(d hidden [T, D], d weight [V, D], d bias [V]), times the factor."""
+        scaled = [
+            part if part is None or factor is None else part.mul_(factor.to(part.dtype))
+            for part in (self.hidden_RD, self.weight_VD, self.bias_V)
+        ]
+        if scaled[0] is not None and len(rows_R) < len(hidden_TD):
+            scaled[0] = torch.zeros_like(hidden_TD).index_copy_(0, rows_R, scaled[0])
+        return tuple(scaled)
