@@ -5,13 +5,15 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
 
-from eaft_verl.data.encode import Encoded, encode, special_tokens
+from eaft_verl.data.encode import Encoded, Written, finish, special_tokens, write
 from eaft_verl.data.formats import to_messages
 from eaft_verl.data.leakage import Against, Hit
+from eaft_verl.data.offsets import Tokens, tokenize
 from eaft_verl.data.parquet import Example, to_batch
 from eaft_verl.data.spec import DataSpec, RowError
 from eaft_verl.data.validate import check_row
@@ -58,22 +60,27 @@ class Taker:
     against: Against | None = None
 
     def __call__(self, rows: Sequence[RawRow]) -> Chunk:
-        """What became of these rows."""
+        """What became of these rows. The tokenizer is asked for all of them at once."""
         chunk, examples = Chunk([], pa.record_batch([]), Counter(), Counter()), list[Example]()
+        drafts = []
         for source, number, row in rows:
             taken = Taken(source, number)
             chunk.rows.append(taken)
             try:
-                found = self._take(taken, row, chunk)
+                drafts.append(self._read(taken, row, chunk))
             except RowError as error:
                 taken.fault = (error.kind, str(error))
-                continue
-            taken.examples = len(found)
-            examples += found
+        tokens = tokenize(self.tokenizer, (one.text for draft in drafts for one in draft.written))
+        for draft in drafts:
+            found = list(islice(tokens, len(draft.written)))
+            try:
+                examples += self._examples(draft, found, chunk)
+            except RowError as error:
+                draft.taken.fault = (error.kind, str(error))
         chunk.batch = to_batch(examples)
         return chunk
 
-    def _take(self, taken: Taken, row: dict[str, Any], chunk: Chunk) -> list[Example]:
+    def _read(self, taken: Taken, row: dict[str, Any], chunk: Chunk) -> "_Draft":
         spec, source = self.spec, self.spec.sources[taken.source]
         messages, extra = to_messages(row, source.columns, chunk.unused)
         messages, taken.escaped = check_row(messages, special_tokens(self.tokenizer), spec.control_tokens)
@@ -82,42 +89,52 @@ class Taker:
         taken.digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
         taken.name = extra.get("id", taken.digest[:16])
         kwargs = {**(spec.chat_template_kwargs or {}), **(own or {})}
-        encoded = encode(self.tokenizer, messages, spec.max_length, spec.over_long, spec.turns, tools, kwargs)
+        return _Draft(taken, messages, extra, kwargs, write(self.tokenizer, messages, spec.turns, tools, kwargs))
+
+    def _examples(self, draft: "_Draft", tokens: Sequence[Tokens], chunk: Chunk) -> list[Example]:
+        spec, taken, messages = self.spec, draft.taken, draft.messages
+        encoded = finish(draft.written, tokens, spec.max_length, spec.over_long, spec.turns)
+        taken.examples = len(encoded)
         taken.truncated = sum(one.truncated for one in encoded)
         taken.open_turns = sum(one.open_turns for one in encoded)
         taken.left_turns = _trainable(messages) - len(encoded) if spec.turns == "split" else 0
         chunk.ends.update(end for one in encoded for end in one.ends)
         if self.against:
             taken.hits = self.against.find(messages)
-        weight = extra.get("weight", 1.0) * source.weight
-        return [_example(one, messages, extra, kwargs, weight, source.name) for one in encoded]
+        source = spec.sources[taken.source]
+        weight = draft.extra.get("weight", 1.0) * source.weight
+        return [_example(one, draft, weight, source.name) for one in encoded]
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A row whose texts wait for their tokens."""
+
+    taken: Taken
+    messages: list[dict[str, Any]]
+    extra: Mapping[str, Any]
+    kwargs: dict[str, Any]
+    written: list[Written]
 
 
 def _trainable(messages: list[dict[str, Any]]) -> int:
     return sum(message["role"] == "assistant" and message.get("train", True) for message in messages)
 
 
-def _example(
-    one: Encoded,
-    messages: list[dict[str, Any]],
-    extra: Mapping[str, Any],
-    kwargs: dict[str, Any],
-    weight: float,
-    source: str | None,
-) -> Example:
+def _example(one: Encoded, draft: _Draft, weight: float, source: str | None) -> Example:
     """The example, its messages marked so that whoever renders them again trains the same turns."""
     marked = [
         message if message["role"] != "assistant" or index in one.trained else {**message, "train": False}
-        for index, message in enumerate(messages[: one.turn + 1])
+        for index, message in enumerate(draft.messages[: one.turn + 1])
     ]
     return Example(
         id="",
         messages=marked,
         input_ids=one.input_ids,
         loss_mask=one.loss_mask,
-        answer=extra.get("answer"),
-        tools=extra.get("tools"),
-        chat_template_kwargs=kwargs or None,
+        answer=draft.extra.get("answer"),
+        tools=draft.extra.get("tools"),
+        chat_template_kwargs=draft.kwargs or None,
         weight=weight,
         source=source,
     )

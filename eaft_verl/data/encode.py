@@ -22,14 +22,14 @@ thinking is switched off.
 """
 
 import re
-from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from operator import ge, lt
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from eaft_verl.data.offsets import Tokens, tokenize
 from eaft_verl.data.rendered import check_context, mismatch
+from eaft_verl.data.spans import Span, loss_mask
 from eaft_verl.data.spec import RowError
 from eaft_verl.data.template import ChatTemplate, check_tokenizer, render, special_tokens, template_for
 
@@ -62,13 +62,14 @@ class Encoded:
 
 
 @dataclass(frozen=True)
-class _Trained:
-    """Characters of the rendering: [prompt, start) is inserted, [start, body) content, [body, end) end of turn."""
+class Written:
+    """A training example as text, before the tokenizer has seen it; trained, ends, open_turns: as in Encoded."""
 
-    prompt: int
-    start: int
-    body: int
-    end: int
+    text: str
+    spans: list[Span]
+    trained: tuple[int, ...]
+    ends: tuple[str, ...]
+    open_turns: int
 
 
 def encode(
@@ -88,13 +89,33 @@ def encode(
     Raises RowError (a DataError) naming the turn and the reason: the template changes or drops part of a turn, refuses
     the conversation, or no trained token is left. Raises ConfigError for a tokenizer without template or offsets.
     """
+    written = write(tokenizer, messages, turns, tools, kwargs)
+    tokens = list(tokenize(tokenizer, (one.text for one in written)))
+    return finish(written, tokens, max_length, over_long, turns)
+
+
+def write(
+    tokenizer: Any,
+    messages: list[Message],
+    turns: str = "whole",
+    tools: list[dict[str, Any]] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+) -> list[Written]:
+    """The first half of `encode`: what the chat template makes of the conversation, and where it is trained."""
     check_tokenizer(tokenizer)
     groups = _groups(messages, turns)
     template = template_for(tokenizer, messages, tools, kwargs)
+    return [_write(template, messages, group) for group in groups]
+
+
+def finish(
+    written: Sequence[Written], tokens: Sequence[Tokens], max_length: int, over_long: str, turns: str
+) -> list[Encoded]:
+    """The second half of `encode`: `tokens` of the texts that `write` made, as offsets.tokenize has them."""
     examples, lost = [], None
-    for group in groups:
+    for one, found in zip(written, tokens, strict=True):
         try:
-            examples.append(_encode(template, messages, group, max_length, over_long))
+            examples.append(_finish(one, found, max_length, over_long))
         except RowError as error:
             if not (error.kind == "over_long" and over_long == "drop" and turns == "split"):
                 raise
@@ -119,9 +140,7 @@ def _groups(messages: list[Message], turns: str) -> list[list[int]]:
     return [[index] for index in trained] if turns == "split" else [trained]
 
 
-def _encode(
-    template: ChatTemplate, messages: list[Message], trained: list[int], max_length: int, over_long: str
-) -> Encoded:
+def _write(template: ChatTemplate, messages: list[Message], trained: list[int]) -> Written:
     last = trained[-1]
     whole = template.render(messages[: last + 1])
     spans = [_locate(template, messages, index, whole, last) for index in trained]
@@ -129,19 +148,21 @@ def _encode(
     if spans[-1].body == spans[-1].end:
         whole += _next_opening(template, messages[: last + 1], whole)
     spans = [_closed(span, whole, template.specials) for span in spans]
-    tokens = template.tokens(whole)
-    ids, mask = tokens.ids, _mask(whole, tokens.offsets, spans)
+    ends = [_last_special(whole[span.body : span.end], template.specials) for span in spans if span.body < span.end]
+    return Written(whole, spans, tuple(trained), tuple(dict.fromkeys(ends)), len(spans) - len(ends))
+
+
+def _finish(one: Written, tokens: Tokens, max_length: int, over_long: str) -> Encoded:
+    ids, mask, last = tokens.ids, loss_mask(one.text, tokens.offsets, one.spans), one.trained[-1]
     too_long = len(ids) > max_length
     if too_long and over_long != "truncate":
         raise RowError("over_long", f"{len(ids)} tokens, data.max_length is {max_length}")
     if too_long:
         ids, mask = ids[:max_length], mask[:max_length]
-    if not any(mask):
+    if 1 not in mask:
         cut = f" after truncation to {max_length} tokens" if too_long else ""
         raise RowError("no_trained_token", f"no trained token{cut} (turn {last + 1})")
-    ends = [_last_special(whole[span.body : span.end], template.specials) for span in spans if span.body < span.end]
-    open_turns = len(spans) - len(ends)
-    return Encoded(ids, mask, last, too_long, open_turns, tuple(trained), tuple(dict.fromkeys(ends)))
+    return Encoded(ids, mask, last, too_long, one.open_turns, one.trained, one.ends)
 
 
 def _last_special(closing: str, specials: tuple[str, ...]) -> str:
@@ -166,7 +187,7 @@ def _next_opening(template: ChatTemplate, messages: list[Message], whole: str) -
     return next((token for token in template.specials if following.startswith(token)), "")
 
 
-def _closed(span: _Trained, whole: str, specials: tuple[str, ...]) -> _Trained:
+def _closed(span: Span, whole: str, specials: tuple[str, ...]) -> Span:
     """The span with the next turn's first token as its end, if its own turn has none."""
     if span.body < span.end:
         return span
@@ -174,7 +195,7 @@ def _closed(span: _Trained, whole: str, specials: tuple[str, ...]) -> _Trained:
     return replace(span, end=span.body + len(closing))
 
 
-def _locate(template: ChatTemplate, messages: list[Message], index: int, whole: str, last: int) -> _Trained:
+def _locate(template: ChatTemplate, messages: list[Message], index: int, whole: str, last: int) -> Span:
     """Where turn `index` is trained within `whole`, the rendering of all turns up to `last`."""
     message, turn = messages[index], f"turn {index + 1} (assistant)"
     prompt = template.render(messages[:index], generate=True)
@@ -200,10 +221,10 @@ def _locate(template: ChatTemplate, messages: list[Message], index: int, whole: 
     _check_kept(whole, rendered[:end], turn)
     if message.keys() <= _PLAIN:
         _AROUND[template.tokenizer] = (inserted, tail)
-    return _Trained(len(prompt), start, body, end)
+    return Span(len(prompt), start, body, end)
 
 
-def _as_before(template: ChatTemplate, message: Message, prompt: str, rendered: str) -> _Trained | None:
+def _as_before(template: ChatTemplate, message: Message, prompt: str, rendered: str) -> Span | None:
     """Where a plain turn is trained, if exactly what stood around the last one stands around it: no probe is needed."""
     inserted, tail = _AROUND.get(template.tokenizer, ("", None))
     content = message["content"]
@@ -213,7 +234,7 @@ def _as_before(template: ChatTemplate, message: Message, prompt: str, rendered: 
         return None
     body, end = _end_of_turn(rendered, tail, template.specials)
     start = len(prompt) + (len(inserted) if _EMPTY_THOUGHT.fullmatch(inserted) else 0)
-    return _Trained(len(prompt), start, body, end)
+    return Span(len(prompt), start, body, end)
 
 
 def _check_kept(whole: str, beginning: str, turn: str) -> None:
@@ -255,40 +276,3 @@ def _end_of_turn(rendered: str, tail: str, specials: tuple[str, ...]) -> tuple[i
     end = len(rendered.rstrip())
     closing = next((token for token in specials if rendered.endswith(token, 0, end)), "")
     return end - len(closing), end
-
-
-def _mask(text: str, offsets: Sequence[tuple[int, int]], spans: list[_Trained]) -> list[int]:
-    """1 for each token whose characters lie inside one of the spans (in order); a token across a border is not trained.
-
-    Two borders are soft, because only the model can have written such a token: white space that the template puts
-    between the generation prompt and the content may be merged into the content's first token (" The"), and an
-    end-of-turn token may swallow the white space after it (Phi-3's <|end|>).
-    """
-    mask = [0] * len(offsets)
-    lefts, rights = zip(*offsets, strict=True) if offsets else ((), ())
-    empty = (
-        [index for index, wide in enumerate(map(lt, lefts, rights)) if not wide] if any(map(ge, lefts, rights)) else []
-    )
-    for span in spans:
-        # Offsets grow: only the first token can begin before the span, and only the last ones can end behind it.
-        first, past = bisect_right(rights, span.start), bisect_left(lefts, span.end)
-        whole = bisect_right(rights, span.end, lo=first, hi=max(first, past))
-        mask[first:whole] = [1] * (whole - first)
-        for index in {first, *range(whole, past), *empty}:
-            if first <= index < past:
-                mask[index] = int(_inside(text, lefts, rights, index, span))
-    mask[:1] = [0] * len(mask[:1])
-    return mask
-
-
-def _inside(text: str, lefts: Sequence[int], rights: Sequence[int], index: int, span: _Trained) -> bool:
-    """Whether a token that may lie across a border of the span belongs to it."""
-    left, right, before = lefts[index], rights[index], max(rights[:index][-4:], default=0)
-    # A byte-level tokenizer may report the offsets of " a" without the space, which the token nevertheless holds.
-    if before < left and text[before:left].isspace():
-        left = before
-    if right <= left or right <= span.start or left >= span.end:
-        return False
-    starts = left >= span.start or (left >= span.prompt and text[left : span.start].isspace())
-    closes = left >= span.body and span.body < span.end and not text[span.end : right].strip()
-    return starts and (right <= span.end or closes)

@@ -92,15 +92,6 @@ class ChatTemplate:
         """Texts of the special tokens, longest first."""
         return special_tokens(self.tokenizer)
 
-    def tokens(self, text: str) -> Any:
-        """The text's `ids` and `offsets`, as tokenizer(text, add_special_tokens=False) has them, without the detour."""
-        backend = self.tokenizer.backend_tokenizer
-        if backend.truncation is not None:
-            backend.no_truncation()
-        if backend.padding is not None:
-            backend.no_padding()
-        return backend.encode(text, add_special_tokens=False)
-
     def render(self, messages: list[Message], generate: bool = False) -> str:
         """The conversation as the chat template writes it; `generate` adds the opening of an assistant turn."""
         from jinja2.exceptions import TemplateError

@@ -99,9 +99,9 @@ def test_first_response_token_and_end_of_turn_by_position(make_tokenizer):
 
 
 def test_first_token_is_never_trained():
-    from eaft_verl.data.encode import _mask, _Trained
+    from eaft_verl.data.spans import Span, loss_mask
 
-    assert _mask("xyz", [(0, 1), (1, 2), (2, 3)], [_Trained(prompt=0, start=0, body=3, end=3)]) == [0, 1, 1]
+    assert loss_mask("xyz", [(0, 1), (1, 2), (2, 3)], [Span(prompt=0, start=0, body=3, end=3)]) == [0, 1, 1]
 
 
 @pytest.mark.parametrize("name", ["chatml", "llama3", "thinking", "glm", "mistral"])
@@ -133,12 +133,17 @@ def test_space_merged_into_the_first_token_is_trained_with_it(make_tokenizer):
 
 def test_token_across_the_border_is_not_trained():
     """Content that begins with the white space the prompt ends with merges with it; that token is half prompt."""
-    from eaft_verl.data.encode import _mask, _Trained
+    from eaft_verl.data.spans import Span, loss_mask
 
     text = "user\n\nyes<end>\n"
-    span = _Trained(prompt=5, start=5, body=9, end=14)  # content "\nyes", end of turn "<end>"
-    assert _mask(text, [(0, 4), (4, 6), (6, 9), (9, 14), (14, 15)], [span]) == [0, 0, 1, 1, 0]
-    assert _mask(text, [(0, 4), (4, 5), (5, 9), (9, 15)], [span]) == [0, 0, 1, 1]  # the end may take white space along
+    span = Span(prompt=5, start=5, body=9, end=14)  # content "\nyes", end of turn "<end>"
+    assert loss_mask(text, [(0, 4), (4, 6), (6, 9), (9, 14), (14, 15)], [span]) == [0, 0, 1, 1, 0]
+    assert loss_mask(text, [(0, 4), (4, 5), (5, 9), (9, 15)], [span]) == [
+        0,
+        0,
+        1,
+        1,
+    ]  # the end may take white space along
 
 
 def test_split_gives_one_example_per_assistant_turn(make_tokenizer):
