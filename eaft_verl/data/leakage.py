@@ -100,6 +100,8 @@ class Against:
             text = words(message["content"])
             if message["role"] == "user" and len(text) < SHORTEST:
                 found |= {hit for _, hit in short.get(tuple(text), ())}
+            if openings.isdisjoint(_runs(text, _OPENING)):  # most turns
+                continue
             for start, opening in enumerate(_runs(text, _OPENING)):
                 if opening not in openings:  # most places: no longer run need be put together there
                     continue

@@ -75,19 +75,18 @@ def _as_given(encoding: Any) -> Tokens:
 def _from_bytes(text: str, ids: list[int], spelling: _Spelling) -> Tokens | None:
     """The tokens, if their bytes are the text's; a normalised text, or white space that a token swallowed, is not."""
     raw = text.encode()
-    if b"".join(map(spelling.bytes_V.__getitem__, ids)) != raw:
+    if b"".join([spelling.bytes_V[index] for index in ids]) != raw:
         return None
-    lengths_T = spelling.lengths_V[ids] if ids else np.zeros(0, np.int64)
-    offsets = np.empty((len(ids), 2), np.int64)
-    np.cumsum(lengths_T, out=offsets[:, 1])
-    np.subtract(offsets[:, 1], lengths_T, out=offsets[:, 0])
+    lengths_T = spelling.lengths_V[np.fromiter(ids, np.int64, len(ids))]
+    rights_T = lengths_T.cumsum()
+    lefts_T = rights_T - lengths_T
     if len(raw) != len(text):
         begins = (np.frombuffer(raw, np.uint8) & 0xC0) != 0x80
-        character = np.append(np.cumsum(begins) - 1, len(text))  # which one each byte belongs to
-        wide = offsets[:, 1] > offsets[:, 0]
-        offsets[:, 0] = character[offsets[:, 0]]
-        offsets[:, 1] = np.where(wide, character[offsets[:, 1] - 1] + 1, offsets[:, 0])
-    return Tokens(ids, offsets)
+        character = np.append(begins.cumsum() - 1, len(text))  # which one each byte belongs to
+        wide = lengths_T > 0
+        lefts_T = character[lefts_T]
+        rights_T = np.where(wide, character[rights_T - 1] + 1, lefts_T)
+    return Tokens(ids, np.stack([lefts_T, rights_T], axis=1))
 
 
 def _spelling(tokenizer: Any) -> _Spelling:
