@@ -87,6 +87,12 @@ class Examples(Sequence[Example]):
         number = int(np.searchsorted(self._starts, place, side="right")) - 1
         return _example(self._batches[number], place - int(self._starts[number]))
 
+    def conversations(self) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+        """(id, messages) of each example, without reading its tokens."""
+        for batch in self.table.select(["id", "messages"]).to_batches(_GROUP):
+            for name, messages in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+                yield name, list(map(_unpack, messages))
+
     def __eq__(self, other: object) -> bool:
         if isinstance(other, Examples):
             return self.table.equals(other.table)

@@ -139,7 +139,7 @@ def check_leakage(prepared: Prepared, against: Against | None) -> Prepared:
     known = prepared.manifest.get("leakage", {})
     if (known.get("key"), known.get("policy")) == (against.key, against.policy):
         return prepared
-    account = leakage_of(str(prepared.path), ((one.id, one.messages) for one in prepared.examples), against)
+    account = leakage_of(str(prepared.path), prepared.examples.conversations(), against)
     return Prepared(prepared.path, prepared.examples, {**prepared.manifest, "leakage": account})
 
 

@@ -12,7 +12,7 @@ from template_families import tokenizer_of
 
 from eaft_verl.data import take
 from eaft_verl.data.leakage import Against
-from eaft_verl.data.parquet import Examples, read_examples
+from eaft_verl.data.parquet import Example, Examples, read_examples, to_batch, write_batches
 from eaft_verl.data.prepare import load_prepared, prepare
 from eaft_verl.data.spec import DataSpec
 from eaft_verl.errors import DataError
@@ -68,20 +68,37 @@ def test_examples_are_views_of_a_map(source, tmp_path):
     assert np.array_equal(read_examples(tmp_path / "u.parquet").lengths, examples.lengths)
 
 
-def test_opening_takes_no_memory(tmp_path):
-    """Four million tokens of 5 bytes: opened, counted and read here and there in a process of its own."""
-    code = f"""
-import resource, sys
+_OPEN = """
+import re, sys
+from array import array
 from pathlib import Path
-from eaft_verl.data.parquet import Example, read_examples, to_batch, write_batches
-rows = to_batch([Example(str(n), [], list(range(1000)), [0] + [1] * 999) for n in range(500)])
-path = Path({str(tmp_path)!r}) / "big.parquet"
-write_batches(path, lambda: iter([rows] * 8))
-read_examples(path)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-examples = read_examples(path)
-assert len(examples) == 4000 and examples.trained.sum() == 4000 * 999
-assert list(examples[3999].input_ids[:3]) == [0, 1, 2]
-assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 60_000
+from eaft_verl.data.parquet import read_examples
+
+def anonymous():
+    return int(re.search("RssAnon:[ \\t]+([0-9]+)", Path("/proc/self/status").read_text())[1])
+
+before = anonymous()
+examples = read_examples(Path(sys.argv[1]), sys.argv[2])
+assert examples.lengths.sum() == 600 * len(examples)
+for index in range(0, len(examples), 97):
+    one = examples[index]
+    assert type(one.input_ids) is type(one.loss_mask) is array and one.input_ids[599] == 599
+print(len(examples), anonymous() - before)
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_opening_takes_the_same_memory_for_ten_times_the_rows(tmp_path):
+    """Maps of 6 and 60 MB opened, counted and read here and there, each in a process of its own."""
+    rows = to_batch([Example(str(n), [], range(600), [0] + [1] * 599) for n in range(500)])
+    held = {}
+    for times in (4, 40):
+        path = tmp_path / f"{times}.parquet"
+        key = write_batches(path, lambda times=times: iter([rows] * times))
+        read_examples(path, key)
+        (mapped,) = tmp_path.glob(f".{times}.*.arrow")
+        assert mapped.stat().st_size > times * 500 * 600 * 5
+        command = [sys.executable, "-c", _OPEN, str(path), key]
+        count, kilobytes = subprocess.run(command, check=True, timeout=120, capture_output=True).stdout.split()
+        assert int(count) == times * 500
+        held[times] = int(kilobytes)
+    assert held[40] - held[4] < 4_000, held
