@@ -221,7 +221,8 @@ def read_examples(path: Path, key: str | None = None) -> Examples:
     mapped = folder / name
     if not mapped.exists():
         with temporary_beside(mapped) as temporary:
-            with pq.ParquetFile(path) as source, ipc.new_file(str(temporary), _plain_schema(source)) as table:
+            source = pq.ParquetFile(path)
+            with source, ipc.new_file(str(temporary), source.schema_arrow.remove_metadata()) as table:
                 for batch in source.iter_batches(_GROUP):
                     table.write_batch(batch)
             os.replace(temporary, mapped)
@@ -261,10 +262,6 @@ def _grouped(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
             waiting = []
     if waiting:
         yield pa.concat_batches(waiting)
-
-
-def _plain_schema(source: pq.ParquetFile) -> pa.Schema:
-    return source.schema_arrow.remove_metadata()
 
 
 def _filled(batch: pa.RecordBatch) -> set[str]:
