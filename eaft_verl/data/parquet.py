@@ -90,8 +90,7 @@ class Examples(Sequence[Example]):
     def conversations(self) -> Iterator[tuple[str, list[dict[str, Any]]]]:
         """(id, messages) of each example, without reading its tokens."""
         for batch in self.table.select(["id", "messages"]).to_batches(_GROUP):
-            for name, messages in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-                yield name, list(map(_unpack, messages))
+            yield from ((row["id"], list(map(_unpack, row["messages"]))) for row in batch.to_pylist())
 
     def __eq__(self, other: object) -> bool:
         if isinstance(other, Examples):
