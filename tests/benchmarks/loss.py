@@ -138,7 +138,7 @@ def inputs(options: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor, Tensor]
     draw = torch.Generator().manual_seed(0)
     weight = torch.randn(options.vocab, options.hidden, generator=draw) * 0.05
     labels = torch.randint(options.vocab, (options.tokens,), generator=draw)
-    sure = torch.rand(options.tokens, 1, generator=draw) * 14  # more makes subnormal numbers, which a CPU multiplies slowly
+    sure = torch.rand(options.tokens, 1, generator=draw) * 14  # more: subnormal numbers, slow on a CPU
     hidden = torch.randn(options.tokens, options.hidden, generator=draw) + sure * weight[labels]
     mask = torch.rand(options.tokens, generator=draw) < options.density
     dtype = getattr(torch, options.dtype)
