@@ -172,7 +172,8 @@ def _prepare(options: argparse.Namespace) -> None:
 def _train(options: argparse.Namespace) -> None:
     from omegaconf import OmegaConf
 
-    from eaft_verl.recipe.checks import check, pending, warn
+    from eaft_verl.recipe.checks import check, pending, warn, warn_of
+    from eaft_verl.recipe.model_fit import notes_at_hand
     from eaft_verl.recipe.resolve import declared_keys, load_recipe, resolve
 
     path, overrides = _recipe_arguments(options)
@@ -182,6 +183,7 @@ def _train(options: argparse.Namespace) -> None:
     if options.dry_run:
         print(OmegaConf.to_yaml(config), end="")
         warn(pending(config))
+        warn_of(notes_at_hand(config))
         return
     from eaft_verl.experiment.train import train
 

@@ -69,6 +69,19 @@ def check_model(name: str | Path) -> None:
         _packaged_gguf(str(name))
 
 
+def at_hand(name: str | Path) -> bool:
+    """Whether the model's configuration can be read without converting or downloading anything."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if str(name).startswith("package:"):
+        return (cache_dir() / SMOLLM2_FOLDER / "config.json").is_file()
+    model = resolve_model(name)
+    if isinstance(model, Path):
+        return True
+    identity, _, revision = model.partition("@")
+    return isinstance(try_to_load_from_cache(identity, "config.json", revision=revision or None), str)
+
+
 def hub_arguments(model: Path | str) -> dict[str, str]:
     """Keyword arguments for from_pretrained: the path or id, and the revision after an '@' in a hub id."""
     if isinstance(model, Path):
@@ -113,10 +126,9 @@ def _require_hub(model: str) -> None:
     import urllib.parse
     import urllib.request
 
-    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub import constants
 
-    name, _, revision = model.partition("@")
-    if isinstance(try_to_load_from_cache(name, "config.json", revision=revision or None), str):
+    if at_hand(model):
         return
     hub = urllib.parse.urlsplit(constants.ENDPOINT)
     cause = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
@@ -128,7 +140,7 @@ def _require_hub(model: str) -> None:
     if cause:
         raise ConfigError(
             f"model={model!r} is not in the local cache and {cause}; give a folder, or download it where there is a "
-            f"network: hf download {name}"
+            f"network: hf download {model.partition('@')[0]}"
         )
 
 

@@ -14,10 +14,11 @@ from eaft_verl.cluster.findings import Finding, node_findings, token_finding, ve
 from eaft_verl.cluster.node_probe import NodeProbe, probe_node, reachable
 from eaft_verl.errors import ConfigError
 from eaft_verl.files import read_json
-from eaft_verl.models import hub_arguments, load_tokenizer, resolve_model
+from eaft_verl.models import load_config, load_tokenizer, resolve_model
 from eaft_verl.planning.arm_plan import disk_at_once
 from eaft_verl.recipe.checks import pending
 from eaft_verl.recipe.config import Config
+from eaft_verl.recipe.model_fit import check_model_fits
 from eaft_verl.runs import run_name
 
 CONNECT_TIMEOUT_S = 5.0
@@ -110,18 +111,17 @@ def recipe_findings(config: Config) -> list[Finding]:
 
 
 def model_finding(config: Config) -> Finding:
-    """Whether configuration and tokenizer load, with a chat template."""
-    from transformers import AutoConfig
-
+    """Whether configuration and tokenizer load, with a chat template, and fit each other and the recipe."""
     try:
         model = resolve_model(config.model)
-        kind = AutoConfig.from_pretrained(**hub_arguments(model)).model_type
-        tokenizer = load_tokenizer(model)
-    except (ConfigError, OSError, ValueError) as error:
-        remedy = "give a folder that every node sees, or download it: hf download ORG/NAME"
+        notes = check_model_fits(config)
+        kind, tokenizer = load_config(model).model_type, load_tokenizer(model)
+    except ConfigError as error:
+        remedy = "give a model folder that every node sees"
         return Finding("model", "fail", f"{config.model}: {str(error).splitlines()[0]}", remedy)
     problem = None if tokenizer.chat_template else f"{config.model} has no chat template"
-    return verdict("model", problem, f"{config.model}: {kind}, {len(tokenizer)} tokens", "choose an instruct model")
+    good = "; ".join([f"{config.model}: {kind}, {len(tokenizer)} tokens", *notes])
+    return verdict("model", problem, good, "choose an instruct model")
 
 
 def address_findings(environ: dict[str, str]) -> list[Finding]:

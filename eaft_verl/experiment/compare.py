@@ -14,8 +14,9 @@ from typing import Any
 from eaft_verl.errors import ConfigError
 from eaft_verl.experiment.processes import CAUSE_FILE, run_stage
 from eaft_verl.experiment.stored import require_same
-from eaft_verl.recipe.checks import check, pending, warn
+from eaft_verl.recipe.checks import check, pending, warn, warn_of
 from eaft_verl.recipe.config import Config
+from eaft_verl.recipe.model_fit import notes_at_hand
 from eaft_verl.recipe.resolve import Recipe, load_recipe, resolve
 from eaft_verl.reporting.report import report
 from eaft_verl.runs import Run, run_name
@@ -48,6 +49,7 @@ def compare(
     require_same(base.run, configs[0])
     for config, pair in zip(configs, stages, strict=True):
         require_same(pair[0].run, config)
+    warn_of(dict.fromkeys(note for config in configs for note in _notes(config)))
     if dry_run:
         _show(configs, base, stages)
         return 0
@@ -166,6 +168,14 @@ def _resolve_all(
     if len({config.output for config in configs}) > 1 or len({config.model for config in configs}) > 1:
         raise ConfigError("arms of one comparison must share `model` and `output`; move them to the shared part")
     return configs
+
+
+def _notes(config: Config) -> list[str]:
+    """What the model says of an arm, before the first one starts."""
+    try:
+        return notes_at_hand(config)
+    except ConfigError as error:
+        raise ConfigError(f"arm {config.arm}: {error}") from None
 
 
 def _run(stage: Stage) -> str | None:

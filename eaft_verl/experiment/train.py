@@ -5,14 +5,17 @@ from pathlib import Path
 from typing import Any
 
 from eaft_verl.cluster.doctor import require_machine
+from eaft_verl.data.prepare import Prepared
 from eaft_verl.errors import RunError
 from eaft_verl.evaluation.settings import evaluation_key
-from eaft_verl.experiment.derive import derive
+from eaft_verl.experiment.derive import Derived, derive
 from eaft_verl.experiment.environment import describe
 from eaft_verl.experiment.stored import SHOWN, settings_that_differ
-from eaft_verl.models import check_same_vocabulary, load_tokenizer, model_key, resolve_model
-from eaft_verl.recipe.config import Config, as_yaml, plain
+from eaft_verl.models import check_same_vocabulary, load_config, load_tokenizer, model_key, resolve_model
+from eaft_verl.recipe.checks import warn_of
+from eaft_verl.recipe.config import Config, as_yaml, changed, plain
 from eaft_verl.recipe.datasets import prepare_data
+from eaft_verl.recipe.model_fit import PACKING, check_model_fits, unpackable
 from eaft_verl.recipe.views import evaluate_settings, objective_of
 from eaft_verl.runs import Run, cause_of, run_name
 from eaft_verl.training.grpo.run import train_grpo
@@ -38,6 +41,7 @@ def train(config: Config, declared: list[str]) -> Run:
         "evaluation": evaluation_key(evaluate_settings(config, heldout.path if heldout else None)),
     }
     config, declared, derived = derive(config, declared, keys, data.examples)
+    config, declared, derived = _fitted(config, declared, derived, [data, heldout] if heldout else [data])
     run = _open(config, declared, keys, derived)
     with run.locked():
         ends = sorted(data.manifest.get("end_of_turn", {}))
@@ -52,6 +56,19 @@ def train(config: Config, declared: list[str]) -> Run:
             run.update(status="failed", error=cause_of(error))
             raise
     return run
+
+
+def _fitted(config: Config, declared: list[str], derived: dict[str, Any], prepared: list[Prepared]) -> Derived:
+    """The configuration as the model can be trained, what was changed recorded as derived; its notes are printed."""
+    sets = [one.examples for one in prepared]
+    notes = check_model_fits(
+        config, [int(one.lengths.max(initial=0)) for one in sets], max(one.largest_id for one in sets)
+    )
+    warn_of(notes)
+    if not config.verl.model.use_remove_padding or not unpackable(load_config(resolve_model(config.model))):
+        return Derived(config, declared, derived)
+    asked = {**derived.get("asked", {}), PACKING: True}
+    return Derived(changed(config, {PACKING: False}), sorted({*declared, PACKING}), {**derived, "asked": asked})
 
 
 def _open(config: Config, declared: list[str], keys: dict[str, str], derived: dict[str, Any]) -> Run:

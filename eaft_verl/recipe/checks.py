@@ -1,6 +1,7 @@
 """Every cross-field check of a resolved configuration, made without torch: fail before the GPU."""
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,13 @@ def pending(config: Config, *, elsewhere: bool = False) -> list[str]:
 
 def warn(missing: list[str]) -> None:
     """Print what a dry run lets pass and a run would not."""
-    for message in missing:
-        print(f"eaft: warning: a run would stop here: {message}", file=sys.stderr)
+    warn_of(f"a run would stop here: {message}" for message in missing)
+
+
+def warn_of(notes: Iterable[str]) -> None:
+    """Print what is allowed and may not be meant."""
+    for note in notes:
+        print(f"eaft: warning: {note}", file=sys.stderr)
 
 
 def _check_data(config: Config, which: str) -> None:
