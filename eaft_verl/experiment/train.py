@@ -6,7 +6,7 @@ from typing import Any
 
 from eaft_verl.cluster.doctor import require_machine
 from eaft_verl.data.prepare import Prepared
-from eaft_verl.errors import RunError
+from eaft_verl.errors import RunError, require
 from eaft_verl.evaluation.settings import evaluation_key
 from eaft_verl.experiment.derive import Derived, derive
 from eaft_verl.experiment.environment import describe
@@ -18,6 +18,7 @@ from eaft_verl.recipe.datasets import prepare_data
 from eaft_verl.recipe.model_fit import PACKING, check_model_fits, unpackable
 from eaft_verl.recipe.views import evaluate_settings, objective_of
 from eaft_verl.runs import Run, cause_of, run_name
+from eaft_verl.training.export import rehearse
 from eaft_verl.training.grpo.run import train_grpo
 from eaft_verl.training.sft.run import check_lengths, check_weights, train_sft
 
@@ -42,9 +43,10 @@ def train(config: Config, declared: list[str]) -> Run:
     }
     config, declared, derived = derive(config, declared, keys, data.examples)
     config, declared, derived = _fitted(config, declared, derived, [data, heldout] if heldout else [data])
+    ends = sorted(data.manifest.get("end_of_turn", {}))
+    _rehearse(config, str(model), ends)
     run = _open(config, declared, keys, derived)
     with run.locked():
-        ends = sorted(data.manifest.get("end_of_turn", {}))
         run.update(status="running", attempt=run.info.get("attempt", 0) + 1, error=None, end_of_turn=ends)
         try:
             if config.trainer == "grpo":
@@ -56,6 +58,17 @@ def train(config: Config, declared: list[str]) -> Run:
             run.update(status="failed", error=cause_of(error))
             raise
     return run
+
+
+def _rehearse(config: Config, model: str, ends: list[str]) -> None:
+    """Print what exports will have to repair of the base model's files; ConfigError for what they cannot."""
+    if notes := rehearse(model, ends):
+        require(
+            config.trainer == "sft",
+            f"model={config.model!r}: {notes[0].partition(':')[0]}, and verl saves it as it is in a GRPO arm; mend the "
+            "model's generation_config.json (a sampling setting needs do_sample: true)",
+        )
+        warn_of(notes)
 
 
 def _fitted(config: Config, declared: list[str], derived: dict[str, Any], prepared: list[Prepared]) -> Derived:

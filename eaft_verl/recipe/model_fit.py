@@ -226,7 +226,9 @@ def _stored_targets(folder: Path, rank: int) -> Any:
     try:
         stored = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"verl.model.lora_adapter_path={str(folder)!r} holds no adapter_config.json: {error}") from None
+        raise ConfigError(
+            f"verl.model.lora_adapter_path={str(folder)!r} holds no adapter_config.json: {error}"
+        ) from None
     parts = {
         "peft_type": stored.get("peft_type", "LORA") != "LORA",
         "use_dora": bool(stored.get("use_dora")),

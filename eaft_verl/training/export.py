@@ -1,16 +1,23 @@
 """A trained model as a Hugging Face folder: safetensors, config, generation config, tokenizer."""
 
+import copy
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
+from eaft_verl.errors import ConfigError, RunError
+from eaft_verl.runs import step_name
+
+HF_FOLDER = "actor/huggingface"  # in verl's checkpoints
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -26,7 +33,8 @@ def export_weights(
     """Gather every weight and, on the writing rank, save them beside the base model's config and tokenizer.
 
     All ranks must walk the iterator: each weight is all-gathered as it is reached. The folder appears under its name
-    only when it is complete. ends: tokens that ended the trained turns, which generation has to stop at.
+    only when it is complete and read back. ends: tokens that ended the trained turns, which generation has to stop at.
+    Raises RunError for a weight that is not finite in `dtype`, or that the files do not hold as it was.
     """
     config = AutoConfig.from_pretrained(base_model)
     state = {}
@@ -36,17 +44,94 @@ def export_weights(
             state[name] = weight.detach().to("cpu", DTYPES[dtype]).contiguous()
     if not write:
         return
+    if bad := [name for name, weight in state.items() if not weight.isfinite().all()]:
+        raise RunError(f"{folder.name} is not exported: {len(bad)} weights are not finite in {dtype}, first {bad[0]}")
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     save_torch_state_dict(state, partial, metadata={"format": "pt"})
-    config.dtype = dtype
-    config.save_pretrained(partial)
-    tokenizer = AutoTokenizer.from_pretrained(base_model)
-    tokenizer.save_pretrained(partial)
-    stops: Any = tokenizer.convert_tokens_to_ids(list(ends))
-    generation_config(base_model, stops).save_pretrained(partial)
+    write_companions(partial, base_model, dtype, ends)
+    _read_back(partial, state)
     os.replace(partial, folder)
+
+
+def export_state(state: Path, run: Path, step: int, base_model: str, dtype: str, ends: Sequence[str]) -> None:
+    """Export the weights that verl left beside a state, if they are there and `run` has no export of the step yet."""
+    target = run / "checkpoints" / step_name(step)
+    if (state / HF_FOLDER).exists() and not (target / "config.json").exists():
+        export_weights(stored_weights(state / HF_FOLDER), target, base_model, dtype, write=True, ends=ends)
+
+
+def stored_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of a folder's safetensors files, one tensor in memory at a time."""
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a mapping
+                yield name, tensors.get_tensor(name)
+
+
+def _read_back(folder: Path, state: dict[str, Tensor]) -> None:
+    """Every weight is in the files, with its values: a full disk or a failing one is found before the name is given."""
+    left = dict(state)
+    for name, weight in stored_weights(folder):
+        if not torch.equal(weight, left.pop(name)):
+            raise RunError(f"{folder}: {name} was not written as it was")
+    if left:
+        raise RunError(f"{folder} lacks {len(left)} of {len(state)} weights, first {min(left)}")
+
+
+def rehearse(base_model: str, ends: Sequence[str]) -> list[str]:
+    """Write all of an export but its weights into a scratch folder, before work; what had to be repaired.
+
+    ConfigError where a part of the base model cannot be saved again: it would be found when training is over.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            note = write_companions(Path(scratch), base_model, export_dtype(base_model), ends)
+        except Exception as error:  # whatever transformers raises
+            text = " ".join(str(error).split())[:300]
+            raise ConfigError(
+                f"model={base_model!r}: its exports could not be written ({type(error).__name__}: {text}); mend its "
+                "config.json, generation_config.json or tokenizer files"
+            ) from None
+    return [note] if note else []
+
+
+def write_companions(folder: Path, base_model: str, dtype: str, ends: Sequence[str]) -> str:
+    """The base model's config, tokenizer and generation config beside weights; what was repaired of the last, or ''."""
+    config = AutoConfig.from_pretrained(base_model)
+    config.dtype = dtype
+    config.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(base_model)
+    tokenizer.save_pretrained(folder)
+    stops: Any = tokenizer.convert_tokens_to_ids(list(ends))
+    generation, note = savable(generation_config(base_model, stops))
+    generation.save_pretrained(folder)
+    return note
+
+
+def savable(config: GenerationConfig) -> tuple[GenerationConfig, str]:
+    """The configuration as transformers agrees to write it, and what was changed.
+
+    Shipped files say temperature without do_sample, which can be read and not saved. They mean sampling: do_sample is
+    set; where that does not help, only the ids of tokens are kept.
+    """
+    tokens = {key: value for key, value in config.to_diff_dict().items() if key.endswith("token_id")}
+    sampling = copy.deepcopy(config)
+    sampling.do_sample = True
+    repaired = ((sampling, "do_sample=true is added"), (GenerationConfig(**tokens), "only its token ids are kept"))
+    cause = ""
+    for candidate, change in ((config, ""), *repaired):
+        try:
+            candidate.validate(strict=True)
+        except ValueError as error:
+            cause = cause or " ".join(str(error).split())[:160]
+        else:
+            return (
+                candidate,
+                change and f"generation_config.json cannot be saved as it is ({cause}): {change} in exports",
+            )
+    raise ConfigError(f"generation_config.json cannot be saved: {cause}")
 
 
 def generation_config(base_model: str, ends: Sequence[int]) -> GenerationConfig:

@@ -22,14 +22,18 @@ def response_seed(seed: int, step: int, messages: list[dict[str, Any]], sample: 
 
 @register(NAME)
 class SeededSingleTurn(SingleTurnAgentLoop):
-    """One prompt, one response. The seed makes a run repeatable however its requests are batched and routed."""
+    """One prompt, one response, which also ends where the prepared turns do.
+
+    The seed makes a run repeatable however its requests are batched and routed.
+    """
 
     async def run(self, sampling_params: dict[str, Any], priority: int = 0, **kwargs: Any) -> AgentLoopOutput:
         """Generate; an exception is written beside the run before it goes on, because verl only counts it."""
         ours, messages = self.config.trainer.eaft, list(kwargs["raw_prompt"])
+        stops = {"stop_token_ids": list(ours.stop_ids)} if ours.stop_ids else {}
         seed = response_seed(ours.seed, int(kwargs["global_steps"]), messages, int(kwargs["session_id"]))
         try:
-            return await super().run({**sampling_params, "seed": seed}, priority, **kwargs)
+            return await super().run({**sampling_params, **stops, "seed": seed}, priority, **kwargs)
         except Exception as error:
             write_text(Path(ours.run) / CAUSE_FILE, f"{type(error).__name__}: {error}\n")
             raise

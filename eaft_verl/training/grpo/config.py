@@ -1,6 +1,7 @@
 """A GRPO arm's resolved configuration -> the configuration of verl's `main_ppo`."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -60,8 +61,11 @@ def prompt_length(config: Config) -> int:
     return data.max_prompt_length or config.data.max_length - data.max_response_length
 
 
-def ppo_config(config: Config, files: RunFiles, schedule: Schedule, stop_ids: list[int], dtype: str) -> DictConfig:
-    """main_ppo's whole configuration, resolved. dtype: of the exports; stop_ids: tokens that end a response.
+def ppo_config(
+    config: Config, files: RunFiles, schedule: Schedule, stop_ids: list[int], dtype: str, ends: Sequence[str] = ()
+) -> DictConfig:
+    """main_ppo's whole configuration, resolved. dtype: of the exports; stop_ids: tokens that end a response; ends: those of them
+    that end the prepared turns, by name.
 
     Verbatim parts of the arm are laid over verl's own tree; the shared keys are put where main_ppo reads them.
     """
@@ -82,7 +86,8 @@ def ppo_config(config: Config, files: RunFiles, schedule: Schedule, stop_ids: li
     _set_reference(tree.actor_rollout_ref.ref, config, verl)
     _set_data(tree.data, config, files)
     _set_trainer(tree.trainer, config, files, schedule)
-    tree.trainer.eaft.update(dtype=dtype, model=files.model)
+    tree.trainer.eaft.update(dtype=dtype, model=files.model, ends=list(ends))
+    tree.trainer.eaft.stop_ids = [] if tree.actor_rollout_ref.rollout.ignore_eos else stop_ids
     tree.trainer.v1.trainer_mode = TRAINER
     tree.trainer.v1.sampler.update(_sampler(config, files, stop_ids))
     tree.critic.enable = False  # what group advantages imply; left null, verl warns that it infers it
@@ -236,11 +241,12 @@ def save_steps(config: Config, steps: int, prompts: int) -> list[int]:
     return [step for step in range(1, steps) if step % every == 0]
 
 
-def stop_ids(model: str) -> list[int]:
-    """Tokens that end a response, as the rollout servers know them: the tokenizer's and the generation config's."""
+def stop_ids(model: str, ends: Sequence[str] = ()) -> list[int]:
+    """Tokens that end a response: the tokenizer's, the generation config's, and those that end the prepared turns."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-    found = {AutoTokenizer.from_pretrained(model).eos_token_id}
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    found = {tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(list(ends))}
     try:
         config: Any = GenerationConfig.from_pretrained(model)
     except OSError:  # many base models carry none; transformers then takes the model's

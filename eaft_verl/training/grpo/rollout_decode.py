@@ -24,6 +24,7 @@ class Sampling:
     top_k: int = -1
     top_p: float = 1.0
     ignore_eos: bool = False
+    stop_ids: frozenset[int] = frozenset()  # besides the model's own
 
 
 @dataclass(eq=False)
@@ -117,7 +118,7 @@ class _Sampler(LogitsProcessor):
                 continue
             request.tokens.append(token)
             request.log_probs.append(log_prob)
-            if token in self.stop_ids and not request.sampling.ignore_eos:
+            if token in self.stop_ids | request.sampling.stop_ids and not request.sampling.ignore_eos:
                 request.finish = "stop"
             elif len(request.tokens) == request.sampling.max_tokens:
                 request.finish = "length"

@@ -28,7 +28,17 @@ from eaft_verl.training.verl_cpu.private import register_adapter
 NAME = "hf"
 BURST_S = 0.05  # requests arrive one by one; when none has come for so long, those that have are a batch
 KNOWN_PARAMETERS = frozenset(
-    ("temperature", "top_p", "top_k", "repetition_penalty", "logprobs", "max_tokens", "seed", "ignore_eos")
+    (
+        "temperature",
+        "top_p",
+        "top_k",
+        "repetition_penalty",
+        "logprobs",
+        "max_tokens",
+        "seed",
+        "ignore_eos",
+        "stop_token_ids",
+    )
 )
 
 
@@ -46,6 +56,7 @@ def request_of(prompt: Sequence[int], parameters: dict[str, Any], longest: int, 
         top_k=int(parameters.get("top_k", -1)),
         top_p=float(parameters.get("top_p", 1.0)),
         ignore_eos=parameters.get("ignore_eos", ignore_eos),
+        stop_ids=frozenset(parameters.get("stop_token_ids") or ()),
     )
     return Request(tuple(map(int, prompt)), sampling, parameters["seed"])
 

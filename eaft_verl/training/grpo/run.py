@@ -43,6 +43,7 @@ class Plan:
     schedule: Schedule
     per_epoch: int
     updates: int
+    ends: list[str]
 
 
 def train_grpo(config: Config, run: Run, data: Prepared, model: str, tokenizer: Any) -> dict[str, Any]:
@@ -56,13 +57,15 @@ def train_grpo(config: Config, run: Run, data: Prepared, model: str, tokenizer: 
     from eaft_verl.training.interruption import sigterm_as_request
 
     plan = _plan(config, run, data, model, tokenizer)
+    _export_newest(run, plan)
     metrics_file = run.path / ".verl_metrics.jsonl"
     started = time.monotonic()
-    with grpo_session(config.device, world_size(config), str(metrics_file)), sigterm_as_request() as stop:
-        require_cluster(config)
-        settings = _settings(config, plan)
-        metrics_file.unlink(missing_ok=True)
-        _follow(config, run, plan, settings, Follower(run, metrics_file, plan.per_epoch), stop)
+    if plan.schedule.start < plan.schedule.steps:
+        with grpo_session(config.device, world_size(config), str(metrics_file)), sigterm_as_request() as stop:
+            require_cluster(config)
+            settings = _settings(config, plan)
+            metrics_file.unlink(missing_ok=True)
+            _follow(config, run, plan, settings, Follower(run, metrics_file, plan.per_epoch), stop)
     rows = run.metrics()
     total = plan.schedule.steps * plan.updates
     if not rows or rows[-1]["step"] < total:
@@ -85,6 +88,16 @@ def train_grpo(config: Config, run: Run, data: Prepared, model: str, tokenizer: 
         "memory_gib_per_worker": [rows[-1]["memory_gib"]],
         **({"memory_gib_rollout": rows[-1]["rollout_memory_gib"]} if "rollout_memory_gib" in rows[-1] else {}),
     }
+
+
+def _export_newest(run: Run, plan: Plan) -> None:
+    """The export that an earlier attempt ended in, where it left the weights of its state."""
+    from eaft_verl.training.export import export_dtype, export_state
+
+    start, model = plan.schedule.start, plan.files.model
+    if start in plan.schedule.points:
+        state = plan.files.resume / f"global_step_{start}"
+        export_state(state, run.path, start * plan.updates, model, export_dtype(model), plan.ends)
 
 
 def _stopped(config: Config, run: Run, plan: Plan) -> RunError:
@@ -125,7 +138,8 @@ def _plan(config: Config, run: Run, data: Prepared, model: str, tokenizer: Any) 
     for leftover in (CAUSE_FILE, TRACE_FILE, STOP_FILE):
         (run.path / leftover).unlink(missing_ok=True)
     schedule = Schedule(steps, evaluation_points(steps), save_steps(config, steps, count), start)
-    return Plan(files, schedule, max(1, count // config.verl.data.train_batch_size), updates)
+    ends = sorted(data.manifest.get("end_of_turn", {}))
+    return Plan(files, schedule, max(1, count // config.verl.data.train_batch_size), updates, ends)
 
 
 def _settings(config: Config, plan: Plan) -> DictConfig:
@@ -135,8 +149,8 @@ def _settings(config: Config, plan: Plan) -> DictConfig:
 
     from eaft_verl.training.export import export_dtype
 
-    model = plan.files.model
-    settings = ppo_config(config, plan.files, plan.schedule, stop_ids(model), export_dtype(model))
+    model, ends = plan.files.model, plan.ends
+    settings = ppo_config(config, plan.files, plan.schedule, stop_ids(model, ends), export_dtype(model), ends)
     validate_config(settings, need_reference_policy(settings), need_critic(settings))
     return settings
 

@@ -82,12 +82,14 @@ class Trainer:
         trainer = self.config.verl.trainer
         save_every = self._frequency(trainer.save_freq)
         test_every = self._frequency(trainer.test_freq)
+        evaluate = last = False
         for row in self.run.metrics():
-            self.plan.after(row)
+            evaluate, last = self.plan.after(row)
         self.board = SummaryWriter(str(self.run.path / "tensorboard"), purge_step=self.state["step"] + 1)
         progress = Progress(f"{self.config.arm}", self.plan.expected, self.state["step"])
-        last = False
         try:
+            if evaluate:
+                self.export(self.state["step"])  # where an earlier attempt could not
             while not last:
                 self._leave_if_asked(stop)
                 step = self.state["step"] + 1
@@ -197,7 +199,12 @@ class Trainer:
         """The model at this step, for evaluation and use."""
         folder = self.run.path / "checkpoints" / step_name(step)
         if not (folder / "config.json").exists():
-            self.group.export(str(folder), self.model, export_dtype(self.model), self.run.info.get("end_of_turn", []))
+            ends = self.run.info.get("end_of_turn", [])
+            try:
+                self.group.export(str(folder), self.model, export_dtype(self.model), ends)
+            except Exception:  # whatever it is, what has been learned is kept: the next attempt begins with this export
+                checkpoint.save(self.run, self.group, step, self.state, self.config.verl.trainer.max_ckpt_to_keep)
+                raise
 
     def _frequency(self, value: int | str) -> float:
         """Steps between two events; infinity for never (any step % inf is the step itself, never 0)."""

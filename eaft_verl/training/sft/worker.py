@@ -90,12 +90,14 @@ class EaftWorker(TrainingWorker):
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def export(self, folder: str, base_model: str, dtype: str, ends: Sequence[str] = ()) -> None:
         """Write the model as a Hugging Face folder that transformers and vLLM load; collective, rank 0 writes."""
-        if self.model_config.lora_rank > 0:
-            with merged_lora_context(self.engine.module, backup_adapters=True):
-                self._export(self._merged_weights(), folder, base_model, dtype, ends)
-        else:
-            self._export(self.engine.get_per_tensor_param()[0], folder, base_model, dtype, ends)
-        dist.barrier()
+        try:
+            if self.model_config.lora_rank > 0:
+                with merged_lora_context(self.engine.module, backup_adapters=True):
+                    self._export(self._merged_weights(), folder, base_model, dtype, ends)
+            else:
+                self._export(self.engine.get_per_tensor_param()[0], folder, base_model, dtype, ends)
+        finally:
+            dist.barrier()  # the others wait for rank 0 also when it cannot write
 
     def _merged_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Base plus adapters; verl's own iterator rounds them to bfloat16 on the way to a rollout."""
