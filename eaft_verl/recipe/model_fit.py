@@ -15,6 +15,7 @@ from typing import Any
 from eaft_verl.errors import ConfigError, require
 from eaft_verl.models import at_hand, load_config, load_tokenizer, resolve_model
 from eaft_verl.recipe.config import Config
+from eaft_verl.recipe.views import objective_of
 
 CAUSAL = "ForCausalLM"
 PACKING = "verl.model.use_remove_padding"
@@ -37,9 +38,13 @@ def check_model_fits(config: Config, lengths: Iterable[int] = (), largest_id: in
     _check_kind(config, model)
     notes = _check_vocabulary(config, model, load_tokenizer(resolved), largest_id)
     notes += _check_positions(config, model, max(lengths, default=0))
+    skeleton = modules_of(model)
+    _check_attention(config, skeleton)
     notes += _check_packing(config, model)
     if config.verl.model.lora_rank > 0:
-        _check_adapter(config, model)
+        _check_adapter(config, skeleton)
+    if config.trainer == "sft" and (k := objective_of(config).k) > (rows := model.get_text_config().vocab_size):
+        notes.append(f"objective.k={k} and the model has {rows} tokens: entropy is that of all of them")
     if any(getattr(model.get_text_config(), name, None) for name in EXPERTS):
         notes.append(f"{model.model_type} routes tokens to experts: its router's balance loss is part of no objective")
     return notes
@@ -67,8 +72,8 @@ def _check_kind(config: Config, model: Any) -> None:
         f"text model of its family (…{CAUSAL})",
     )
     require(
-        CAUSAL in classes[0] or classes[0].endswith("LMHeadModel"),
-        f"{name} is a {classes[0]}, which has no head that predicts the next token; use a …{CAUSAL}",
+        CAUSAL in classes[0],
+        f"{name} is a {classes[0]}, and verl builds the head that predicts tokens for a …{CAUSAL} only; use one",
     )
 
 
@@ -157,9 +162,19 @@ def modules_of(model: Any) -> Any:
         return AutoModelForCausalLM.from_config(copy.deepcopy(model))
 
 
+def _check_attention(config: Config, skeleton: Any) -> None:
+    """What transformers raises when the workers build the model."""
+    asked = (config.verl.model.override_config or {}).get("attn_implementation", "flash_attention_2")
+    flag = {"sdpa": "_supports_sdpa", "flash_attention_2": "_supports_flash_attn"}.get(asked)
+    require(
+        flag is None or getattr(skeleton, flag, True),
+        f"{type(skeleton).__name__} has no attention {asked}: set verl.model.override_config.attn_implementation=eager",
+    )
+
+
 def _check_packing(config: Config, model: Any) -> list[str]:
     reason = unpackable(model)
-    if reason is None:
+    if not reason:
         return []
     parallel = config.verl.engine.ulysses_sequence_parallel_size
     require(
@@ -177,7 +192,7 @@ def _check_packing(config: Config, model: Any) -> list[str]:
     return [f"{model.model_type} has {reason}: rows are padded, not packed (verl.model.use_remove_padding=false)"]
 
 
-def _check_adapter(config: Config, model: Any) -> None:
+def _check_adapter(config: Config, skeleton: Any) -> None:
     """The adapter sits on modules that exist, and on such that its merge into the base reaches."""
     settings = config.verl.model
     if settings.lora_adapter_path is not None:
@@ -188,7 +203,6 @@ def _check_adapter(config: Config, model: Any) -> None:
         not getattr(settings, "target_parameters", None),
         "verl.model.target_parameters: adapters on bare parameters are not merged into the export; set it to null",
     )
-    skeleton = modules_of(model)
     names = {name: module for name, module in skeleton.named_modules() if type(module).__name__ != "ModuleList"}
     ends = [skeleton.get_input_embeddings(), skeleton.get_output_embeddings()]
     inner = [name for name, one in names.items() if type(one).__name__ == "Linear" and one is not ends[1]]
@@ -197,8 +211,8 @@ def _check_adapter(config: Config, model: Any) -> None:
         matched = [name for name in names if _matches(name, target, regex=isinstance(targets, str))]
         require(
             matched,
-            f"verl.model.target_modules: {target!r} matches no module of {model.model_type}; its linear modules are "
-            f"{', '.join(linear[:SHOWN])}, or all-linear",
+            f"verl.model.target_modules: {target!r} matches no module of {type(skeleton).__name__}; its linear modules "
+            f"are {', '.join(linear[:SHOWN])}, or all-linear",
         )
         touched = [name for name in matched if any(names[name] is end for end in ends)]
         require(
@@ -222,7 +236,7 @@ def _matches(name: str, target: str, *, regex: bool) -> bool:
 
 
 def _stored_targets(folder: Path, rank: int) -> Any:
-    """Modules of an adapter on disk; ConfigError for one that is not a plain LoRA, whose merge would leave parts out."""
+    """Modules of an adapter on disk; ConfigError for one that is no plain LoRA: its merge would leave parts out."""
     try:
         stored = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

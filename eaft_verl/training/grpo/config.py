@@ -64,8 +64,9 @@ def prompt_length(config: Config) -> int:
 def ppo_config(
     config: Config, files: RunFiles, schedule: Schedule, stop_ids: list[int], dtype: str, ends: Sequence[str] = ()
 ) -> DictConfig:
-    """main_ppo's whole configuration, resolved. dtype: of the exports; stop_ids: tokens that end a response; ends: those of them
-    that end the prepared turns, by name.
+    """main_ppo's whole configuration, resolved.
+
+    dtype: of the exports; stop_ids: tokens that end a response; ends: those that end the prepared turns, by name.
 
     Verbatim parts of the arm are laid over verl's own tree; the shared keys are put where main_ppo reads them.
     """

@@ -18,6 +18,7 @@ from eaft_verl.training.sft.anchor import anchor_sources, needs_second_model, re
 from eaft_verl.training.sft.base_pass import base_stats
 from eaft_verl.training.sft.loss import TokenLoss
 from eaft_verl.training.sft.old_policy import OldPolicy
+from eaft_verl.training.sft.self_check import self_check
 from eaft_verl.training.sft.trainer import Trainer, total_steps
 from eaft_verl.training.sft.workers import start_workers, stop_workers
 
@@ -38,6 +39,7 @@ def train_arm(
     group = start_workers(config, model, total_steps(config, len(examples)), TokenLoss(plain), reference)
     try:
         trainer = Trainer(config, run, group, examples, heldout, model)
+        run.update(self_check=self_check(config, group, examples, model))
         objective = _complete(config, trainer, objective, keys)
         _say_whether_fused(config, run, objective, group)
         started = time.monotonic()

@@ -1,6 +1,7 @@
 """The training loop: batches to the workers, metrics to the run, a model at every evaluation point."""
 
 import math
+import shutil
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from eaft_verl.training.sft.batches import TokenSource, balanced, make_batch, se
 from eaft_verl.training.sft.loss import BATCH_FLAGS
 from eaft_verl.training.sft.old_policy import OldPolicy
 from eaft_verl.training.sft.order import PADDING, batch_indices, steps_per_epoch
+from eaft_verl.training.sft.self_check import check_export
 
 LOGGED = (
     *("loss", "nll", "token_accuracy", "entropy", "weight_mean", "weight_p10", "weight_p50", "weight_p90", "ess"),
@@ -61,6 +63,7 @@ class Trainer:
         self.state: dict[str, Any] = {"step": 0, "seconds": 0.0, "tokens": 0, "samples": 0, "tau": None}
         self.old_policy: OldPolicy | None = None
         self.nonfinite = 0
+        self.exported = False
         self.board: Any = None
 
     def infer(self, examples: Sequence[Example], indices: list[int], **flags: Any) -> Any:
@@ -199,10 +202,14 @@ class Trainer:
         """The model at this step, for evaluation and use."""
         folder = self.run.path / "checkpoints" / step_name(step)
         if not (folder / "config.json").exists():
-            ends = self.run.info.get("end_of_turn", [])
+            ends, dtype = self.run.info.get("end_of_turn", []), export_dtype(self.model)
             try:
-                self.group.export(str(folder), self.model, export_dtype(self.model), ends)
+                self.group.export(str(folder), self.model, dtype, ends)
+                if not self.exported:
+                    check_export(self.config, self.group, self.examples, str(folder), dtype)
+                self.exported = True
             except Exception:  # whatever it is, what has been learned is kept: the next attempt begins with this export
+                shutil.rmtree(folder, ignore_errors=True)
                 checkpoint.save(self.run, self.group, step, self.state, self.config.verl.trainer.max_ckpt_to_keep)
                 raise
 

@@ -1,5 +1,6 @@
 """One Ray actor per device: verl's TrainingWorker with our loss, our statistics and an export."""
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from verl.workers.engine_workers import TrainingWorker, TrainingWorkerConfig
 from eaft_verl.training.export import export_weights
 from eaft_verl.training.sft.anchor_model import AdapterOff, Reference
 from eaft_verl.training.sft.fused_head import FusedHeadEngine, fuse
+from eaft_verl.training.sft.self_check import plain_nll
 from eaft_verl.training.sft.step_metrics import summarize
 
 _PER_DP_RANK = make_nd_compute_dataproto_dispatch_fn(mesh_name="train")
@@ -86,6 +88,21 @@ class EaftWorker(TrainingWorker):
         if not forward_only:
             metrics["lr"] = self._lr
         return result
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def plain_nll(
+        self, model: str, rows: list[list[int]], share: float, adapter: bool
+    ) -> tuple[list[torch.Tensor], str]:
+        """Rank 0: the rows through transformers alone, where `share` of the free memory holds the model again.
+
+        adapter: with the one that training starts from.
+        """
+        if dist.get_rank():
+            return [], ""
+        free = get_torch_device().mem_get_info()[0]
+        config = copy.deepcopy(self.model_config.hf_config)
+        start = self.model_config.lora_adapter_path if adapter else None
+        return plain_nll(model, config, start, rows, get_device_id(), share * free)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def export(self, folder: str, base_model: str, dtype: str, ends: Sequence[str] = ()) -> None:
