@@ -26,6 +26,7 @@ class Taken:
     """What became of one row. `fault`: (kind, reason) if it has no examples; `digest`: of what it says, if it says it.
 
     name: the row's own id, else the digest's beginning. left_turns: turns that are too long and were left out.
+    ends: what ends the turns of its examples.
     """
 
     source: int
@@ -38,6 +39,7 @@ class Taken:
     open_turns: int = 0
     escaped: int = 0
     left_turns: int = 0
+    ends: tuple[str, ...] = ()
     hits: set[Hit] = field(default_factory=set)
 
 
@@ -48,7 +50,6 @@ class Chunk:
     rows: list[Taken]
     batch: pa.RecordBatch
     unused: Counter[str]
-    ends: Counter[str]
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Taker:
 
     def __call__(self, rows: Sequence[RawRow]) -> Chunk:
         """What became of these rows. The tokenizer is asked for all of them at once."""
-        chunk, examples = Chunk([], pa.record_batch([]), Counter(), Counter()), list[Example]()
+        chunk, examples = Chunk([], pa.record_batch([]), Counter()), list[Example]()
         drafts = []
         for source, number, row in rows:
             taken = Taken(source, number)
@@ -98,7 +99,7 @@ class Taker:
         taken.truncated = sum(one.truncated for one in encoded)
         taken.open_turns = sum(one.open_turns for one in encoded)
         taken.left_turns = _trainable(messages) - len(encoded) if spec.turns == "split" else 0
-        chunk.ends.update(end for one in encoded for end in one.ends)
+        taken.ends = tuple(end for one in encoded for end in one.ends)
         if self.against:
             taken.hits = self.against.find(messages)
         source = spec.sources[taken.source]

@@ -35,7 +35,11 @@ CHUNK = 128  # rows that a process takes at a time
 _ALONE = 2048  # rows up to which one process is faster than several
 _NUMBER_BITS = 48  # of a row's place as one number, which takes a third of a pair's memory
 _LINE = np.dtype(
-    [("source", "i4"), ("digest", "u8"), *((key, "i4") for key in ("examples", "truncated", "open", "escaped", "left"))]
+    [
+        ("source", "i4"),
+        ("digest", "u8"),
+        *((key, "i4") for key in ("examples", "truncated", "open", "escaped", "left", "ends")),
+    ]
 )
 
 
@@ -49,7 +53,7 @@ class Outcome:
     rejected: list[dict[str, Any]] = field(default_factory=list)
     refused: list[dict[str, Any]] = field(default_factory=list)
     unused: Counter[str] = field(default_factory=Counter)
-    ends: Counter[str] = field(default_factory=Counter)
+    kinds: dict[tuple[str, ...], int] = field(default_factory=dict)  # what ends a row's turns: number in kept_N
     leaks: list[tuple[str, set[Hit]]] = field(default_factory=list)
     kept_N: NDArray[Any] = field(default_factory=lambda: np.zeros(0, _LINE))
     tokens_E: NDArray[np.int32] = field(default_factory=lambda: np.zeros((0, 2), np.int32))
@@ -61,6 +65,15 @@ class Outcome:
     def chosen_E(self) -> NDArray[np.bool_]:
         """Whether each spilled example is in the mixture."""
         return np.repeat(self.chosen_N, self.kept_N["examples"])
+
+    @property
+    def ends(self) -> Counter[str]:
+        """How often each token ends the turns of an example in the mixture."""
+        found, kinds_N = Counter[str](), self.kept_N["ends"][self.chosen_N]
+        for ends, kind in self.kinds.items():
+            rows = int((kinds_N == kind).sum())
+            found.update({end: ends.count(end) * rows for end in ends} if rows else {})
+        return found
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """The examples of the mixture, read from the spill."""
@@ -118,9 +131,9 @@ class _Merge:
             if kept:
                 names += self._names(taken)
                 numbers = (taken.examples, taken.truncated, taken.open_turns, taken.escaped, taken.left_turns)
-                lines.append((taken.source, int(taken.digest[:16], 16), *numbers))
+                kind = self.outcome.kinds.setdefault(taken.ends, len(self.outcome.kinds))
+                lines.append((taken.source, int(taken.digest[:16], 16), *numbers, kind))
         self.outcome.unused.update(chunk.unused)
-        self.outcome.ends.update(chunk.ends)
         if not names:
             return
         batch = chunk.batch if all(keep) else chunk.batch.filter(pa.array(keep))

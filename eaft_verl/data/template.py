@@ -96,8 +96,6 @@ class ChatTemplate:
         """The conversation as the chat template writes it; `generate` adds the opening of an assistant turn."""
         from jinja2.exceptions import TemplateError
 
-        kwargs = dict(self.kwargs or {})
-        day = datetime.datetime.fromisoformat(str(kwargs["date"])) if "date" in kwargs else TODAY
         source = _source(self.tokenizer)
         try:
             return self.tokenizer.apply_chat_template(
@@ -105,11 +103,17 @@ class ChatTemplate:
                 tools=self.tools,
                 tokenize=False,
                 add_generation_prompt=generate,
-                strftime_now=day.strftime,
-                **kwargs,
+                **template_arguments(self.kwargs),
             )
         except (TemplateError, TypeError, AttributeError, KeyError, ValueError) as error:
             raise RowError("template_refuses", f"the chat template refuses this conversation: {error}") from None
+
+
+def template_arguments(kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a chat template is called with: a row's or recipe's arguments, and the date that it may print."""
+    given = dict(kwargs or {})
+    day = datetime.datetime.fromisoformat(str(given["date"])) if "date" in given else TODAY
+    return {"strftime_now": day.strftime, **given}
 
 
 def render(

@@ -162,7 +162,7 @@ def _prepare_drift(session: _Session) -> None:
 
     wanted = session.settings.drift_settings()
     assert wanted is not None
-    prompts = drift.prompts_of(wanted)
+    prompts = drift.prompts_of(wanted, session.settings.chat_template_kwargs)
     model, tokenizer = session.model(session.base)
     if drift.has_answers(prompts):
         session.probe = drift.given_probe(tokenizer, prompts, wanted, session.settings.max_length)

@@ -3,7 +3,7 @@
 Dimension letters: B prompts of a batch, T answer tokens of one example, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,15 +27,15 @@ _CONVERSATION_KEYS = ("messages", "conversations", *RESPONSE_KEYS)
 _HIGHER_IS_BETTER = {"kl": False, "agreement": True, "nll": False}
 
 
-def prompts_of(settings: DriftSettings) -> list[dict[str, Any]]:
+def prompts_of(settings: DriftSettings, kwargs: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
     """The first `rows` rows of the source as {id, messages, tools}; messages end with an answer if the rows have one.
 
-    Raises DataError if only some rows have an answer.
+    kwargs: what their template is called with besides a row's own. Raises DataError if only some rows have an answer.
     """
     rows = read_rows(settings.data)[: settings.rows]
     if not rows:
         raise DataError(f"evaluate.drift.data={settings.data!r} holds no rows")
-    prompts = [{"id": str(row.get("id", number)), **_prompt(row)} for number, row in enumerate(rows)]
+    prompts = [{"id": str(row.get("id", number)), **_prompt(row, kwargs)} for number, row in enumerate(rows)]
     answered = [number for number, prompt in enumerate(prompts, 1) if prompt["messages"][-1]["role"] == "assistant"]
     if answered and len(answered) < len(prompts):
         raise DataError(
@@ -45,14 +45,14 @@ def prompts_of(settings: DriftSettings) -> list[dict[str, Any]]:
     return prompts
 
 
-def _prompt(row: dict[str, Any]) -> dict[str, Any]:
-    """{messages, tools}; a row that is only a prompt is a single user turn, which training formats do not allow."""
+def _prompt(row: dict[str, Any], given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """{messages, tools, chat_template_kwargs}; a row that is only a prompt is a single user turn, which training formats do not allow."""
     prompt = next((row[key] for key in PROMPT_KEYS if isinstance(row.get(key), str)), None)
     if prompt is not None and not any(row.get(key) is not None for key in _CONVERSATION_KEYS):
-        return {"messages": [{"role": "user", "content": prompt}], "tools": None}
+        return {"messages": [{"role": "user", "content": prompt}], "tools": None, "chat_template_kwargs": given}
     messages, extra = to_messages(row)
-    kwargs = {key: value for key, value in extra.items() if key == "chat_template_kwargs"}
-    return {"messages": messages, "tools": extra.get("tools"), **kwargs}
+    kwargs = {**(given or {}), **extra.get("chat_template_kwargs", {})}
+    return {"messages": messages, "tools": extra.get("tools"), "chat_template_kwargs": kwargs}
 
 
 def has_answers(prompts: list[dict[str, Any]]) -> bool:
@@ -70,7 +70,8 @@ def given_probe(
     examples = []
     for number, prompt in enumerate(prompts, 1):
         try:
-            turns = encode(tokenizer, prompt["messages"], max_length, "truncate", "split", prompt["tools"])
+            said = prompt["messages"], max_length, "truncate", "split", prompt["tools"], prompt["chat_template_kwargs"]
+            turns = encode(tokenizer, *said)
         except RowError as error:
             raise DataError(f"{settings.data} row {number}: {error}") from error
         for ordinal, one in enumerate(turns):
@@ -95,7 +96,7 @@ def make_probe(
 ) -> Sequence[Example]:
     """The base's own greedy answers of at most new_tokens tokens, its end token included where it came to an end."""
     texts = [
-        render(tokenizer, prompt["messages"], prompt["tools"], generate=True, kwargs=prompt.get("chat_template_kwargs"))
+        render(tokenizer, prompt["messages"], prompt["tools"], generate=True, kwargs=prompt["chat_template_kwargs"])
         for prompt in prompts
     ]
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]

@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from eaft_verl.data.template import TODAY
+from eaft_verl.data.template import template_arguments
 from eaft_verl.errors import DataError
 from eaft_verl.evaluation.benchmarks import Benchmark
 from eaft_verl.evaluation.quiet import quiet
@@ -101,7 +101,7 @@ def language_model(
             tokenizer=tokenizer,
             batch_size=batch_size,
             max_length=settings.max_length,
-            chat_template_args={"strftime_now": TODAY.strftime},
+            chat_template_args=template_arguments(settings.chat_template_kwargs),
         )
 
 
@@ -112,7 +112,7 @@ def vllm_model(path: Path | str, settings: EvaluateSettings) -> LM:
     source = hub_arguments(path)
     arguments: dict[str, Any] = {"pretrained": source.pop("pretrained_model_name_or_path"), **source}
     arguments |= {"dtype": "bfloat16", "seed": SEED, "max_model_len": settings.max_length}
-    arguments |= {"chat_template_args": {"strftime_now": TODAY.strftime}, **settings.backend_args}
+    arguments |= {"chat_template_args": template_arguments(settings.chat_template_kwargs), **settings.backend_args}
     return get_model("vllm")(**arguments)
 
 

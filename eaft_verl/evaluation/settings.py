@@ -34,7 +34,7 @@ class EvaluateSettings:
     target, general: task names or {task, data, limit, metric}. heldout: prepared data (a parquet file) whose NLL is
     the held-out NLL. drift: see DriftSettings. limit: first examples of every benchmark, and of a group of tasks in
     all, drawn evenly from its tasks. backend_args: for hf, HF_ARGUMENTS; for vllm, arguments of lm_eval's vllm model.
-    max_length: tokens of prompt and answer together.
+    max_length: tokens of prompt and answer together. chat_template_kwargs: what the recipe's data are rendered with.
     """
 
     target: list[Any] = field(default_factory=list)
@@ -45,6 +45,7 @@ class EvaluateSettings:
     backend: str = "hf"
     backend_args: dict[str, Any] = field(default_factory=dict)
     max_length: int = 2048
+    chat_template_kwargs: dict[str, Any] | None = None
 
     def entries(self, side: str) -> list[Entry]:
         """Parsed entries of 'target' or 'general', the common limit filled in."""
@@ -133,6 +134,8 @@ def evaluation_key(settings: EvaluateSettings) -> str:
         "lm_eval": importlib.metadata.version("lm_eval") if importlib.util.find_spec("lm_eval") else None,
         "math_verify": boxed and importlib.util.find_spec("math_verify") is not None,
     }
+    if settings.chat_template_kwargs:
+        description["chat_template_kwargs"] = settings.chat_template_kwargs
     return hashlib.sha256(json.dumps(description, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

@@ -48,6 +48,7 @@ def train(config: Config, declared: list[str]) -> Run:
     run = _open(config, declared, keys, derived)
     with run.locked():
         run.update(status="running", attempt=run.info.get("attempt", 0) + 1, error=None, end_of_turn=ends)
+        run.update(sources=data.manifest.get("sources", {}))
         try:
             if config.trainer == "grpo":
                 run.update(**train_grpo(config, run, data, str(model), tokenizer))

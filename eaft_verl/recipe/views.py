@@ -53,6 +53,6 @@ def evaluate_settings(config: Config, heldout: Path | None = None) -> EvaluateSe
     block = plain(config.evaluate)
     block.pop("points")
     block["backend_args"] = block["backend_args"] or {}
-    named = source_of(config, "heldout")
+    named, arguments = source_of(config, "heldout"), plain(config.data.chat_template_kwargs)
     source = str(heldout) if heldout else named if named is None or isinstance(named, str) else json.dumps(named)
-    return EvaluateSettings(**block, heldout=source, max_length=config.data.max_length)
+    return EvaluateSettings(**block, heldout=source, max_length=config.data.max_length, chat_template_kwargs=arguments)

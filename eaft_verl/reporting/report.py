@@ -89,6 +89,7 @@ def measure(
         "config_differences": config_differences(arms),
         "budgets": budgets(arms),
         "cost": cost(arms),
+        "sources": first.get("sources", {}),
         "samples": sample_answers(base, arms),
         "environment": environment(base, arms, out),
     }

@@ -223,6 +223,19 @@ def _cost(name: str, value: Any) -> str:
     return percent(value) if name == "generation_share" else number(value, 2 if name == "memory_gib" else 0)
 
 
+def sources_table(report: Row) -> Table:
+    """Of each part of the training data: rows taken and left, and what it trains."""
+    header = ("Source", "Rows", "left out", "rejected", "Examples", "Trained tokens", "Share")
+    found = report["sources"]
+    total = sum(one["tokens"]["trained"] for one in found.values())
+    rows = []
+    for name, one in found.items():
+        trained = one["tokens"]["trained"]
+        counts = (one["kept"], one["left_out"], sum(one["rejected"].values()), one["examples"], trained)
+        rows.append([Cell(name), *(Cell(f"{count:,}") for count in counts), Cell(percent(trained / max(total, 1)))])
+    return Table([*map(Cell, header)], rows)
+
+
 def environment_tables(report: Row) -> list[Table]:
     """Where the runs lie, then what differs between them, then what is equal in all."""
     found = report["environment"]

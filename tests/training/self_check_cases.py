@@ -105,7 +105,7 @@ def run_all(rank: int, folder: str, recipe: str) -> None:
         {
             **{"VERL_PLATFORM": "cpu", "VERL_ENGINE_DEVICE": "cuda", "VERL_LOGGING_LEVEL": "ERROR"},
             **{"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "DIST_INIT_METHOD": f"file://{folder}/rendezvous"},
-            "OMP_NUM_THREADS": "1",
+            **{"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},
         }
     )
     import torch

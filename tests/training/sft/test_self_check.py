@@ -53,7 +53,9 @@ def test_state_across_rows_is_caught_and_padding_is_right(found: dict[Any, Any],
 
 def test_attention_that_overlooks_where_a_row_begins_is_caught(found: dict[Any, Any]) -> None:
     message = found[BLIND[0], BLIND[1:]]
-    assert "rows of one micro-batch see each other" in message and f"{found['llama', ()]['single']:.5f} one by" in message
+    assert (
+        "rows of one micro-batch see each other" in message and f"{found['llama', ()]['single']:.5f} one by" in message
+    )
 
 
 def test_attention_that_computes_another_model_is_caught(found: dict[Any, Any]) -> None:
