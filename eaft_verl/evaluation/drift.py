@@ -46,7 +46,7 @@ def prompts_of(settings: DriftSettings, kwargs: Mapping[str, Any] | None = None)
 
 
 def _prompt(row: dict[str, Any], given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """{messages, tools, chat_template_kwargs}; a row that is only a prompt is a single user turn, which training formats do not allow."""
+    """{messages, tools, chat_template_kwargs}; a prompt alone is a user turn, which training formats do not allow."""
     prompt = next((row[key] for key in PROMPT_KEYS if isinstance(row.get(key), str)), None)
     if prompt is not None and not any(row.get(key) is not None for key in _CONVERSATION_KEYS):
         return {"messages": [{"role": "user", "content": prompt}], "tools": None, "chat_template_kwargs": given}
