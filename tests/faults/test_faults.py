@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from . import recipes, stops  # noqa: F401 - each module registers its rows
+from . import compatibility, recipes, stops  # noqa: F401 - each module registers its rows
 from .matrix import FAULTS, Fault, Lab
 
 ROWS = [pytest.param(row, id=row.name, marks=[pytest.mark.slow] * row.slow) for row in FAULTS]

@@ -213,7 +213,7 @@ def test_a_save_becomes_an_export_a_state_or_both(tmp_path: Path) -> None:
 
     model = grpo_fixtures.character_model(tmp_path / "model")
     ours = {**asdict(Schedule(6, [3, 6], [2])), "run": str(tmp_path / "run")}
-    ours |= {"model": str(model), "dtype": "float32", "updates": 10, "keep": 2}
+    ours |= {"model": str(model), "dtype": "float32", "updates": 10, "keep": 2, "ends": []}
     callback = ExportCallback(OmegaConf.create({"trainer": {"eaft": ours}}))
     for step in (2, 3, 6):
         folder = tmp_path / "resume" / f"global_step_{step}"
@@ -226,3 +226,23 @@ def test_a_save_becomes_an_export_a_state_or_both(tmp_path: Path) -> None:
     states = sorted(path.name for path in (tmp_path / "resume").glob("global_step_*"))
     assert states == ["global_step_2", "global_step_3"] and tidy(tmp_path / "resume", 2) == 3
     assert not (tmp_path / "resume" / "global_step_3" / "actor" / "huggingface").exists()
+
+
+def test_a_failed_export_leaves_the_last_state_and_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Step 6 is the last: without its state the arm would have to be trained again."""
+    import grpo_fixtures
+
+    from eaft_verl.training import export
+
+    model = grpo_fixtures.character_model(tmp_path / "model")
+    ours = {**asdict(Schedule(6, [6], [])), "run": str(tmp_path / "run"), "model": str(model), "dtype": "float32"}
+    callback = ExportCallback(OmegaConf.create({"trainer": {"eaft": {**ours, "updates": 10, "keep": 2, "ends": []}}}))
+    folder = tmp_path / "resume" / "global_step_6"
+    shutil.copytree(model, folder / "actor" / "huggingface")
+    with monkeypatch.context() as broken:
+        broken.setattr(export, "save_torch_state_dict", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            callback.on_save(None, 6, str(folder))
+    assert tidy(tmp_path / "resume", 2) == 6 and not (tmp_path / "run" / "checkpoints" / "step_000060").exists()
+    export.export_state(folder, tmp_path / "run", 60, str(model), "float32", [])  # what the next start does
+    assert (tmp_path / "run" / "checkpoints" / "step_000060" / "model.safetensors").exists()
