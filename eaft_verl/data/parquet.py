@@ -110,12 +110,6 @@ class Examples(Sequence[Example]):
         return self._each(trained_tokens)
 
     @property
-    def largest_id(self) -> int:
-        """The largest token id, -1 where there is none."""
-        tokens = (np.asarray(batch.column("input_ids").flatten()) for batch in self._batches)
-        return max((int(ids.max()) for ids in tokens if len(ids)), default=-1)
-
-    @property
     def weights(self) -> NDArray[np.float64] | None:
         """Weight of each example in the loss, [N]; None where all are 1."""
         if "weight" not in self.table.column_names:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from eaft_verl.cluster.doctor import require_machine
+from eaft_verl.data.parquet import Examples
 from eaft_verl.data.prepare import Prepared
 from eaft_verl.errors import RunError, require
 from eaft_verl.evaluation.settings import evaluation_key
@@ -18,7 +19,6 @@ from eaft_verl.recipe.datasets import prepare_data
 from eaft_verl.recipe.model_fit import PACKING, check_model_fits, unpackable
 from eaft_verl.recipe.views import evaluate_settings, objective_of
 from eaft_verl.runs import Run, cause_of, run_name
-from eaft_verl.training.export import rehearse
 from eaft_verl.training.grpo.run import train_grpo
 from eaft_verl.training.sft.run import check_lengths, check_weights, train_sft
 
@@ -63,6 +63,8 @@ def train(config: Config, declared: list[str]) -> Run:
 
 def _rehearse(config: Config, model: str, ends: list[str]) -> None:
     """Print what exports will have to repair of the base model's files; ConfigError for what they cannot."""
+    from eaft_verl.training.export import rehearse  # torch takes seconds
+
     if notes := rehearse(model, ends):
         require(
             config.trainer == "sft",
@@ -75,14 +77,21 @@ def _rehearse(config: Config, model: str, ends: list[str]) -> None:
 def _fitted(config: Config, declared: list[str], derived: dict[str, Any], prepared: list[Prepared]) -> Derived:
     """The configuration as the model can be trained, what was changed recorded as derived; its notes are printed."""
     sets = [one.examples for one in prepared]
-    notes = check_model_fits(
-        config, [int(one.lengths.max(initial=0)) for one in sets], max(one.largest_id for one in sets)
-    )
+    longest = [int(one.lengths.max(initial=0)) for one in sets]
+    notes = check_model_fits(config, longest, max(map(_largest_id, sets)))
     warn_of(notes)
     if not config.verl.model.use_remove_padding or not unpackable(load_config(resolve_model(config.model))):
         return Derived(config, declared, derived)
     asked = {**derived.get("asked", {}), PACKING: True}
     return Derived(changed(config, {PACKING: False}), sorted({*declared, PACKING}), {**derived, "asked": asked})
+
+
+def _largest_id(examples: Examples) -> int:
+    """The largest token id, read from the memory map; -1 where there is none."""
+    import pyarrow.compute as pc
+
+    chunks = [chunk.flatten() for chunk in examples.table.column("input_ids").chunks]
+    return max((pc.max(ids).as_py() for ids in chunks if len(ids)), default=-1)
 
 
 def _open(config: Config, declared: list[str], keys: dict[str, str], derived: dict[str, Any]) -> Run:

@@ -52,20 +52,12 @@ def train_grpo(config: Config, run: Run, data: Prepared, model: str, tokenizer: 
     Raises RunError with the cause when the trainer, a worker, the rollout or the reward failed. On SIGTERM the step in
     progress is finished and saved; then, if there is a state to go on from, Interrupted.
     """
-    from eaft_verl.cluster.preflight import require_cluster
-    from eaft_verl.training.grpo.session import grpo_session
-    from eaft_verl.training.interruption import sigterm_as_request
-
     plan = _plan(config, run, data, model, tokenizer)
     _export_newest(run, plan)
     metrics_file = run.path / ".verl_metrics.jsonl"
     started = time.monotonic()
     if plan.schedule.start < plan.schedule.steps:
-        with grpo_session(config.device, world_size(config), str(metrics_file)), sigterm_as_request() as stop:
-            require_cluster(config)
-            settings = _settings(config, plan)
-            metrics_file.unlink(missing_ok=True)
-            _follow(config, run, plan, settings, Follower(run, metrics_file, plan.per_epoch), stop)
+        _run_steps(config, run, plan, metrics_file)
     rows = run.metrics()
     total = plan.schedule.steps * plan.updates
     if not rows or rows[-1]["step"] < total:
@@ -88,6 +80,19 @@ def train_grpo(config: Config, run: Run, data: Prepared, model: str, tokenizer: 
         "memory_gib_per_worker": [rows[-1]["memory_gib"]],
         **({"memory_gib_rollout": rows[-1]["rollout_memory_gib"]} if "rollout_memory_gib" in rows[-1] else {}),
     }
+
+
+def _run_steps(config: Config, run: Run, plan: Plan, metrics_file: Path) -> None:
+    """main_ppo in a Ray session of its own, to its end or to where it is told to stop."""
+    from eaft_verl.cluster.preflight import require_cluster
+    from eaft_verl.training.grpo.session import grpo_session
+    from eaft_verl.training.interruption import sigterm_as_request
+
+    with grpo_session(config.device, world_size(config), str(metrics_file)), sigterm_as_request() as stop:
+        require_cluster(config)
+        settings = _settings(config, plan)
+        metrics_file.unlink(missing_ok=True)
+        _follow(config, run, plan, settings, Follower(run, metrics_file, plan.per_epoch), stop)
 
 
 def _export_newest(run: Run, plan: Plan) -> None:
