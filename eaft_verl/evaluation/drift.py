@@ -70,8 +70,8 @@ def given_probe(
     examples = []
     for number, prompt in enumerate(prompts, 1):
         try:
-            said = prompt["messages"], max_length, "truncate", "split", prompt["tools"], prompt["chat_template_kwargs"]
-            turns = encode(tokenizer, *said)
+            how = ("truncate", "split", prompt["tools"], prompt.get("chat_template_kwargs"))
+            turns = encode(tokenizer, prompt["messages"], max_length, *how)
         except RowError as error:
             raise DataError(f"{settings.data} row {number}: {error}") from error
         for ordinal, one in enumerate(turns):
@@ -96,7 +96,7 @@ def make_probe(
 ) -> Sequence[Example]:
     """The base's own greedy answers of at most new_tokens tokens, its end token included where it came to an end."""
     texts = [
-        render(tokenizer, prompt["messages"], prompt["tools"], generate=True, kwargs=prompt["chat_template_kwargs"])
+        render(tokenizer, prompt["messages"], prompt["tools"], generate=True, kwargs=prompt.get("chat_template_kwargs"))
         for prompt in prompts
     ]
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]

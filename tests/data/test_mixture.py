@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 from template_families import tokenizer_of
 
 from eaft_verl.data.mixture import choose
@@ -165,3 +166,15 @@ def test_columns_on_the_command_line(write, tmp_path, capsys):
     assert [one.messages[0]["content"] for one in load_prepared(tmp_path / "t.parquet").examples] == ["Q0", "Q1", "Q2"]
     assert main([*command, "--column", "prompt"]) != 0
     assert "must be ROLE=NAME" in capsys.readouterr().err
+
+
+def test_ends_of_turn_are_those_of_the_mixture(tmp_path: Path) -> None:
+    """Rows that a cap leaves out are trained on by nobody: their ends are none of the model's."""
+    tiny.write_sums(tmp_path / "a.jsonl", 8, seed=1)
+    tiny.write_sums(tmp_path / "b.jsonl", 8, seed=2)
+    spec = DataSpec(
+        source={"a": str(tmp_path / "a.jsonl"), "b": {"source": str(tmp_path / "b.jsonl"), "cap": 3}}, max_length=256
+    )
+    manifest = prepare(spec, tiny.tiny_tokenizer(), tmp_path / "out.parquet").manifest
+    assert manifest["end_of_turn"] == {"<|im_end|>": 11}
+    assert manifest["sources"]["b"]["kept"] == 3 and manifest["sources"]["b"]["left_out"] == 5

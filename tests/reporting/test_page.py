@@ -330,3 +330,16 @@ def test_the_page_opens_without_console_errors(made, tmp_path):
     assert "CONSOLE" not in done.stderr
     assert done.stdout.count("<h2>") == 10
     assert "<script>" not in done.stdout
+
+
+def test_sources_table_counts_rows_and_trained_tokens() -> None:
+    from eaft_verl.reporting.tables import sources_table
+
+    def source(kept: int, left: int, trained: int) -> dict[str, object]:
+        counts = {"kept": kept, "left_out": left, "rejected": {"duplicate": 2}, "examples": kept}
+        return {**counts, "tokens": {"total": 9 * trained, "trained": trained}}
+
+    table = sources_table({"sources": {"own": source(1200, 0, 3000), "replay": source(40, 7, 1000)}})
+    rows = [[cell.text for cell in row] for row in table.rows]
+    assert rows[0][:6] == ["own", "1,200", "0", "2", "1,200", "3,000"] and rows[0][6].startswith("75")
+    assert rows[1][:6] == ["replay", "40", "7", "2", "40", "1,000"] and rows[1][6].startswith("25")
