@@ -45,7 +45,7 @@ def check_model_fits(config: Config, lengths: Iterable[int] = (), largest_id: in
         _check_adapter(config, skeleton)
     if config.trainer == "sft" and (k := objective_of(config).k) > (rows := model.get_text_config().vocab_size):
         notes.append(f"objective.k={k} and the model has {rows} tokens: entropy is that of all of them")
-    if any(getattr(model.get_text_config(), name, None) for name in EXPERTS):
+    if any(told(model.get_text_config(), name) for name in EXPERTS):
         notes.append(f"{model.model_type} routes tokens to experts: its router's balance loss is part of no objective")
     return notes
 
@@ -53,6 +53,11 @@ def check_model_fits(config: Config, lengths: Iterable[int] = (), largest_id: in
 def notes_at_hand(config: Config) -> list[str]:
     """The same for a dry run: nothing for a model that is not here yet."""
     return check_model_fits(config) if at_hand(config.model) else []
+
+
+def told(described: Any, name: str) -> Any:
+    """What a configuration or a class of transformers says under a name that not all of them have, else None."""
+    return getattr(described, name) if hasattr(described, name) else None
 
 
 def _check_kind(config: Config, model: Any) -> None:
@@ -65,7 +70,7 @@ def _check_kind(config: Config, model: Any) -> None:
     )
     classes = list(model.architectures or [])
     require(classes, f"{name}: config.json names no `architectures`; add the class it is of, e.g. [Llama{CAUSAL}]")
-    sees = getattr(model, "vision_config", None) is not None or getattr(model, "audio_config", None) is not None
+    sees = told(model, "vision_config") is not None or told(model, "audio_config") is not None
     require(
         not sees,
         f"{name} ({classes[0]}) takes more than text, and its positions and export are not those of a decoder; use the "
@@ -98,8 +103,8 @@ def _check_vocabulary(config: Config, model: Any, tokenizer: Any, largest_id: in
 def positions_of(model: Any) -> int | None:
     """Positions that the model knows, what its rope scaling adds included; None where it counts none."""
     text = model.get_text_config()
-    known = getattr(text, "max_position_embeddings", None)
-    rope = getattr(text, "rope_parameters", None) or {}
+    known = told(text, "max_position_embeddings")
+    rope = told(text, "rope_parameters") or {}
     factor, original = rope.get("factor"), rope.get("original_max_position_embeddings")
     if known and factor and original:
         return max(known, int(factor * original))
@@ -139,11 +144,11 @@ def unpackable(model: Any) -> str | None:
     by what transformers says of the class, and by the modules.
     """
     text = model.get_text_config()
-    kinds = {str(kind) for name in LAYER_LISTS for kind in getattr(text, name, None) or ()}
+    kinds = {str(kind) for name in LAYER_LISTS for kind in told(text, name) or ()}
     if other := sorted(kinds - ATTENTION):
         return f"layers of kind {', '.join(other)}"
     skeleton = modules_of(model)
-    if getattr(skeleton, "_is_stateful", False):
+    if told(skeleton, "_is_stateful"):
         return f"{type(skeleton).__name__} carries state"
     mixing = [name for name, module in skeleton.named_modules() if type(module).__name__.startswith("Conv1d")]
     if mixing:
@@ -167,7 +172,7 @@ def _check_attention(config: Config, skeleton: Any) -> None:
     asked = (config.verl.model.override_config or {}).get("attn_implementation", "flash_attention_2")
     flag = {"sdpa": "_supports_sdpa", "flash_attention_2": "_supports_flash_attn"}.get(asked)
     require(
-        flag is None or getattr(skeleton, flag, True),
+        flag is None or told(skeleton, flag) is not False,
         f"{type(skeleton).__name__} has no attention {asked}: set verl.model.override_config.attn_implementation=eager",
     )
 
@@ -200,7 +205,7 @@ def _check_adapter(config: Config, skeleton: Any) -> None:
     else:
         targets = settings.target_modules
     require(
-        not getattr(settings, "target_parameters", None),
+        not told(settings, "target_parameters"),
         "verl.model.target_parameters: adapters on bare parameters are not merged into the export; set it to null",
     )
     names = {name: module for name, module in skeleton.named_modules() if type(module).__name__ != "ModuleList"}
