@@ -247,7 +247,8 @@ def stop_ids(model: str, ends: Sequence[str] = ()) -> list[int]:
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    found = {tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(list(ends))}
+    trained: Any = tokenizer.convert_tokens_to_ids(list(ends))
+    found = {tokenizer.eos_token_id, *trained}
     try:
         config: Any = GenerationConfig.from_pretrained(model)
     except OSError:  # many base models carry none; transformers then takes the model's
