@@ -75,7 +75,7 @@ class Taker:
         for draft in drafts:
             found = list(islice(tokens, len(draft.written)))
             try:
-                examples += self._examples(draft, found, chunk)
+                examples += self._examples(draft, found)
             except RowError as error:
                 draft.taken.fault = (error.kind, str(error))
         chunk.batch = to_batch(examples)
@@ -92,7 +92,7 @@ class Taker:
         kwargs = {**(spec.chat_template_kwargs or {}), **(own or {})}
         return _Draft(taken, messages, extra, kwargs, write(self.tokenizer, messages, spec.turns, tools, kwargs))
 
-    def _examples(self, draft: "_Draft", tokens: Sequence[Tokens], chunk: Chunk) -> list[Example]:
+    def _examples(self, draft: "_Draft", tokens: Sequence[Tokens]) -> list[Example]:
         spec, taken, messages = self.spec, draft.taken, draft.messages
         encoded = finish(draft.written, tokens, spec.max_length, spec.over_long, spec.turns)
         taken.examples = len(encoded)
