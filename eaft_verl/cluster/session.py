@@ -1,14 +1,19 @@
 """One connection to Ray for both trainers: a cluster's, or a local one that ends with the block."""
 
 import contextlib
+import functools
 import json
 import logging
 import os
+import secrets
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+from ray._raylet import Config as RayConfig
+from ray.job_config import JobConfig
 
 from eaft_verl.cluster.demand import CPUS_PER_WORKER, HELPERS
 from eaft_verl.cluster.runtime_env import build_runtime_env
@@ -48,12 +53,17 @@ def ray_session(
 ) -> Iterator[None]:
     """A Ray connection: the cluster of RAY_ADDRESS where one is set, else a local one that ends with the block.
 
+    Whoever reaches a Ray process can run code in it, so every one wants a token unless RAY_AUTH_MODE says otherwise,
+    and those of a local one listen on the loopback interface only.
+
     Args: variables: set in this process until the block ends, and in the processes of the cluster. runtime: what the
     trainer wants of every process besides. One that is open already is used as it is.
     ConfigError for a CPU cluster whose nodes were not started with the slots that main_ppo counts.
     """
     verl = {name: value for name, value in worker_environment(device, workers).items() if name.startswith("VERL_")}
-    with _variables({"VERL_LOGGING_LEVEL": "WARNING", **os.environ, **verl, **(variables or {})}):
+    common = {"VERL_LOGGING_LEVEL": "WARNING", **({} if in_cluster() else _local_ray())}
+    want_token()
+    with _variables({**common, **os.environ, **verl, **(variables or {})}):
         if ray.is_initialized():
             yield
             return
@@ -65,6 +75,24 @@ def ray_session(
             yield
         finally:
             ray.shutdown()
+
+
+def in_cluster() -> bool:
+    """Whether RAY_ADDRESS names a cluster; otherwise Ray is started here."""
+    return os.environ.get("RAY_ADDRESS", "") not in ("", "local")
+
+
+def want_token() -> None:
+    """Token authentication unless RAY_AUTH_MODE says otherwise. Ray's own guess depends on its version, and on what ran
+    before on this account."""
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    RayConfig.initialize("")  # Ray read the variable when it was imported
+
+
+@functools.cache  # Ray reads a token once in a process
+def _local_ray() -> dict[str, str]:
+    """A token that no file keeps, as Ray's own in ~/.ray would lock later clusters of this account; loopback."""
+    return {"RAY_AUTH_TOKEN": secrets.token_hex(32), ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}
 
 
 @contextlib.contextmanager
@@ -79,14 +107,23 @@ def _variables(wanted: Mapping[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
+class _OwnPath(JobConfig):
+    """Ray would put the driver's current folder first on the path of its workers: a torch.py there would be run."""
+
+    def _runtime_env_has_working_dir(self) -> bool:
+        return True
+
+
 def _connect(device: str, workers: int, trainer: str, variables: Mapping[str, str], runtime: dict[str, Any]) -> None:
     """main_ppo counts devices as Ray's resource 'GPU': on CPU a slot of that name is only a number."""
     slots = workers if trainer == "grpo" else 0
-    if address := os.environ.get("RAY_ADDRESS"):
+    ray_constants.ENABLE_RAY_CLUSTER = in_cluster()  # off: 127.0.0.1 is this node, as on macOS; read at import before
+    if in_cluster():
+        address = os.environ["RAY_ADDRESS"]
         asked = {**runtime.pop("env_vars", {}), **variables}
         # a trainer that names its variables takes no settings of this shell besides
         runtime |= build_runtime_env({} if variables else os.environ, job=submitted_with(), asked=asked)
-        ray.init(address=address, log_to_driver=False, runtime_env=runtime)
+        ray.init(address=address, log_to_driver=False, job_config=_OwnPath(), runtime_env=runtime)
         if (offered := int(ray.cluster_resources().get("GPU", 0))) < slots:
             raise ConfigError(
                 f"the Ray cluster at {address} offers {offered} GPUs and the arm asks for {slots}"
@@ -95,6 +132,7 @@ def _connect(device: str, workers: int, trainer: str, variables: Mapping[str, st
         return
     ray.init(
         address="local",
+        job_config=_OwnPath(),
         num_cpus=max(os.cpu_count() or 1, workers * CPUS_PER_WORKER[trainer] + HELPERS[trainer]),
         num_gpus=slots if slots and device == "cpu" else None,
         include_dashboard=False,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eaft_verl.boundary import python_command
 from eaft_verl.errors import ConfigError
 from eaft_verl.experiment.processes import CAUSE_FILE, run_stage
 from eaft_verl.experiment.stored import require_same
@@ -189,7 +190,7 @@ def _run(stage: Stage) -> str | None:
         left = Path(folder) / "cause"
         os.environ[CAUSE_FILE] = str(left)
         try:
-            code = run_stage([sys.executable, "-m", "eaft_verl.cli", *stage.arguments])
+            code = run_stage(python_command("eaft_verl.cli", *stage.arguments))
         finally:
             del os.environ[CAUSE_FILE]
         cause = left.read_text(encoding="utf-8") if left.exists() else ""

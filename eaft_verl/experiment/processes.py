@@ -39,5 +39,5 @@ def run_stage(command: Sequence[str]) -> int:
     finally:
         signal.signal(signal.SIGTERM, before)
     if stopped or code == INTERRUPTED:
-        raise Interrupted(f"SIGTERM ended `{' '.join(command[2:])}`; run the same command again to go on")
+        raise Interrupted(f"SIGTERM ended `{' '.join(command[3:])}`; run the same command again to go on")
     return code

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
+from eaft_verl.boundary import python_command
 from eaft_verl.errors import ConfigError, RunError
 from eaft_verl.grading.graders import MAX_ANSWER
 
@@ -94,7 +95,7 @@ class GradingProcess:
         paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
         ours, theirs = Pipe()
         child = subprocess.Popen(
-            [sys.executable, "-m", "eaft_verl.grading.worker", str(theirs.fileno()), self.grader, str(self.seconds)],
+            python_command("eaft_verl.grading.worker", str(theirs.fileno()), self.grader, str(self.seconds)),
             stdin=subprocess.DEVNULL,
             stdout=2,  # what a grader prints is a message, and no reply
             pass_fds=[theirs.fileno()],

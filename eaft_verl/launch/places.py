@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from eaft_verl.boundary import python_command
 from eaft_verl.cluster.demand import demand_of
 from eaft_verl.cluster.doctor import doctor
 from eaft_verl.errors import ConfigError
@@ -113,7 +114,7 @@ def _plan(wanted: Launch, config: Config, *, elsewhere: bool) -> None:
         words += ["--gpus", f"{trainer.n_gpus_per_node}x{accelerator().removesuffix('GB')}"]
         words += ["--nodes", str(trainer.nnodes)]
     sys.stdout.flush()
-    subprocess.run([sys.executable, "-m", "eaft_verl.cli", "plan", *words], check=False)
+    subprocess.run(python_command("eaft_verl.cli", "plan", *words), check=False)
 
 
 def _ray(wanted: Launch, config: Config, name: str, dry_run: bool) -> int:

@@ -19,6 +19,7 @@ from eaft_verl.cluster.doctor import CONNECT_TIMEOUT_S
 from eaft_verl.cluster.findings import require, token_finding
 from eaft_verl.cluster.node_probe import reachable
 from eaft_verl.cluster.runtime_env import JOB_ENV, asked_variables, build_runtime_env, left_behind, package
+from eaft_verl.cluster.session import want_token
 from eaft_verl.errors import ConfigError, RunError
 from eaft_verl.experiment.processes import INTERRUPTED
 from eaft_verl.launch.request import Launch
@@ -79,7 +80,7 @@ def connect(address: str) -> JobSubmissionClient:
             f"{address} does not answer within {CONNECT_TIMEOUT_S:.0f} s: is `ray start --head` running there? From "
             "another machine open a tunnel: ssh -L 8265:127.0.0.1:8265 HEAD, and set RAY_API_SERVER_ADDRESS"
         )
-    os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray's own guess depends on what ran before on this account
+    want_token()
     require([token_finding(dict(os.environ), url.hostname)])
     try:
         return JobSubmissionClient(address)

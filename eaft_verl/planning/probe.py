@@ -2,12 +2,12 @@
 
 import os
 import subprocess
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from eaft_verl.boundary import python_command
 from eaft_verl.errors import ConfigError, RunError
 from eaft_verl.files import read_json, write_json
 from eaft_verl.models import resolve_model
@@ -62,7 +62,7 @@ def _run(config: Config, lengths: list[int], vocab: int) -> dict[str, Any]:
         job = {"folder": folder, "config": str(place / "config.yaml"), "out": str(place / "out.json")}
         model = {"model": str(resolve_model(config.model)), "reference": _reference(config), "vocab": vocab}
         write_json(place / "job.json", {**job, **model, "lengths": lengths})
-        command = [sys.executable, "-m", "eaft_verl.training.sft.step_probe", str(place / "job.json")]
+        command = python_command("eaft_verl.training.sft.step_probe", str(place / "job.json"))
         done = subprocess.run(
             command, env=_environment(config.device), capture_output=True, text=True, timeout=TIMEOUT_S, check=False
         )

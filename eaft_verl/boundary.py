@@ -1,0 +1,114 @@
+"""Where this process meets others: the text that leaves it, and the Python processes that it starts.
+
+Data, answers, errors and file names are other people's. Everything printed passes `guard_streams`; everything written
+into a run or handed to a launcher passes `masked`.
+"""
+
+import functools
+import os
+import re
+import sys
+from typing import Any, TextIO
+
+# C0 but tab and line feed, DEL, C1; marks, embeddings, overrides and isolates of direction; halves of surrogate pairs;
+# what has no width: spaces, joiners that join nothing (they do in emoji and in Persian), tags, selectors in a row
+_STEERING = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]"
+    r"|[\ud800-\udfff]|[\U000e0000-\U000e007f]|(?<=[\ufe00-\ufe0f\U000e0100-\U000e01ef])[\ufe00-\ufe0f\U000e0100-\U000e01ef]"
+    r"|(?<![^\x00-\x7f\u200c\u200d])[\u200c\u200d]|[\u200c\u200d](?![^\x00-\x7f\u200c\u200d])"
+)
+_SECRET_NAME = re.compile(
+    r"(?i)(?:^|[_.-])(?:.*(?:token|secret|passw(?:or)?d|passphrase|credentials?|api_?key)|.*_?key|pass|pat|creds?)s?(?:_id)?$"
+)
+_NO_SECRET = re.compile(r"(?i)(?:^(?:bos|eos|pad|unk|sep|cls|mask|image|stop|think)_?token(?:_id)?|tokens)$")
+_USERINFO = re.compile(r"(?<=://)[^\s/:@]*:[^\s/@]+(?=@)")
+_START = (  # `python -m` would run a random.py of the current folder, -P is of Python 3.11, and -I loses PYTHONPATH
+    "import sys; sys.path[:] = filter(None, sys.path); del sys.argv[0]; import runpy; "
+    "runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
+)
+_SHORTEST = 8  # characters of a value that is left out: shorter ones are switches and numbers
+
+
+def inert(text: str) -> str:
+    r"""The text with everything that would steer or deceive a terminal written out, as in '\x1b' and '\u202e'."""
+    return _STEERING.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+@functools.lru_cache(maxsize=4096)
+def looks_secret(name: str) -> bool:
+    """Whether a key or variable of this name is likely to hold a secret: HF_TOKEN, api_key, password."""
+    return bool(_SECRET_NAME.search(name)) and not _NO_SECRET.search(name)
+
+
+def holds_password(text: str) -> bool:
+    """Whether a URL in the text has user:password before its host, in clear."""
+    return any("${" not in found[0] for found in _USERINFO.finditer(text))
+
+
+def masked(value: Any) -> Any:
+    """The value with each secret of the environment, wherever it stands, as the reference `${oc.env:NAME}`.
+
+    A recipe written like that still means the same. Secret is what a variable holds whose name looks like it, from
+    eight characters on, and the user:password of a URL. Lists and mappings are gone through, keys as well.
+    """
+    if isinstance(value, str):
+        return _masked_text(value, _secrets())
+    if isinstance(value, dict):
+        return {masked(key): masked(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [masked(item) for item in value]
+    return value
+
+
+def _secrets() -> tuple[tuple[str, str], ...]:
+    found = [(value, name) for name, value in os.environ.items() if len(value) >= _SHORTEST and looks_secret(name)]
+    return tuple(sorted(found, key=lambda pair: (-len(pair[0]), pair)))
+
+
+def _masked_text(text: str, secrets: tuple[tuple[str, str], ...]) -> str:
+    for value, name in secrets:
+        if value in text:
+            text = text.replace(value, f"${{oc.env:{name}}}")
+    return _USERINFO.sub(lambda found: found[0] if "${" in found[0] else "***", text) if "://" in text else text
+
+
+class GuardedStream:
+    """A text stream that writes `inert` and `masked` text, and is the stream it guards in all else."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.guarded = stream
+
+    def write(self, text: str) -> int:
+        """A carriage return at the beginning of a piece stays: progress bars write it there."""
+        start = len(text) - len(text.lstrip("\r"))
+        self.guarded.write(text[:start] + inert(masked(text[start:].replace("\r\n", "\n"))))
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        """Each of them by `write`."""
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.guarded, name)
+
+
+def guard_streams() -> None:
+    """Guard this process's standard output and error until it ends, a traceback at its end included."""
+    for name in ("stdout", "stderr"):
+        stream = vars(sys)[name]
+        if not isinstance(stream, GuardedStream):
+            setattr(sys, name, GuardedStream(stream))
+
+
+def unguarded(stream: Any) -> Any:
+    """The stream itself, for text that is `inert` already and is to be coloured."""
+    return stream.guarded if isinstance(stream, GuardedStream) else stream
+
+
+def python_command(module: str, *arguments: str) -> list[str]:
+    """`python -m MODULE ARGUMENTS`, with the current folder not on the path of what may be imported.
+
+    A module of the user's own (an objective, a grader) is found through PYTHONPATH, as by the `eaft` command.
+    """
+    return [sys.executable, "-c", _START, module, *arguments]
