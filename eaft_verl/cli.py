@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from eaft_verl import __version__
+from eaft_verl.boundary import guard_streams, masked
 from eaft_verl.errors import ConfigError, DataError, Interrupted, RunError
 from eaft_verl.experiment.processes import CAUSE_FILE, INTERRUPTED
 
@@ -15,6 +16,7 @@ DEFAULT_RECIPE = "recipes/quickstart.yaml"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; 0 on success, 2 for an error the user can act on (printed in one line), 1 for failed arms."""
+    guard_streams()
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)  # argparse leaves positional words behind an option over
     if wrong := [word for word in rest if word.startswith("-") or "=" not in word or "overrides" not in options]:
@@ -33,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, DataError, RunError) as error:
         print(f"eaft: error: {error}", file=sys.stderr)
         if path := os.environ.get(CAUSE_FILE):
-            Path(path).write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
+            Path(path).write_text(masked(f"{type(error).__name__}: {error}"), encoding="utf-8")
         return 2
     except KeyboardInterrupt:
         print("eaft: interrupted; run the same command again to go on", file=sys.stderr)
@@ -170,9 +172,8 @@ def _prepare(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from omegaconf import OmegaConf
-
     from eaft_verl.recipe.checks import check, pending, warn, warn_of
+    from eaft_verl.recipe.config import as_yaml
     from eaft_verl.recipe.model_fit import notes_at_hand
     from eaft_verl.recipe.resolve import declared_keys, load_recipe, resolve
 
@@ -181,7 +182,7 @@ def _train(options: argparse.Namespace) -> None:
     config = resolve(recipe, options.arm, overrides)
     check(config, dry_run=options.dry_run)
     if options.dry_run:
-        print(OmegaConf.to_yaml(config), end="")
+        print(as_yaml(config), end="")
         warn(pending(config))
         warn_of(notes_at_hand(config))
         return

@@ -14,6 +14,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from eaft_verl.boundary import masked
 from eaft_verl.errors import RunError
 
 
@@ -34,11 +35,11 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any, *, exact: bool = False) -> None:
-    """Atomic, readable JSON. NaN and infinities become strings, because JSON has none.
+    """Atomic, readable JSON. NaN and infinities become strings, because JSON has none; secrets are `masked`.
 
     `exact`: for state that only we read back; they stay the numbers they are, as Python writes and reads them.
     """
-    chosen = value if exact else _finite(value)
+    chosen = value if exact else masked(_finite(value))
     write_text(path, json.dumps(chosen, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
@@ -49,7 +50,7 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 def json_line(row: dict[str, Any]) -> str:
     """One row of a JSON lines file, its newline included."""
-    return json.dumps(_finite(row), ensure_ascii=False) + "\n"
+    return json.dumps(masked(_finite(row)), ensure_ascii=False) + "\n"
 
 
 def read_json(path: Path) -> Any:

@@ -88,10 +88,10 @@ class Run:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The resolved configuration as plain containers."""
+        """The resolved configuration as plain containers; secrets are references to variables, see `masked`."""
         from omegaconf import OmegaConf
 
-        tree: Any = OmegaConf.to_container(OmegaConf.load(self.path / "config.yaml"), resolve=True)
+        tree: Any = OmegaConf.to_container(OmegaConf.load(self.path / "config.yaml"), resolve=False)
         return dict(tree)
 
     def update(self, **fields: Any) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any, TextIO
 
+from eaft_verl.boundary import inert, masked, unguarded
 from eaft_verl.data.prepare import Prepared
 
 # (trained, special): style
@@ -23,14 +24,14 @@ def show(prepared: Prepared, tokenizer: Any, count: int, stream: TextIO) -> None
     from rich.console import Console
     from rich.text import Text
 
-    console = Console(file=stream, highlight=False, emoji=False, markup=False, soft_wrap=True)
+    console = Console(file=unguarded(stream), highlight=False, emoji=False, markup=False, soft_wrap=True)
     special = set(tokenizer.all_special_ids) | {
         index for index, token in tokenizer.added_tokens_decoder.items() if token.special
     }
     for number, example in enumerate(prepared.examples[:count], 1):
-        trained = sum(example.loss_mask)
+        tokens, trained = len(example.input_ids), sum(example.loss_mask)
         console.print(
-            f"--- {number}/{len(prepared.examples)}  {example.id}  {len(example.input_ids)} tokens, {trained} trained",
+            f"--- {number}/{len(prepared.examples)}  {inert(example.id)}  {tokens} tokens, {trained} trained",
             style="bold",
         )
         if not console.is_terminal:
@@ -56,5 +57,5 @@ def _pieces(
     pieces = []
     for (trained, is_special), run in groupby(pairs, key=lambda pair: (bool(pair[1]), pair[0] in special)):
         text = tokenizer.decode([index for index, _ in run], clean_up_tokenization_spaces=False)
-        pieces.append((trained, is_special, text.replace("\n", "⏎\n")))
+        pieces.append((trained, is_special, inert(masked(text)).replace("\n", "⏎\n")))
     return pieces

@@ -5,6 +5,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from eaft_verl.boundary import masked
 from eaft_verl.errors import RunError
 from eaft_verl.evaluation.settings import evaluation_key
 from eaft_verl.models import model_key
@@ -55,7 +56,7 @@ def differences(run: Run, config: Config) -> list[str]:
 
 def settings_that_differ(stored: Any, asked: Any) -> list[str]:
     """'key=stored (now asked)', sorted by key."""
-    before, now = flatten(stored), flatten(asked)
+    before, now = flatten(masked(stored)), flatten(masked(asked))
     return [
         f"{key}={before.get(key, ABSENT)} (now {now.get(key, ABSENT)})"
         for key in sorted(before.keys() | now.keys())

@@ -1,6 +1,7 @@
 """A plan for people (tables) and for programs (JSON)."""
 
 import json
+import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from eaft_verl.boundary import inert, unguarded
 from eaft_verl.planning.arm_plan import ArmPlan
 from eaft_verl.planning.formulas import GIB
 from eaft_verl.planning.machine import Machine
@@ -23,8 +25,10 @@ Grouped = list[tuple[list[str], Any]]  # arms, and what is the same for all of t
 def print_plans(plans: Sequence[ArmPlan], machine: Machine) -> None:
     """Print one column for the arms whose numbers are equal, then what does not fit with its remedies, then the
     assumptions. Nothing is wider than WIDTH but a word that is."""
-    console = Console(highlight=False, emoji=False, markup=False, width=10 * WIDTH)  # a long name is not cut
-    kind = f"{machine.nodes} x {machine.devices} {machine.kind}, {machine.gib:.4g} GiB each"
+    console = Console(  # a long name is not cut
+        file=unguarded(sys.stdout), highlight=False, emoji=False, markup=False, width=10 * WIDTH
+    )
+    kind = f"{machine.nodes} x {machine.devices} {inert(machine.kind)}, {machine.gib:.4g} GiB each"
     console.print(f"plan for {kind}; sizes in GiB")
     for table in _tables(console, _grouped((plan.arm.name, _column(plan)) for plan in plans)):
         console.print(table)

@@ -11,6 +11,10 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from eaft_verl.boundary import masked
+from eaft_verl.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -200,7 +204,10 @@ class Config:
 
 def configuration(tree: Any) -> Config:
     """The read-only tree of a whole configuration, references resolved, under its typed face."""
-    config = OmegaConf.create(plain(OmegaConf.create(plain(tree)), resolve=True))
+    try:
+        config = OmegaConf.create(plain(OmegaConf.create(plain(tree)), resolve=True))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"a ${{...}} reference cannot be resolved: {str(error).splitlines()[0]}") from None
     OmegaConf.set_readonly(config, True)
     return cast(Config, config)
 
@@ -224,5 +231,5 @@ def value_of(config: Config, dotted: str) -> Any:
 
 
 def as_yaml(config: Config) -> str:
-    """The text of config.yaml."""
-    return OmegaConf.to_yaml(config)
+    """The text of config.yaml; in place of a secret it has the reference to its variable, which `configuration` follows."""
+    return OmegaConf.to_yaml(OmegaConf.create(masked(plain(config))))

@@ -98,10 +98,8 @@ def resolve(recipe: Recipe, arm: str, overrides: Iterable[str] = ()) -> Config:
     tree |= {"recipe": str(recipe.path), "arm": arm, **_matched(recipe, arm, tree, layers[-1][1])}
     try:
         return configuration(tree)
-    except OmegaConfBaseException as error:
-        raise ConfigError(
-            f"{recipe.path}: a ${{...}} reference cannot be resolved: {str(error).splitlines()[0]}"
-        ) from None
+    except ConfigError as error:
+        raise ConfigError(f"{recipe.path}: {error}") from None
 
 
 def _matched(recipe: Recipe, arm: str, tree: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
@@ -114,7 +112,7 @@ def _matched(recipe: Recipe, arm: str, tree: dict[str, Any], overrides: dict[str
 
 
 def _check_name(name: Any) -> None:
-    if not isinstance(name, str) or not _NAME.match(name):
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ConfigError(f"name {name!r} must be letters, digits, dot, dash or underscore, at most 128 characters")
 
 

@@ -4,6 +4,8 @@ import sys
 import time
 from typing import Any, TextIO
 
+from eaft_verl.boundary import unguarded
+
 INTERVAL_S = 10.0
 SHOWN = {  # metric: what it is called and how it is written; an arm shows those it has
     "loss": ("loss", ".3f"),
@@ -29,7 +31,10 @@ class Progress:
             from rich.progress import Progress as Bar
 
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self.bar = Bar(*columns, TextColumn("{task.fields[text]}"), console=Console(file=self.stream))
+            console = Console(file=unguarded(self.stream))
+            # redirected, what others print while the bar stands would reach the terminal unguarded
+            quiet = {"redirect_stdout": False, "redirect_stderr": False}
+            self.bar = Bar(*columns, TextColumn("{task.fields[text]}"), console=console, **quiet)
             self.bar.start()
             self.task = self.bar.add_task(label, total=total, completed=start, text="")
 
