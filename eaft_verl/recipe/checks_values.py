@@ -1,0 +1,58 @@
+"""Values of one key that cannot be meant: numbers that are none, and what verl's optimizers would be built with."""
+
+import importlib.util
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from eaft_verl.errors import require
+from eaft_verl.recipe.config import Config, plain
+
+# of torch.optim, those that take the arguments which verl gives: lr, weight_decay and, to the Adams, betas
+OPTIMIZERS = ("AdamW", "Adam", "Adamax", "NAdam", "RAdam", "SGD", "RMSprop", "Adagrad", "Adadelta", "ASGD", "Adafactor")
+PACKAGES = ("torch.optim", "torchao.optim", "bitsandbytes.optim")  # verl imports what is named
+
+
+def check_finite(config: Config) -> None:
+    """ConfigError for the first number that is infinite or none, wherever it stands."""
+    for key, value in _leaves(plain(config)):
+        require(not isinstance(value, float) or math.isfinite(value), f"{key}={value} must be a finite number")
+
+
+def _leaves(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, dict):
+        for name, item in tree.items():
+            yield from _leaves(item, f"{key}.{name}" if key else str(name))
+    elif isinstance(tree, list):
+        for number, item in enumerate(tree):
+            yield from _leaves(item, f"{key}[{number}]")
+    else:
+        yield key, tree
+
+
+def check_optimizer(config: Config) -> None:
+    """ConfigError for an optimizer that does not exist, or settings outside of what they can be."""
+    optim = plain(config.verl.optim)
+    name, package = optim["optimizer"], optim["optimizer_impl"]
+    allowed = ", ".join(PACKAGES)
+    require(package in PACKAGES, f"verl.optim.optimizer_impl={package!r} is not one of {allowed}")
+    require(
+        importlib.util.find_spec(package.partition(".")[0]), f"verl.optim.optimizer_impl={package!r} is not installed"
+    )
+    require(
+        package != PACKAGES[0] or name in OPTIMIZERS,
+        f"verl.optim.optimizer={name!r} is not one of {', '.join(OPTIMIZERS)}",
+    )
+    require(optim["weight_decay"] >= 0, f"verl.optim.weight_decay={optim['weight_decay']} must be 0 or more")
+    betas = optim["betas"]
+    require(
+        len(betas) == 2 and all(_is_number(beta) and 0 <= beta < 1 for beta in betas),
+        f"verl.optim.betas={betas} must be two numbers from 0 to below 1, such as [0.9, 0.95]",
+    )
+    for key in ("lr_warmup_steps_ratio", "min_lr_ratio"):
+        share = optim.get(key)
+        require(share is None or 0 <= share <= 1, f"verl.optim.{key}={share} must be from 0 to 1")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
