@@ -26,6 +26,8 @@ _START = (  # `python -m` would run a random.py of the current folder, -P is of 
     "import sys; sys.path[:] = filter(None, sys.path); del sys.argv[0]; import runpy; "
     "runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
 )
+_REFERENCE = re.compile(r"\$\{oc\.env:\s*(\w+)")
+_KEPT: set[str] = set()  # variables that a recipe uses for a secret, whatever they are called
 _SHORTEST = 8  # characters of a value that is left out: shorter ones are switches and numbers
 
 
@@ -40,9 +42,20 @@ def looks_secret(name: str) -> bool:
     return bool(_SECRET_NAME.search(name)) and not _NO_SECRET.search(name)
 
 
-def holds_password(text: str) -> bool:
-    """Whether a URL in the text has user:password before its host, in clear."""
-    return any("${" not in found[0] for found in _USERINFO.finditer(text))
+def secrets_in_clear(tree: Any, key: str = "") -> list[str]:
+    """Dotted keys whose text is a secret by its name, or a URL with user:password, and no reference to a variable.
+
+    A variable that one refers to is a secret from now on, whatever it is called.
+    """
+    if isinstance(tree, dict):
+        return [found for name, item in tree.items() for found in secrets_in_clear(item, f"{key}.{name}".lstrip("."))]
+    if isinstance(tree, list):
+        return [found for item in tree for found in secrets_in_clear(item, key)]
+    if not isinstance(tree, str) or not tree:
+        return []
+    places = [tree] if looks_secret(key.rpartition(".")[2]) else [found[0] for found in _USERINFO.finditer(tree)]
+    _KEPT.update(name for place in places for name in _REFERENCE.findall(place))
+    return [key] if any("${" not in place for place in places) else []
 
 
 def masked(value: Any) -> Any:
@@ -61,7 +74,11 @@ def masked(value: Any) -> Any:
 
 
 def _secrets() -> tuple[tuple[str, str], ...]:
-    found = [(value, name) for name, value in os.environ.items() if len(value) >= _SHORTEST and looks_secret(name)]
+    found = [
+        (value, name)
+        for name, value in os.environ.items()
+        if len(value) >= _SHORTEST and (name in _KEPT or looks_secret(name))
+    ]
     return tuple(sorted(found, key=lambda pair: (-len(pair[0]), pair)))
 
 

@@ -53,7 +53,7 @@ def resolve_model(name: str | Path) -> Path | str:
         return path.resolve()
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.is_file() or "\\" in name:
         raise ConfigError(f"model={name!r} is not a folder here; give an existing folder or a hub id such as org/name")
-    if not _HUB_ID.match(name):
+    if not _HUB_ID.fullmatch(name):
         raise ConfigError(
             f"model={name!r} is neither an existing folder nor a hub id; allowed: a folder, 'org/name', "
             f"'org/name@revision' or '{SMOLLM2}'"

@@ -34,7 +34,7 @@ def run_name(arm: str, seed: int) -> str:
 
 def steps_in(folder: Path, file: str = "") -> dict[int, Path]:
     """{step: folder} of a folder's steps that hold `file`, ascending."""
-    found = {int(m[1]): step for step in folder.glob("step_*") if (m := _STEP_DIR.match(step.name))}
+    found = {int(m[1]): step for step in folder.glob("step_*") if (m := _STEP_DIR.fullmatch(step.name))}
     return {step: found[step] for step in sorted(found) if (found[step] / file).exists()}
 
 

@@ -16,6 +16,7 @@ from eaft_verl.data.leakage import Against, Hit
 from eaft_verl.data.offsets import Tokens, tokenize
 from eaft_verl.data.parquet import Example, to_batch
 from eaft_verl.data.spec import DataSpec, RowError
+from eaft_verl.data.template import normal_form
 from eaft_verl.data.validate import check_row
 
 RawRow = tuple[int, int, dict[str, Any]]  # index of its source, number in it (1-based), columns
@@ -84,12 +85,20 @@ class Taker:
     def _read(self, taken: Taken, row: dict[str, Any], chunk: Chunk) -> "_Draft":
         spec, source = self.spec, self.spec.sources[taken.source]
         messages, extra = to_messages(row, source.columns, chunk.unused)
-        messages, taken.escaped = check_row(messages, special_tokens(self.tokenizer), spec.control_tokens)
-        tools, own = extra.get("tools"), extra.get("chat_template_kwargs")
+        common, own = dict(spec.chat_template_kwargs or {}), extra.get("chat_template_kwargs")
+        messages, beside, taken.escaped = check_row(
+            messages,
+            special_tokens(self.tokenizer),
+            spec.control_tokens,
+            normal=normal_form(self.tokenizer),
+            tools=extra.get("tools"),
+            chat_template_kwargs={**common, **(own or {})},
+        )
+        tools, kwargs = beside["tools"], beside["chat_template_kwargs"]
+        extra |= {"tools": tools} if tools else {}
         said = [messages, tools, own] if own else [messages, tools]
         taken.digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
         taken.name = extra.get("id", taken.digest[:16])
-        kwargs = {**(spec.chat_template_kwargs or {}), **(own or {})}
         return _Draft(taken, messages, extra, kwargs, write(self.tokenizer, messages, spec.turns, tools, kwargs))
 
     def _examples(self, draft: "_Draft", tokens: Sequence[Tokens]) -> list[Example]:

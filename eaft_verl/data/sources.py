@@ -141,7 +141,7 @@ def _hub_id(source: str) -> str:
     """`source` if it can be a hub id; anything that looks like a path must exist and is never asked of the hub."""
     if source.startswith((".", "/", "~")) or _SUFFIX.search(source):
         raise DataError(f"{source} is not a file; give an existing {', '.join(SUFFIXES)} file")
-    if not _HUB_ID.match(source):
+    if not _HUB_ID.fullmatch(source):
         raise DataError(
             f"{source!r} is neither a local file nor a hub id; allowed are a {', '.join(SUFFIXES)} file, "
             "generate:NAME, or org/name[:config[:split]]"

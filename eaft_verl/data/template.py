@@ -4,7 +4,7 @@ import datetime
 import json
 import re
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +76,13 @@ def special_tokens(tokenizer: Any) -> tuple[str, ...]:
         found = {token for token in added.union(tokenizer.all_special_tokens) if token.strip()}
         _SPECIALS[tokenizer] = tuple(sorted(found, key=lambda token: (-len(token), token)))
     return _SPECIALS[tokenizer]
+
+
+def normal_form(tokenizer: Any) -> Callable[[str], str]:
+    """What the tokenizer makes of a text before it looks for special tokens: NFKC turns full-width forms into one."""
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    normalized = any(token.normalized for token in tokenizer.added_tokens_decoder.values() if token.special)
+    return normalizer.normalize_str if normalizer and normalized else str
 
 
 @dataclass(frozen=True)

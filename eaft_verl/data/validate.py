@@ -14,36 +14,81 @@ _ZERO_WIDTH_SPACE = "\u200b"
 
 
 def check_row(
-    messages: list[Message], control_tokens: Sequence[str] = (), policy: str = "error"
-) -> tuple[list[Message], int]:
-    """(messages, number of control tokens escaped) of a row that may be encoded; RowError says why it may not.
+    messages: list[Message],
+    control_tokens: Sequence[str] = (),
+    policy: str = "error",
+    *,
+    normal: Callable[[str], str] = str,
+    **beside: Any,
+) -> tuple[list[Message], dict[str, Any], int]:
+    """(messages, beside, number of control tokens escaped) of a row that may be encoded; RowError says why it may not.
 
     control_tokens: texts of the tokenizer's special tokens. policy: `error`, `escape` or `allow` (see DataSpec).
+    normal: what the tokenizer makes of a text before it looks for them. beside: what else of the row the chat template
+    writes (tools, its arguments), by the name that a message calls it.
     """
     _check_turns(messages)
-    for number, message in enumerate(messages, 1):
-        for text in _strings(message):
-            _check_characters(text, number)
+    parts = {f"turn {number} ({message['role']})": message for number, message in enumerate(messages, 1)} | beside
+    for where, part in parts.items():
+        for text in _strings(part):
+            _check_characters(text, where.partition(" (")[0])
     if policy == "allow" or not control_tokens:
-        return messages, 0
-    pattern = _pattern(tuple(control_tokens))
+        return messages, beside, 0
+    halves = _halves(tuple(control_tokens), [text for part in parts.values() for text in _strings(part)])
+    pattern = _pattern((*control_tokens, *halves))
+    count = 0
     if policy == "escape":
-        return _escape(messages, pattern)
-    for number, message in enumerate(messages, 1):
-        for text in _strings(message):
-            if found := pattern.search(text):
-                raise RowError(
-                    "control_token",
-                    f"turn {number} ({message['role']}) holds the control token {found[0]!r} at character "
-                    f"{found.start() + 1}; set data.control_tokens=escape to make it plain text, or allow to keep it",
-                )
-    return messages, 0
+        escaped = {where: _escape(part, pattern) for where, part in parts.items()}
+        count = sum(number for _, number in escaped.values())
+        parts = {where: part for where, (part, _) in escaped.items()}
+    for where, part in parts.items():
+        for text in _strings(part):
+            if found := pattern.search(text) or pattern.search(normal(text)):
+                raise RowError("control_token", _refusal(where, found, policy))
+    kept = list(parts.values())
+    return kept[: len(messages)], dict(zip(beside, kept[len(messages) :], strict=True)), count
+
+
+def _refusal(where: str, found: re.Match[str], policy: str) -> str:
+    if policy == "escape":
+        return f"{where}: the control token {found[0]!r} cannot be escaped"
+    return (
+        f"{where} holds the control token {found[0]!r} at character {found.start() + 1}; "
+        "set data.control_tokens=escape to make it plain text, or allow to keep it"
+    )
 
 
 @functools.cache
 def _pattern(tokens: tuple[str, ...]) -> re.Pattern[str]:
     """Any of the tokens; one inside another (<s> in <s>x) is found by the longest that fits."""
     return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)))
+
+
+@functools.cache
+def _parts(tokens: tuple[str, ...]) -> tuple[frozenset[str], frozenset[str], range]:
+    """Beginnings and ends of tokens, of two characters and more, and their lengths."""
+    begins = frozenset(token[:cut] for token in tokens for cut in range(2, len(token)))
+    ends = frozenset(token[cut:] for token in tokens for cut in range(1, len(token) - 1))
+    return begins, ends, range(2, max(map(len, tokens)))
+
+
+def _halves(tokens: tuple[str, ...], texts: list[str]) -> tuple[str, ...]:
+    """Of control tokens whose beginning ends one text of the row and whose end begins another, the longer halves: a
+    template that writes the two side by side would complete them."""
+    begins, ends, lengths = _parts(tokens)
+    tails = {text[-size:] for text in texts for size in lengths} & begins
+    heads = {text[:size] for text in texts for size in lengths} & ends
+    if not tails and not heads:
+        return ()
+    found = set()
+    for token in tokens:
+        for cut in range(1, len(token)):
+            left, right = token[:cut], token[cut:]
+            if left not in tails and right not in heads:
+                continue
+            if any(text.endswith(left) for text in texts) and any(text.startswith(right) for text in texts):
+                found.add(max(left, right, key=len))
+    return tuple(sorted(found))
 
 
 def _check_turns(messages: list[Message]) -> None:
@@ -71,19 +116,19 @@ def _check_turns(messages: list[Message]) -> None:
             raise RowError("empty_assistant", f"turn {number} (assistant) is empty")
 
 
-def _check_characters(text: str, number: int) -> None:
+def _check_characters(text: str, where: str) -> None:
     if "\0" in text:
-        raise RowError("nul", f"turn {number} holds a NUL character at character {text.index(chr(0)) + 1}")
+        raise RowError("nul", f"{where} holds a NUL character at character {text.index(chr(0)) + 1}")
     if found := _SURROGATE.search(text):
         raise RowError(
             "invalid_utf8",
-            f"turn {number} holds half a surrogate pair (U+{ord(found[0]):04X}) at character {found.start() + 1}, "
+            f"{where} holds half a surrogate pair (U+{ord(found[0]):04X}) at character {found.start() + 1}, "
             "which is no text in UTF-8",
         )
 
 
-def _escape(messages: list[Message], pattern: re.Pattern[str]) -> tuple[list[Message], int]:
-    """Break up every control token with U+200B after its first character.
+def _escape(value: Any, pattern: re.Pattern[str]) -> tuple[Any, int]:
+    """Every control token broken up with U+200B after its first character, and how many there were.
 
     The text itself is changed, instead of only how it is encoded here, so that the parquet is safe for every later
     reader: rollouts, evaluation and other trainers render and encode the same messages again.
@@ -95,19 +140,14 @@ def _escape(messages: list[Message], pattern: re.Pattern[str]) -> tuple[list[Mes
         count += 1
         return found[0][0] + _ZERO_WIDTH_SPACE + found[0][1:]
 
-    escaped = [_map_strings(message, lambda text: pattern.sub(break_up, text)) for message in messages]
-    for number, message in enumerate(escaped, 1):
-        for text in _strings(message):
-            if found := pattern.search(text):
-                raise RowError("control_token", f"turn {number}: the control token {found[0]!r} cannot be escaped")
-    return escaped, count
+    return _map_strings(value, lambda text: pattern.sub(break_up, text)), count
 
 
 def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):
-        return {key: _map_strings(item, change) for key, item in value.items()}
+        return {_map_strings(key, change): _map_strings(item, change) for key, item in value.items()}
     if isinstance(value, list):
         return [_map_strings(item, change) for item in value]
     return value

