@@ -42,6 +42,11 @@ def looks_secret(name: str) -> bool:
     return bool(_SECRET_NAME.search(name)) and not _NO_SECRET.search(name)
 
 
+def holds_password(text: str) -> bool:
+    """Whether a URL in the text has user:password before its host."""
+    return bool(_USERINFO.search(text))
+
+
 def secrets_in_clear(tree: Any, key: str = "") -> list[str]:
     """Dotted keys whose text is a secret by its name, or a URL with user:password, and no reference to a variable.
 

@@ -1,31 +1,68 @@
 """What travels with a job: the files of the working folder and the environment of its processes."""
 
 import fnmatch
+import importlib.metadata
 import os
-import re
 import subprocess
+import sys
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from packaging.requirements import Requirement
+
+from eaft_verl.boundary import holds_password, looks_secret
 from eaft_verl.errors import ConfigError
 
 MAX_UPLOAD = 100 << 20  # bytes; Ray's dashboard refuses a larger request body with status 413
-EXCLUDES = (  # a leading slash: in the top folder only; a trailing one: a folder
+_SAID = ("credentials", "secret", "service_account", "service-account", "password", "api_key", "apikey")
+CREDENTIALS = (  # by name, in small letters; a trailing slash: a folder
+    *(
+        ".env",
+        ".env.*",
+        "*.env",
+        ".envrc",
+        "*.token",
+        "auth_token",
+        "*.pem",
+        "*.key",
+        "*.p12",
+        "*.pfx",
+        "*.jks",
+        "*.ppk",
+    ),
+    *(
+        ".netrc*",
+        "_netrc",
+        "*.netrc*",
+        ".pypirc",
+        ".npmrc",
+        ".pgpass",
+        ".git-credentials",
+        ".htpasswd",
+        "*.kdbx",
+        "*.ovpn",
+    ),
+    *("id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", "*credentials", "kubeconfig*", "*.kubeconfig", "*.keytab"),
+    *(
+        f"*{what}*.{kind}"
+        for what in _SAID
+        for kind in ("json", "yaml", "yml", "toml", "ini", "cfg", "txt", "csv", "xml")
+    ),
+    *(".ray/", ".ssh/", ".aws/", ".azure/", ".gcloud/", ".gnupg/", ".kube/", ".docker/", ".sky/", ".huggingface/"),
+)
+_BULK = (  # a leading slash: in the top folder only
     *("/runs/", "/data/", "/outputs/", "/checkpoints/", "/build/", "/wandb/", ".git/", ".venv/", "__pycache__/"),
     *(".*_cache/", ".hypothesis/", "*.egg-info/", "*.safetensors", "*.bin", "*.pt", "*.gguf", "*.parquet"),
-    # secrets do not travel with code, where git lists them neither
-    *(".env", ".env.*", "*.token", "*.pem", "*.key", "*.p12", "*.pfx", ".netrc", "_netrc", ".pypirc", ".npmrc"),
-    *("id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", "*credentials", "*credentials*.json"),
-    *(".ray/", ".ssh/", ".aws/", ".gnupg/", ".kube/", ".docker/"),
 )
+EXCLUDES = (*_BULK, *CREDENTIALS)  # secrets do not travel with code, where git lists them neither
+_NEW = ("--others", "--exclude-standard")  # options of git ls-files
 SETTINGS = (  # settings of the caller that hold on the cluster too; EAFT_DATA: where the recipes look for data
     *("NCCL_*", "GLOO_*", "TORCH_NCCL_*", "VLLM_*", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "WANDB_MODE"),
     *("RAY_AUTH_MODE", "EAFT_DATA"),
 )
-_SECRET = re.compile(r"(?i)key|token|secret|passw|cred")
 JOB_ENV = {
     "RAY_JOB_STOP_WAIT_TIME_S": "600",  # a stopped run is saved first; Ray kills after 3 s otherwise
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the driver evaluates, so it must see its node's GPUs
@@ -47,10 +84,12 @@ def build_runtime_env(
     Names that look like secrets never travel by pattern: job variables are shown in the dashboard.
     Raises ConfigError for a value that is not text.
     """
-    settings = {
-        name: environ[name] for name in sorted(environ) if _matches(name, SETTINGS) and not _SECRET.search(name)
-    }
+    settings = {name: environ[name] for name in sorted(environ) if _matches(name, SETTINGS) and not looks_secret(name)}
     variables = {**(defaults or {}), **settings, **(asked or {})}
+    if open_ := [name for name, value in settings.items() if holds_password(value)]:
+        raise ConfigError(
+            f"{open_[0]} holds a password in its URL, which the job's list would show; set it on the nodes"
+        )
     if wrong := [name for name, value in variables.items() if not isinstance(value, str)]:
         raise ConfigError(f"environment variable {wrong[0]}={variables[wrong[0]]!r} must be text; quote it")
     taken = (job or {}).get("env_vars") or {}
@@ -84,6 +123,7 @@ def package(folder: Path, archive: Path, *, needed: Sequence[str]) -> Path:
     if absent := [name for name in needed if name not in sizes]:
         kept = ", ".join(EXCLUDES[:5])
         raise ConfigError(f"{absent[0]} does not travel with the job: {folder}'s {kept} ... stay here")
+    check_modules(sizes)
     archive.parent.mkdir(parents=True, exist_ok=True)
     if small := sum(sizes.values()) <= 10 * MAX_UPLOAD:
         with zipfile.ZipFile(archive, "w") as packed:
@@ -112,17 +152,43 @@ def _largest(sizes: Mapping[str, int]) -> str:
 
 
 def package_files(folder: Path, needed: Sequence[str] = ()) -> list[str]:
-    """What travels, relative, in order: where git knows the folder what it lists and `needed`, else everything; without
-    what EXCLUDES names."""
-    listed = _git_lists(folder, "--recurse-submodules")
-    names = {*listed, *needed} if listed else {path.relative_to(folder).as_posix() for path in _walk(folder)}
-    return sorted(name for name in names if not _stays(PurePosixPath(name)) and (folder / name).is_file())
+    """What travels, relative, in order: where git knows the folder what it lists, what is new and not ignored, and
+    `needed`; else everything. Without what EXCLUDES names, and without links that lead out of the folder."""
+    return sorted(name for name in _candidates(folder, needed) if not _stays(PurePosixPath(name), EXCLUDES))
 
 
-def left_behind(folder: Path) -> list[str]:
-    """Files of a checkout that neither git nor its .gitignore knows: somebody's own module may be among them."""
-    names = _git_lists(folder, "--others", "--exclude-standard") if _git_lists(folder) else []
-    return [name for name in names if not _stays(PurePosixPath(name))]
+def held_back(folder: Path) -> list[str]:
+    """Files that would travel and stay because of names that credentials have."""
+    return sorted(name for name in _candidates(folder, ()) if _stays(PurePosixPath(name), CREDENTIALS))
+
+
+def untracked(folder: Path) -> list[str]:
+    """Files of a checkout that travel although git does not track them."""
+    return sorted({*package_files(folder)} & {*_git_lists(folder, *_NEW)}) if _git_lists(folder) else []
+
+
+def _candidates(folder: Path, needed: Sequence[str]) -> Iterator[str]:
+    """Names of the files there are, before any is left out for its name."""
+    listed, inside = _git_lists(folder, "--recurse-submodules"), folder.resolve()
+    names = {*listed, *_git_lists(folder, *_NEW), *needed} if listed else _walk(folder)
+    for name in names:
+        target = (folder / name).resolve()
+        if target.is_file() and target.is_relative_to(inside):
+            yield name
+
+
+def check_modules(names: Iterable[str]) -> None:
+    """ConfigError for a module among what travels that would be run in place of Python's or of a package of ours: Ray
+    puts the folder of a job first on the path of its processes."""
+    required = {Requirement(line).name for line in importlib.metadata.requires("eaft-verl") or []}
+    taken = sys.stdlib_module_names | {name.replace("-", "_") for name in required}
+    for name in names:
+        top, _, rest = name.partition("/")
+        if top.removesuffix(".py") in taken and (rest == "__init__.py" or (not rest and top.endswith(".py"))):
+            raise ConfigError(
+                f"{name} would be run in place of Python's own or an installed module `{top.removesuffix('.py')}`, "
+                "because the job's folder comes first on its path; rename it, or start from another folder"
+            )
 
 
 def _git_lists(folder: Path, *options: str) -> list[str]:
@@ -134,19 +200,22 @@ def _git_lists(folder: Path, *options: str) -> list[str]:
         return []
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def _walk(folder: Path) -> Iterator[str]:
     for root, folders, files in os.walk(folder):
         here = PurePosixPath(Path(root).relative_to(folder))
-        folders[:] = [name for name in folders if not excluded(here / name, is_folder=True)]
-        yield from (Path(root, name) for name in files)
+        # folders of credentials are gone through: what stays of them is said
+        folders[:] = [name for name in folders if not excluded(here / name, is_folder=True, patterns=_BULK)]
+        yield from ((here / name).as_posix() for name in files)
 
 
-def _stays(path: PurePosixPath) -> bool:
+def _stays(path: PurePosixPath, patterns: Sequence[str]) -> bool:
     parents = list(path.parents)[:-1]
-    return excluded(path, is_folder=False) or any(excluded(parent, is_folder=True) for parent in parents)
+    return excluded(path, is_folder=False, patterns=patterns) or any(
+        excluded(parent, is_folder=True, patterns=patterns) for parent in parents
+    )
 
 
-def excluded(path: PurePosixPath, *, is_folder: bool) -> bool:
-    """Whether a pattern of EXCLUDES names this relative path."""
-    kind = (pattern for pattern in EXCLUDES if pattern.endswith("/") == is_folder)
-    return _matches(path.name, (p.strip("/") for p in kind if not p.startswith("/") or len(path.parts) == 1))
+def excluded(path: PurePosixPath, *, is_folder: bool, patterns: Sequence[str] = EXCLUDES) -> bool:
+    """Whether one of the patterns names this relative path."""
+    kind = (pattern for pattern in patterns if pattern.endswith("/") == is_folder)
+    return _matches(path.name.lower(), (p.strip("/") for p in kind if not p.startswith("/") or len(path.parts) == 1))

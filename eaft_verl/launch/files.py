@@ -9,7 +9,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from eaft_verl.cluster.demand import demand_of
-from eaft_verl.cluster.runtime_env import JOB_ENV, build_runtime_env
+from eaft_verl.cluster.runtime_env import JOB_ENV, build_runtime_env, held_back
 from eaft_verl.errors import ConfigError
 from eaft_verl.files import write_text
 from eaft_verl.launch.request import Launch
@@ -67,6 +67,10 @@ def unpack_recipe(recipe: Path) -> None:
 
 def skypilot_job(wanted: Launch, config: Config, name: str) -> tuple[str, str, list[str]]:
     """(file name, text, command) of a SkyPilot task; EAFT_GPU names the accelerator, A100-80GB where it does not."""
+    if not Path(".skyignore").exists() and (open_ := held_back(Path.cwd())):
+        raise ConfigError(
+            f"{open_[0]} would travel with SkyPilot's workdir: name it in .gitignore or .skyignore, or move it"
+        )
     demand = demand_of(config)
     command = ["sky", "launch", "-y", "-c", name, "--num-nodes", str(demand.nodes)]
     if demand.gpus:

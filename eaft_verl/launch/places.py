@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from eaft_verl.boundary import python_command
+from eaft_verl.boundary import masked, python_command
 from eaft_verl.cluster.demand import demand_of
 from eaft_verl.cluster.doctor import doctor
 from eaft_verl.errors import ConfigError
@@ -46,6 +46,7 @@ def launch(wanted: Launch, on: str, *, dry_run: bool) -> int:
     if on == "local":
         return _local(wanted, _configs(recipe, wanted, dry_run=dry_run), dry_run=dry_run)
     wanted = replace(_for_cluster(recipe, wanted, on), recipe_hash=found)
+    wanted = replace(wanted, overrides=tuple(masked(wanted.overrides)))  # they stand in the list of jobs
     configs = _configs(recipe, wanted, elsewhere=True, dry_run=dry_run)
     if dry_run:
         warn(list(dict.fromkeys(message for config in configs for message in pending(config, elsewhere=True))))

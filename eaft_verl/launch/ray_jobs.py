@@ -3,6 +3,7 @@
 import asyncio
 import os
 import shlex
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -14,11 +15,12 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from ray.util.state import list_nodes
 from ray.util.state.common import NodeState
 
+from eaft_verl.boundary import looks_secret
 from eaft_verl.cluster.demand import Offer, demand_of
 from eaft_verl.cluster.doctor import CONNECT_TIMEOUT_S
 from eaft_verl.cluster.findings import require, token_finding
 from eaft_verl.cluster.node_probe import reachable
-from eaft_verl.cluster.runtime_env import JOB_ENV, asked_variables, build_runtime_env, left_behind, package
+from eaft_verl.cluster.runtime_env import JOB_ENV, asked_variables, build_runtime_env, held_back, package, untracked
 from eaft_verl.cluster.session import want_token
 from eaft_verl.errors import ConfigError, RunError
 from eaft_verl.experiment.processes import INTERRUPTED
@@ -42,9 +44,14 @@ def run_job(wanted: Launch, config: Config, name: str, *, dry_run: bool) -> int:
         archive = package(Path.cwd(), Path(folder) / "code.zip", needed=needed)
         print(f"address: {address}\njob: {name}\ncommand: {command}")
         print(f"package: {Path.cwd()}, {archive.stat().st_size / 2**20:.1f} MiB")
-        if left := sorted({*left_behind(Path.cwd())} - {*needed}):
-            print(f"left here: {', '.join(left[:5])}{' ...' * (len(left) > 5)}: `git add` what the job needs of these")
+        if new := sorted({*untracked(Path.cwd())} - {*needed}):
+            print(f"travel although not in git: {_some(new)}; .gitignore what the job does not need")
+        if left := held_back(Path.cwd()):
+            print(f"left here, as credentials have such names: {_some(left)}")
         print(f"variables: {', '.join(runtime_env['env_vars'])}", flush=True)
+        if open_ := list(filter(looks_secret, runtime_env["env_vars"])):
+            shown = "can be read by whoever may list the cluster's jobs; export it where Ray is started instead"
+            print(f"eaft: warning: {', '.join(open_)} {shown}", file=sys.stderr, flush=True)
         if dry_run:
             return 0
         client = connect(address)
@@ -67,6 +74,10 @@ def run_job(wanted: Launch, config: Config, name: str, *, dry_run: bool) -> int:
     except KeyboardInterrupt:
         print(f"\ndetached; the job goes on. follow: {follow}", flush=True)
         return 0
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + f" and {len(names) - 5} more" * (len(names) > 5)
 
 
 def connect(address: str) -> JobSubmissionClient:

@@ -14,9 +14,10 @@ from eaft_verl.cluster.runtime_env import (
     asked_variables,
     build_runtime_env,
     excluded,
-    left_behind,
+    held_back,
     package,
     package_files,
+    untracked,
 )
 from eaft_verl.errors import ConfigError
 
@@ -101,29 +102,29 @@ def project(tmp_path: Path) -> Path:
     folder = tmp_path / "project"
     for name, text in (
         ("recipes/mine.yaml", "arms: {}"),
-        ("code.py", "print()"),
+        ("prog.py", "print()"),
         ("runs/old/model.json", "{}"),
         (".git/config", "secret"),
         ("weights.pt", "0"),
     ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
-    (folder / "code.py").chmod(0o755)
+    (folder / "prog.py").chmod(0o755)
     return folder
 
 
 def test_the_package_holds_code_and_recipes_with_their_modes(project: Path, tmp_path: Path) -> None:
     archive = package(project, tmp_path / "out" / "code.zip", needed=["recipes/mine.yaml"])
     with zipfile.ZipFile(archive) as packed:
-        assert packed.namelist() == ["code.py", "recipes/mine.yaml"]
+        assert packed.namelist() == ["prog.py", "recipes/mine.yaml"]
         assert packed.read("recipes/mine.yaml") == b"arms: {}"
-        assert packed.getinfo("code.py").external_attr >> 16 == 0o755
+        assert packed.getinfo("prog.py").external_attr >> 16 == 0o755
 
 
 def test_equal_contents_give_equal_bytes_so_that_ray_uploads_once(project: Path, tmp_path: Path) -> None:
-    first = package(project, tmp_path / "1.zip", needed=["code.py"]).read_bytes()
-    os.utime(project / "code.py", (0, 0))
-    assert package(project, tmp_path / "2.zip", needed=["code.py"]).read_bytes() == first
+    first = package(project, tmp_path / "1.zip", needed=["prog.py"]).read_bytes()
+    os.utime(project / "prog.py", (0, 0))
+    assert package(project, tmp_path / "2.zip", needed=["prog.py"]).read_bytes() == first
 
 
 def test_a_recipe_that_would_stay_behind_is_refused(project: Path, tmp_path: Path) -> None:
@@ -139,27 +140,60 @@ def test_a_package_larger_than_ray_takes_is_refused_with_the_largest_files(
     monkeypatch.setattr(runtime_env, "MAX_UPLOAD", 2 << 20)
     (project / "noise.dat").write_bytes(os.urandom(3 << 20))  # random: it does not compress
     with pytest.raises(ConfigError, match=r"larger than the 2 MiB.*largest: .*noise.dat \(3 MiB\)"):
-        package(project, tmp_path / "code.zip", needed=["code.py"])
+        package(project, tmp_path / "code.zip", needed=["prog.py"])
     assert not (tmp_path / "code.zip").exists()
     for part in range(5):  # no file is large, the folder is
         (project / "samples" / "deep").mkdir(parents=True, exist_ok=True)
         (project / "samples" / "deep" / f"{part}.json").write_bytes(os.urandom(1 << 20))
     with pytest.raises(ConfigError, match=r"largest: samples/ \(5 MiB\), recipes/ \(0 MiB\), noise.dat \(3 MiB\)"):
-        package(project, tmp_path / "code.zip", needed=["code.py"])
+        package(project, tmp_path / "code.zip", needed=["prog.py"])
 
 
-def test_of_a_git_checkout_what_git_lists_travels_and_the_recipe_that_was_named(project: Path, tmp_path: Path) -> None:
+def test_of_a_git_checkout_what_git_lists_or_would_list_travels_but_credentials(project: Path, tmp_path: Path) -> None:
     shutil.rmtree(project / ".git")
-    for name in ("notes.txt", "my.netrc.bak", "recipes/new.yaml", "id_rsa", "with space ü.py"):
+    for name in ("notes.txt", "my.netrc.bak", "recipes/new.yaml", "id_rsa", "with space ü.py", "ignored.csv"):
         (project / name).write_text(name)
-    for words in (["init", "-q"], ["add", "code.py", "recipes/mine.yaml", "id_rsa", "with space ü.py"]):
+    (project / ".gitignore").write_text("*.csv\n")
+    for words in (["init", "-q"], ["add", "prog.py", "recipes/mine.yaml", "id_rsa", "with space ü.py"]):
         subprocess.run(["git", "-C", str(project), *words], check=True)
     (project / "recipes" / "mine.yaml").write_text("arms: {a: {}}")  # changed and not committed
-    found = package_files(project, ["recipes/new.yaml"])
-    assert found == ["code.py", "recipes/mine.yaml", "recipes/new.yaml", "with space ü.py"]
+    found = package_files(project, ["ignored.csv"])
+    tracked = ["prog.py", "recipes/mine.yaml", "with space ü.py"]
+    assert found == sorted([".gitignore", "ignored.csv", "notes.txt", "recipes/new.yaml", *tracked])
     with zipfile.ZipFile(package(project, tmp_path / "code.zip", needed=["recipes/new.yaml"])) as packed:
         assert packed.read("recipes/mine.yaml") == b"arms: {a: {}}"
-    assert left_behind(project) == ["my.netrc.bak", "notes.txt", "recipes/new.yaml"]
-    (project / "code.py").unlink()  # git still lists it
-    assert "code.py" not in package_files(project)
-    assert package_files(project / "recipes") == ["mine.yaml"], "a folder of a checkout"
+    assert untracked(project) == [".gitignore", "notes.txt", "recipes/new.yaml"]
+    assert held_back(project) == ["id_rsa", "my.netrc.bak"]
+    (project / "prog.py").unlink()  # git still lists it
+    assert "prog.py" not in package_files(project)
+    assert package_files(project / "recipes") == ["mine.yaml", "new.yaml"], "a folder of a checkout"
+
+
+def test_outside_git_what_stays_for_its_name_is_said(project: Path) -> None:
+    names = (".aws/config", "deep/.env", "server.PEM", "client_secret.json", ".ssh/config", "token.py", "secrets.md")
+    for name in names:
+        (project / name).parent.mkdir(exist_ok=True)
+        (project / name).write_text("x")
+    kept = [".aws/config", ".ssh/config", "client_secret.json", "deep/.env", "server.PEM"]
+    assert held_back(project) == kept and untracked(project) == []
+    assert not {*kept} & {*package_files(project)} and "secrets.md" in package_files(project)
+
+
+def test_a_link_that_leads_out_of_the_folder_does_not_travel(project: Path, tmp_path: Path) -> None:
+    (tmp_path / "id_rsa").write_text("key")
+    (project / "notes.md").symlink_to(tmp_path / "id_rsa")
+    (project / "same.yaml").symlink_to(project / "recipes" / "mine.yaml")
+    assert package_files(project) == ["prog.py", "recipes/mine.yaml", "same.yaml"]
+
+
+@pytest.mark.parametrize("name", ["random.py", "torch.py", "json/__init__.py", "lm_eval.py"])
+def test_a_module_that_would_replace_an_installed_one_is_refused(project: Path, tmp_path: Path, name: str) -> None:
+    (project / name).parent.mkdir(exist_ok=True)
+    (project / name).write_text("")
+    with pytest.raises(ConfigError, match=rf"{name} would be run in place of"):
+        package(project, tmp_path / "code.zip", needed=["prog.py"])
+
+
+def test_a_setting_with_a_password_is_refused() -> None:
+    with pytest.raises(ConfigError, match="EAFT_DATA holds a password"):
+        build_runtime_env({"EAFT_DATA": "s3://me:pw@host/x"})

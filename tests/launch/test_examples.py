@@ -150,7 +150,7 @@ def test_the_slurm_script_gives_workers_an_address_and_ends_when_ray_does(
         "getent": f"echo '{resolved}'",
         "hostname": f"[ $# = 0 ] && echo n1 || echo '{interfaces}'",
         "ray": 'echo "ray $*"; exit 1',
-        "python": 'case $2 in *secrets*) echo token;; *) exit 1;; esac',
+        "python": 'case $3 in *secrets*) echo token;; *) exit 1;; esac',
     }  # fmt: skip
     for name, body in fakes.items():
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
