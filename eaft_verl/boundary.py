@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 # C0 but tab and line feed, DEL, C1; marks, embeddings, overrides and isolates of direction; halves of surrogate pairs;
 # what has no width: spaces, joiners that join nothing (they do in emoji and in Persian), tags, selectors in a row
-_STEERING = re.compile(
+STEERING = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]"
     r"|[\ud800-\udfff]|[\U000e0000-\U000e007f]|(?<=[\ufe00-\ufe0f\U000e0100-\U000e01ef])[\ufe00-\ufe0f\U000e0100-\U000e01ef]"
     r"|(?<![^\x00-\x7f\u200c\u200d])[\u200c\u200d]|[\u200c\u200d](?![^\x00-\x7f\u200c\u200d])"
@@ -33,7 +33,7 @@ _SHORTEST = 8  # characters of a value that is left out: shorter ones are switch
 
 def inert(text: str) -> str:
     r"""The text with everything that would steer or deceive a terminal written out, as in '\x1b' and '\u202e'."""
-    return _STEERING.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+    return STEERING.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -4,16 +4,16 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from eaft_verl.boundary import STEERING
 from eaft_verl.reporting.wording import DASH
 
 ARROWS = {"better": "\u25b2", "worse": "\u25bc"}
 LINE = " \u00b7\u00a0"  # between the lines of a cell; no data can hold it, because `safe` leaves no such space
-_UNSEEN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1b\x7f-\x84\x86-\x9f\u202a-\u202e\u2066-\u2069]")
 _MARKUP = re.compile(
     r"[\\`*~$|]"  # code, emphasis, formulas, table cells
     r"|(?<![^\W_])_|_(?![^\W_])"  # emphasis; inside a word it is none
     r"|!(?=\[)|\](?=[(\[:])|\[(?=\^)"  # images, links, their definitions, footnotes; [1, 2] is none of them
-    r"|:(?=//)|(?i:(?<=www)\.|(?<=mailto):|(?<=xmpp):)"  # addresses that a viewer would link on its own
+    r"|:(?=//)|(?<=/)/|(?<=\w)\.(?=[^\W\d])|@(?=\w)|(?i:(?<=mailto):|(?<=xmpp):)"  # addresses that viewers link
     r"|#(?=#*$)"  # the closing hashes of a heading
     r"|^[#\->=:]|^\+(?= |$)|^\[(?=[ xX]\])"  # headings, lists, quotes, rules, task boxes
 )
@@ -50,15 +50,21 @@ def written(value: Any) -> str:
 
 def safe(text: str) -> str:
     """Markdown that shows this text and nothing else, on one line, anywhere: no markup of it, no HTML, no controls."""
-    text = " ".join(_UNSEEN.sub("", text).encode("utf-8", "replace").decode().split())
+    text = " ".join(_seen(text).split())
     text = _MARKUP.sub(r"\\\g<0>", text.replace("&", "&amp;").replace("<", "&lt;"))
     return re.sub(r"^(\d+)(?=[.)](?: |$))", r"\1\\", text)
+
+
+def _seen(text: str) -> str:
+    """The text without what steers or hides; white space of every kind stays, and half a character is a '?'."""
+    text = text.encode("utf-8", "replace").decode()
+    return STEERING.sub(lambda found: found[0] if found[0].isspace() else "", text)
 
 
 def verbatim(text: str, indent: str = "") -> Markdown:
     """`safe`, with line breaks and runs of spaces kept; `indent` is that of the list item it stands in."""
     lines = []
-    for line in re.sub(r"\A\s*\n", "", _UNSEEN.sub("", text)).rstrip().splitlines():
+    for line in re.sub(r"\A\s*\n", "", _seen(text)).rstrip().splitlines():
         spaced = re.sub(r"^ | (?= )", "\u00a0", line.expandtabs(4).rstrip())
         lines.append("&nbsp;".join(map(safe, spaced.split("\u00a0"))))
     return Markdown(f"\\\n{indent}".join(lines) or DASH)

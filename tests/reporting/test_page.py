@@ -127,8 +127,17 @@ def test_no_markup_of_any_text_survives(text):
 
 
 def test_addresses_are_broken_where_a_viewer_would_link_them():
-    # GitHub's autolinks start at a literal '://' or 'www.' of the source
-    assert safe("see https://a.example or www.a.example") == "see https\\://a.example or www\\.a.example"
+    # GitHub's autolinks start at a literal '://' or 'www.' of the source, or are mail; others link bare names too
+    assert safe("see https://a.example or www.a.example") == "see https\\:/\\/a\\.example or www\\.a\\.example"
+    assert safe("a@b.example costs 3.14 //x") == "a\\@b\\.example costs 3.14 /\\/x"
+
+
+@pytest.mark.parametrize("text", [*CORPUS, "a@evil.com evil.com/x //evil.com ftp://evil.com пример.рф ｅvil.com 1.2.3.4"])
+def test_a_viewer_that_links_whatever_looks_like_an_address_finds_none(text):
+    pytest.importorskip("linkify_it")
+    viewer = MarkdownIt("commonmark", {"html": True, "linkify": True}).enable(["table", "strikethrough", "linkify"])
+    for written in (safe(text), verbatim(text), table(Table([Cell("h")] * 2, [[Cell(text, (text,)), Cell(text)]]))):
+        assert not re.search(r"<(a|img|script|del|input)\b", viewer.render(written)), written
 
 
 def test_hostile_answers_are_text_in_both_files(tmp_path):
