@@ -1,12 +1,16 @@
 """Every row of the matrix."""
 
+import importlib
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from . import compatibility, recipes, stops  # noqa: F401 - each module registers its rows
 from .matrix import FAULTS, Fault, Lab
 
+for path in sorted(Path(__file__).parent.glob("[a-z]*.py")):
+    if not path.stem.startswith(("test_", "conftest", "matrix")):
+        importlib.import_module(f".{path.stem}", __package__)  # each module registers its rows
 ROWS = [pytest.param(row, id=row.name, marks=[pytest.mark.slow] * row.slow) for row in FAULTS]
 
 
