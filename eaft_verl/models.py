@@ -82,12 +82,28 @@ def at_hand(name: str | Path) -> bool:
     return isinstance(try_to_load_from_cache(identity, "config.json", revision=revision or None), str)
 
 
-def hub_arguments(model: Path | str) -> dict[str, str]:
-    """Keyword arguments for from_pretrained: the path or id, and the revision after an '@' in a hub id."""
-    if isinstance(model, Path):
-        return {"pretrained_model_name_or_path": str(model)}
-    name, _, revision = model.partition("@")
-    return {"pretrained_model_name_or_path": name, **({"revision": revision} if revision else {})}
+def hub_arguments(model: Path | str) -> dict[str, Any]:
+    """Keyword arguments for from_pretrained: the path or id, and the revision after an '@' in a hub id.
+
+    Code that comes with a model is never run; unless it is told so, transformers asks whoever sits at the terminal.
+    """
+    name, _, revision = (str(model), "", "") if isinstance(model, Path) else model.partition("@")
+    pinned = {"revision": revision} if revision else {}
+    return {"pretrained_model_name_or_path": name, "trust_remote_code": False, **pinned}
+
+
+def check_no_code(model: Path | str) -> None:
+    """ConfigError for a model whose configuration points to code of its own: verl's reward loop would run it."""
+    from transformers.utils import cached_file
+
+    arguments = hub_arguments(model)
+    name, revision = arguments["pretrained_model_name_or_path"], arguments.get("revision")
+    for part in ("config.json", "tokenizer_config.json"):
+        file = cached_file(name, part, revision=revision, _raise_exceptions_for_missing_entries=False)
+        if file and "auto_map" in read_json(Path(file)):
+            raise ConfigError(
+                f"model={name!r} brings code of its own ({part}: auto_map), which is not run; use another"
+            )
 
 
 def load_tokenizer(model: Path | str) -> Any:

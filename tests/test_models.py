@@ -1,6 +1,7 @@
 """Where models come from, what identifies them, and the conversion of the packaged one."""
 
 import importlib.metadata
+import json
 import os
 import shutil
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from tiny import tiny_model
 
 from eaft_verl.errors import ConfigError
-from eaft_verl.models import SMOLLM2, hub_arguments, model_key, resolve_model
+from eaft_verl.models import SMOLLM2, check_no_code, hub_arguments, model_key, resolve_model
 
 
 def test_a_folder_becomes_an_absolute_path(tmp_path, monkeypatch):
@@ -55,9 +56,21 @@ def test_a_folder_without_config_and_a_file_are_refused(tmp_path, monkeypatch):
 
 
 def test_hub_arguments_take_the_revision_apart(tmp_path):
-    assert hub_arguments("org/name") == {"pretrained_model_name_or_path": "org/name"}
-    assert hub_arguments("org/name@main") == {"pretrained_model_name_or_path": "org/name", "revision": "main"}
-    assert hub_arguments(tmp_path) == {"pretrained_model_name_or_path": str(tmp_path)}
+    untrusted = {"trust_remote_code": False}
+    assert hub_arguments("org/name") == {"pretrained_model_name_or_path": "org/name", **untrusted}
+    pinned = {"pretrained_model_name_or_path": "org/name", "revision": "main", **untrusted}
+    assert hub_arguments("org/name@main") == pinned
+    assert hub_arguments(tmp_path) == {"pretrained_model_name_or_path": str(tmp_path), **untrusted}
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_a_model_that_brings_code_is_refused_where_verl_would_run_it(tiny_model_path, tmp_path, file):
+    check_no_code(tiny_model_path)
+    folder = Path(shutil.copytree(tiny_model_path, tmp_path / "m"))
+    said = json.loads((folder / file).read_text()) | {"auto_map": {"AutoTokenizer": ["evil.C", None]}}
+    (folder / file).write_text(json.dumps(said))
+    with pytest.raises(ConfigError, match=rf"brings code of its own \({file}: auto_map\)"):
+        check_no_code(folder)
 
 
 def test_model_key_follows_contents_not_place(tmp_path):

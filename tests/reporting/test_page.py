@@ -132,7 +132,7 @@ def test_addresses_are_broken_where_a_viewer_would_link_them():
     assert safe("a@b.example costs 3.14 //x") == "a\\@b\\.example costs 3.14 /\\/x"
 
 
-@pytest.mark.parametrize("text", [*CORPUS, "a@evil.com evil.com/x //evil.com ftp://evil.com пример.рф ｅvil.com 1.2.3.4"])
+@pytest.mark.parametrize("text", [*CORPUS, "a@evil.com evil.com/x //evil.com ftp://evil.com b\u00fc.de 1.2.3.4"])
 def test_a_viewer_that_links_whatever_looks_like_an_address_finds_none(text):
     pytest.importorskip("linkify_it")
     viewer = MarkdownIt("commonmark", {"html": True, "linkify": True}).enable(["table", "strikethrough", "linkify"])

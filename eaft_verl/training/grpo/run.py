@@ -14,6 +14,7 @@ from eaft_verl.data.prepare import Prepared
 from eaft_verl.data.prompts import write_prompts
 from eaft_verl.errors import Interrupted, RunError
 from eaft_verl.files import write_text
+from eaft_verl.models import check_no_code
 from eaft_verl.recipe.budgets import evaluation_points
 from eaft_verl.recipe.config import Config
 from eaft_verl.recipe.views import world_size
@@ -52,6 +53,7 @@ def train_grpo(config: Config, run: Run, data: Prepared, model: str, tokenizer: 
     Raises RunError with the cause when the trainer, a worker, the rollout or the reward failed. On SIGTERM the step in
     progress is finished and saved; then, if there is a state to go on from, Interrupted.
     """
+    check_no_code(Path(model) if Path(model).is_dir() else model)
     plan = _plan(config, run, data, model, tokenizer)
     _export_newest(run, plan)
     metrics_file = run.path / ".verl_metrics.jsonl"
