@@ -12,7 +12,7 @@ from typing import Any
 import ray
 from ray._private import ray_constants
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
-from ray._raylet import Config as RayConfig
+from ray._raylet import Config as RayConfig  # type: ignore[attr-defined] # compiled, its stub lacks it
 from ray.job_config import JobConfig
 
 from eaft_verl.cluster.demand import CPUS_PER_WORKER, HELPERS

@@ -46,7 +46,9 @@ def launch(wanted: Launch, on: str, *, dry_run: bool) -> int:
     if on == "local":
         return _local(wanted, _configs(recipe, wanted, dry_run=dry_run), dry_run=dry_run)
     wanted = replace(_for_cluster(recipe, wanted, on), recipe_hash=found)
-    wanted = replace(wanted, overrides=tuple(masked(wanted.overrides)))  # they stand in the list of jobs
+    if open_ := next((word for word in wanted.overrides if masked(word) != word), ""):
+        key = open_.partition("=")[0]
+        raise ConfigError(f"{key} holds a secret, which the list of jobs would show: write '{key}=${{oc.env:NAME}}'")
     configs = _configs(recipe, wanted, elsewhere=True, dry_run=dry_run)
     if dry_run:
         warn(list(dict.fromkeys(message for config in configs for message in pending(config, elsewhere=True))))

@@ -33,8 +33,8 @@ class Progress:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             console = Console(file=unguarded(self.stream))
             # redirected, what others print while the bar stands would reach the terminal unguarded
-            quiet = {"redirect_stdout": False, "redirect_stderr": False}
-            self.bar = Bar(*columns, TextColumn("{task.fields[text]}"), console=console, **quiet)
+            text = TextColumn("{task.fields[text]}")
+            self.bar = Bar(*columns, text, console=console, redirect_stdout=False, redirect_stderr=False)
             self.bar.start()
             self.task = self.bar.add_task(label, total=total, completed=start, text="")
 
