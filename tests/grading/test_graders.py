@@ -1,5 +1,7 @@
 """Right and wrong answers for every grader, and which reference answers and recipes are refused."""
 
+import time
+
 import pytest
 
 from eaft_verl.errors import ConfigError
@@ -116,3 +118,32 @@ def test_math_verify_reads_latex(tmp_path):
         text = payload.replace("{path}", str(tmp_path / "run")).replace("{{", "{").replace("}}", "}")
         assert grader.score(text, r"\frac{x+1}{2}") == 0 and grader.score(f"${text}$", r"\frac{x+1}{2}") == 0
     assert not (tmp_path / "run").exists()
+
+
+UNITS = [
+    " ",
+    "\n",
+    "answer",
+    "answer is ",
+    "answer: ",
+    "A, ",
+    "(A ",
+    "**",
+    "\\boxed{",
+    "####",
+    "<think>",
+    "1,",
+    "1 or ",
+    "1e9",
+]
+UNITS += ["\\frac{1}", "答案是", "so ( ", "option ", "x = ", "$1 ", "\\text{A} ", "¹", "- ", "wait "]
+
+
+@pytest.mark.parametrize("grader", ["number", "exact", "choice"])
+def test_no_answer_makes_a_grader_search_back_and_forth(grader: str) -> None:
+    """20,000 characters: what takes quadratic time would take a minute; these take a tenth of a second."""
+    for before in ("", "answer"):
+        for unit in UNITS:
+            started = time.process_time()
+            GRADERS[grader].score(before + unit * (20_000 // len(unit)) + "!", "5")
+            assert time.process_time() - started < 3, (before, unit)
