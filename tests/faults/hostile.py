@@ -91,7 +91,7 @@ def _steering_arguments(lab: Lab) -> Outcome:
         lab.train("--dry-run", f"data.over_long={STEERING}"),
         lab.eaft("evaluate", f"/nowhere/{STEERING}"),
         lab.eaft("train", f"{STEERING}.yaml", "--arm", ARM),
-        lab.eaft("train", "--arm", ARM, "--unknown", STEERING),
+        lab.eaft("train", "--arm", ARM, f"--unknown{STEERING}"),
     ):
         assert seen.code == 2 and "\\x1b" in seen.said
         shows_no_control(seen)
