@@ -53,7 +53,6 @@ def train_grpo(config: Config, run: Run, data: Prepared, model: str, tokenizer: 
     Raises RunError with the cause when the trainer, a worker, the rollout or the reward failed. On SIGTERM the step in
     progress is finished and saved; then, if there is a state to go on from, Interrupted.
     """
-    check_no_code(Path(model) if Path(model).is_dir() else model)
     plan = _plan(config, run, data, model, tokenizer)
     _export_newest(run, plan)
     metrics_file = run.path / ".verl_metrics.jsonl"
@@ -122,6 +121,7 @@ def _plan(config: Config, run: Run, data: Prepared, model: str, tokenizer: Any) 
 
     from eaft_verl.runs import drop_checkpoints_after
 
+    check_no_code(Path(model) if Path(model).is_dir() else model)
     prompts = write_prompts(
         data,
         run.path / "prompts.parquet",
