@@ -86,15 +86,20 @@ def build_runtime_env(
     """
     settings = {name: environ[name] for name in sorted(environ) if _matches(name, SETTINGS) and not looks_secret(name)}
     variables = {**(defaults or {}), **settings, **(asked or {})}
-    if open_ := [name for name, value in settings.items() if holds_password(value)]:
-        raise ConfigError(
-            f"{open_[0]} holds a password in its URL, which the job's list would show; set it on the nodes"
-        )
+    _refuse_passwords(settings)
     if wrong := [name for name, value in variables.items() if not isinstance(value, str)]:
         raise ConfigError(f"environment variable {wrong[0]}={variables[wrong[0]]!r} must be text; quote it")
     taken = (job or {}).get("env_vars") or {}
     variables = {name: value for name, value in variables.items() if name not in taken}
     return {"env_vars": variables} if variables else {}
+
+
+def _refuse_passwords(settings: Mapping[str, str]) -> None:
+    for name in settings:
+        if holds_password(settings[name]):
+            raise ConfigError(
+                f"{name} holds a password in its URL, which the job's list would show; set it on the nodes"
+            )
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
