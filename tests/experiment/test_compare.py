@@ -90,7 +90,7 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     started: list[str] = []
 
     def broken(command: list[str]) -> int:
-        started.append(" ".join(command[3:]))
+        started.append(" ".join(command[4:]))
         return subprocess.run([sys.executable, "-c", "raise SystemExit(3)"], check=False).returncode
 
     monkeypatch.delenv(CAUSE_FILE, raising=False)
