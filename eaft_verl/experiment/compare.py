@@ -52,7 +52,8 @@ def compare(
     require_same(base.run, configs[0])
     for config, pair in zip(configs, stages, strict=True):
         require_same(pair[0].run, config)
-    warn_of(dict.fromkeys(note for config in configs for note in _notes(config)))
+    if not dry_run:  # reading the model's code takes seconds; `eaft train --dry-run` and `eaft doctor` do
+        warn_of(dict.fromkeys(note for config in configs for note in _notes(config)))
     if dry_run:
         _show(configs, base, stages)
         return 0
