@@ -17,7 +17,7 @@ from eaft_verl.data.spec import RowError
 from eaft_verl.data.template import ChatTemplate, special_tokens, template_for
 
 ROLES = ("template", "system", "user", "assistant", "reasoning", "tool call", "tool")
-TEMPLATE, ASSISTANT, REASONING, CALL = (ROLES.index(name) for name in ("template", "assistant", "reasoning", "tool call"))
+TEMPLATE, ASSISTANT, REASONING, CALL = map(ROLES.index, ("template", "assistant", "reasoning", "tool call"))
 _END_OF_THOUGHT, _THOUGHT = "</think>", "<think>"
 _EMPTY_THOUGHT = re.compile(r"<(\w*think\w*)>\s*</\1>")
 

@@ -1,6 +1,7 @@
 """`eaft train`: a resolved configuration -> a finished run directory, resumed where an earlier attempt stopped."""
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from eaft_verl.evaluation.settings import evaluation_key
 from eaft_verl.experiment.derive import Derived, derive
 from eaft_verl.experiment.environment import describe
 from eaft_verl.experiment.stored import SHOWN, settings_that_differ
+from eaft_verl.experiment.token_stats import base_of
 from eaft_verl.models import check_same_vocabulary, load_config, load_tokenizer, model_key, resolve_model
 from eaft_verl.recipe.checks import warn_of
 from eaft_verl.recipe.config import Config, as_yaml, changed, plain
@@ -54,7 +56,8 @@ def train(config: Config, declared: list[str]) -> Run:
                 run.update(**train_grpo(config, run, data, str(model), tokenizer))
                 run.update(status="finished", finished=time.time())
             else:
-                train_sft(config, run, data, heldout.examples if heldout else [], str(model), keys)
+                base = partial(base_of, config, keys, data.examples, tokenizer)
+                train_sft(config, run, data, heldout.examples if heldout else [], str(model), keys, base)
         except BaseException as error:
             run.update(status="failed", error=cause_of(error))
             raise

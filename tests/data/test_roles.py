@@ -90,7 +90,9 @@ def test_a_truncated_answer_is_flagged_and_not_as_an_open_turn(make_tokenizer: A
 def test_tokens_that_a_model_wrote_are_not_cut_again(make_tokenizer: Any) -> None:
     tokenizer = make_tokenizer()
     prompt = tokenizer("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
-    answer = [tokenizer.convert_tokens_to_ids(letter) for letter in "answer"]  # letter by letter, as training cuts it not
+    answer = [
+        tokenizer.convert_tokens_to_ids(letter) for letter in "answer"
+    ]  # letter by letter, as training cuts it not
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "answer"}]
     ids, mask = prompt + answer, [0] * len(prompt) + [1] * len(answer)
     found = inspect(tokenizer, Example("x", messages, ids, mask))

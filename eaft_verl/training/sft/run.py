@@ -1,6 +1,7 @@
 """Where an SFT arm starts: nothing of verl is imported before Ray's session has chosen its platform."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from eaft_verl.data.parquet import Example
 from eaft_verl.data.prepare import Prepared
@@ -9,6 +10,9 @@ from eaft_verl.objectives import Psft
 from eaft_verl.recipe.config import Config
 from eaft_verl.recipe.views import objective_of, world_size
 from eaft_verl.runs import Run
+
+if TYPE_CHECKING:
+    from eaft_verl.training.sft.arm import BaseOf
 
 
 def check_lengths(config: Config, data: Prepared) -> None:
@@ -32,9 +36,18 @@ def check_weights(config: Config, data: Prepared) -> None:
 
 
 def train_sft(
-    config: Config, run: Run, data: Prepared, heldout: Sequence[Example], model: str, keys: dict[str, str]
+    config: Config,
+    run: Run,
+    data: Prepared,
+    heldout: Sequence[Example],
+    model: str,
+    keys: dict[str, str],
+    base_of: "BaseOf",
 ) -> None:
-    """Train the arm in its open, locked run directory and mark it finished; what stopped it is raised."""
+    """Train the arm in its open, locked run directory and mark it finished; what stopped it is raised.
+
+    base_of: from a forward pass over the training data's rows to what the base model says of it.
+    """
     from eaft_verl.cluster.preflight import require_cluster
     from eaft_verl.cluster.session import ray_session
     from eaft_verl.training.interruption import sigterm_as_request
@@ -45,4 +58,4 @@ def train_sft(
         require_cluster(config)
         from eaft_verl.training.sft.arm import train_arm
 
-        train_arm(config, run, data.examples, heldout, model, keys, stop)
+        train_arm(config, run, data.examples, heldout, model, keys, base_of, stop)
