@@ -43,10 +43,16 @@ class Writer:
             }
             for example in examples
         ]
-        drawn = {"do_sample": True, "temperature": self.sampling.temperature, "top_p": self.sampling.top_p, "top_k": 0}
+        drawn: dict[str, Any] = {
+            "do_sample": True,
+            "temperature": self.sampling.temperature,
+            "top_p": self.sampling.top_p,
+            "top_k": 0,
+        }
         torch.manual_seed(self.sampling.seed + number)
         how = drawn if self.sampling.temperature > 0 else {}
-        return make_probe(*self.loaded, prompts, self.sampling.new_tokens, **how)
+        model, tokenizer = self.loaded
+        return make_probe(model, tokenizer, prompts, self.sampling.new_tokens, **how)
 
     def close(self) -> None:
         """Free the model."""

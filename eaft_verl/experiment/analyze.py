@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import hashlib
+import importlib.util
 import json
 import re
 import sys
@@ -28,7 +29,7 @@ from eaft_verl.recipe.views import objective_of
 from eaft_verl.training.sft.inference import token_statistics
 from eaft_verl.training.sft.run import check_lengths
 
-MARK = "analysis.json"  # in a folder that an analysis has made
+MARK = ".analysis.json"  # in a folder that an analysis has made
 SCHEMA = 1
 
 
@@ -58,6 +59,7 @@ def analyze_command(options: argparse.Namespace) -> None:
         stores = _filled(config, panels, tokenizer, str(model), k)
         for panel, store in zip(panels, stores, strict=True):
             print(f"{panel.name}: {store.meta['tokens']:,} tokens of {store.meta['samples']:,} samples in {store.path}")
+        _write_page(out, stores, tokenizer, panels[0].examples, options.show)
         _show(options.show, panels, stores, tokenizer)
 
 
@@ -80,7 +82,7 @@ def configured(what: str, words: Sequence[str], out: Path | None) -> Config:
         if len(data) != 1:
             raise ConfigError(f"eaft analyze takes RECIPE, or MODEL and DATA; after {what!r} came {' '.join(data)!r}")
         config = resolve(_alone(what, data[0], out), "eaft", overrides)
-    check(config)
+    check(config, trains=False)
     return config
 
 
@@ -152,6 +154,15 @@ def _filled(config: Config, panels: Sequence[Panel], tokenizer: Any, model: str,
             fill(panel.path, panel.meta, panel.examples, tokenizer, size, partial(infer, panel.examples))
             for panel in panels
         ]
+
+
+def _write_page(
+    out: Path, stores: Sequence[TokenStore], tokenizer: Any, examples: Sequence[Example], show: int
+) -> None:
+    if importlib.util.find_spec("eaft_verl.analysis.page"):
+        importlib.import_module("eaft_verl.analysis.page").write_page(
+            out, stores, tokenizer, examples=examples, show=show
+        )
 
 
 def _show(count: int, panels: Sequence[Panel], stores: Sequence[TokenStore], tokenizer: Any) -> None:

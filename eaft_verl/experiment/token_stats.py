@@ -79,7 +79,8 @@ def fill(
 
 def _parts(examples: Sequence[Example], size: int) -> list[list[list[int]]]:
     """Batches of rows, in parts of about PART_TOKENS trained tokens."""
-    trained, parts, tokens = trained_of(examples), [], PART_TOKENS
+    parts: list[list[list[int]]] = []
+    trained, tokens = trained_of(examples), PART_TOKENS
     for indices in sequential_batches(len(examples), size):
         if tokens >= PART_TOKENS:
             parts.append([])

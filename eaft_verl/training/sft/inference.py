@@ -1,6 +1,7 @@
 """The engine that trains, opened for forward passes alone: in this process for one device, else on Ray's workers."""
 
 import contextlib
+import io
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -27,21 +28,18 @@ def token_statistics(config: Config, model: str, k: int) -> Iterator[InferOver]:
 @contextlib.contextmanager
 def _here(config: Config, model: str, k: int) -> Iterator[InferOver]:
     with tempfile.TemporaryDirectory() as folder, verl_variables(config.device, 1, rendezvous(folder)):
-        import verl  # noqa: F401 - first of all: its entry points must bring the platform
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # verl's chatter
+            worker = _worker(config, model, k)
         from torch.distributed import destroy_process_group
         from verl.utils import tensordict_utils as tu
 
         from eaft_verl.training.sft.batches import make_batch
         from eaft_verl.training.sft.loss import BATCH_FLAGS
-        from eaft_verl.training.sft.token_pass import EmitDistribution
-        from eaft_verl.training.sft.worker import EaftWorker
-        from eaft_verl.training.sft.workers import worker_config
-
-        worker = EaftWorker(worker_config(config, model, total_steps=1))
-        worker.reset()
-        worker.set_loss_fn(EmitDistribution(k))
+        from eaft_verl.training.sft.order import PADDING
 
         def infer(examples: Sequence[Example], rows: list[int]) -> Any:
+            if config.verl.data.use_dynamic_bsz:  # micro-batches of tokens, whatever the rows
+                rows = [row for row in rows if row != PADDING]
             batch = make_batch(examples, rows, BATCH_FLAGS)
             tu.assign_non_tensor(batch, global_token_num=None)
             return worker.infer_batch(batch)
@@ -50,6 +48,20 @@ def _here(config: Config, model: str, k: int) -> Iterator[InferOver]:
             yield infer
         finally:
             destroy_process_group()
+
+
+def _worker(config: Config, model: str, k: int) -> Any:
+    """A worker of a world of its own, in this process."""
+    import verl  # noqa: F401 - first of all: its entry points must bring the platform
+
+    from eaft_verl.training.sft.token_pass import EmitDistribution
+    from eaft_verl.training.sft.worker import EaftWorker
+    from eaft_verl.training.sft.workers import worker_config
+
+    worker = EaftWorker(worker_config(config, model, total_steps=1))
+    worker.reset()
+    worker.set_loss_fn(EmitDistribution(k))
+    return worker
 
 
 @contextlib.contextmanager
