@@ -72,9 +72,10 @@ def _labels(template: ChatTemplate, messages: Sequence[dict[str, Any]], text: st
             prompt = template.render(list(messages[:index]), generate=True)
             place = len(prompt) if text.startswith(prompt) else place
         for role, said in _texts(message):
-            start = text.find(said, place)
-            if start >= 0 and said:
-                place = start + len(said)
+            found = next((form for form in (said, said.strip()) if form and form in text[place:]), "")
+            if found:  # templates may strip what they are given
+                start = text.index(found, place)
+                place = start + len(found)
                 labels[start:place] = role
         if calls := message.get("tool_calls"):
             start = text.find(calls[0]["function"]["name"], place)
@@ -88,12 +89,12 @@ def _texts(message: dict[str, Any]) -> Iterator[tuple[int, str]]:
     """(role, text) of the parts of a turn, in the order in which they are written."""
     content = message["content"]
     if message["role"] != "assistant":
-        yield ROLES.index(message["role"]), content.strip()
+        yield ROLES.index(message["role"]), content
         return
     yield REASONING, message.get("reasoning_content", "").strip()
     thought, found, answer = content.rpartition(_END_OF_THOUGHT)
     yield REASONING, thought.rpartition(_THOUGHT)[2].strip() if found else ""
-    yield ASSISTANT, answer.strip()
+    yield ASSISTANT, answer.lstrip() if found else content
 
 
 def _next_special(template: ChatTemplate, text: str, start: int) -> int:
