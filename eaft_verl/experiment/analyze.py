@@ -74,10 +74,10 @@ def configured(what: str, words: Sequence[str], out: Path | None) -> Config:
     if is_recipe(what):
         require(not data, f"{what} is a recipe, which names its data; leave out {' '.join(data)}, or data.train=OTHER")
         recipe = load_recipe(what)
-        arms = [resolve(recipe, arm, overrides) for arm in recipe.arms]
-        config = next((arm for arm in arms if arm.trainer == "sft"), None)
-        if config is None:
-            raise ConfigError(f"{what} has no arm with trainer: sft, whose engine and objective the analysis runs with")
+        trainers = {name: own.get("trainer", recipe.shared.get("trainer", "sft")) for name, own in recipe.arms.items()}
+        arm = next((name for name, trainer in trainers.items() if trainer == "sft"), "")
+        require(arm, f"{what} has no arm with trainer: sft, whose engine and objective the analysis runs with")
+        config = resolve(recipe, arm, overrides)
     else:
         if len(data) != 1:
             raise ConfigError(f"eaft analyze takes RECIPE, or MODEL and DATA; after {what!r} came {' '.join(data)!r}")

@@ -92,9 +92,10 @@ def _parts(examples: Sequence[Example], size: int) -> list[list[list[int]]]:
 
 def _table(examples: Sequence[Example], indices: list[int], tokenizer: Any, infer: Callable[..., Any]) -> pa.Table:
     """The store's rows of one batch."""
-    from eaft_verl.training.sft.token_pass import statistics_of  # the platform must be chosen before verl is imported
+    output = infer(indices)
+    from eaft_verl.training.sft.token_pass import statistics_of  # the engine chooses verl's platform first
 
-    columns: dict[str, Any] = dict(statistics_of(examples, indices, infer))
+    columns: dict[str, Any] = dict(statistics_of(examples, indices, output))
     chosen = [examples[index] for index in indices if index != PADDING]
     masks = [np.asarray(example.loss_mask, bool) for example in chosen]
     for mask in masks:

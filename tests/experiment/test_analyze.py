@@ -43,9 +43,10 @@ def eaft(*words: object, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def refused(done: subprocess.CompletedProcess[str]) -> str:
-    """The one line of a command that was refused before any work."""
-    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert done.stderr.startswith("eaft: error: ")
+    """What a command that was refused says: one line, and rows at fault below it."""
+    first, *rows = done.stderr.splitlines()
+    assert done.returncode == 2 and first.startswith("eaft: error: "), done.stderr
+    assert all(row.startswith("  row ") for row in rows), done.stderr
     return done.stderr
 
 
@@ -219,7 +220,7 @@ def test_k_over_the_vocabulary(place: Path) -> None:
 
 def test_empty_data_and_data_where_nothing_is_trained(place: Path, tiny_model_path: Path) -> None:
     (place / "empty.jsonl").write_text("")
-    assert "empty.jsonl" in refused(eaft("analyze", tiny_model_path, "empty.jsonl", "--out", "e", cwd=place))
+    assert "none of 0 rows" in refused(eaft("analyze", tiny_model_path, "empty.jsonl", "--out", "e", cwd=place))
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho", "train": False}]
     (place / "masked.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
     assert "masked" in refused(eaft("analyze", tiny_model_path, "masked.jsonl", "--out", "m", cwd=place))
@@ -232,7 +233,7 @@ def test_data_that_was_prepared_with_another_template(
 
     other = tiny.tiny_model(tmp_path / "other", seed=1)
     tokenizer = AutoTokenizer.from_pretrained(other)
-    tokenizer.chat_template = tiny.CHATML.replace("assistant\\n", "assistant: ")
+    tokenizer.chat_template = tiny.CHATML.replace("assistant\n", "assistant: ")
     tokenizer.save_pretrained(other)
     prepared = place / "alone" / "data" / "train.parquet"
     line = refused(eaft("analyze", other, prepared, "data.max_length=128", "--out", tmp_path / "x", cwd=place))

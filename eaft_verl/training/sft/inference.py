@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,7 @@ def token_statistics(config: Config, model: str, k: int) -> Iterator[InferOver]:
 @contextlib.contextmanager
 def _here(config: Config, model: str, k: int) -> Iterator[InferOver]:
     with tempfile.TemporaryDirectory() as folder, verl_variables(config.device, 1, rendezvous(folder)):
+        logging.getLogger("torch.fx").setLevel(logging.ERROR)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # verl's chatter
             worker = _worker(config, model, k)
         from torch.distributed import destroy_process_group

@@ -36,9 +36,8 @@ class EmitDistribution(LogitsHook):
         return torch.zeros(())
 
 
-def statistics_of(examples: Sequence[Example], indices: Sequence[int], infer: Infer) -> dict[str, NDArray[Any]]:
-    """{sample, position, token, *FIELDS}, each [tokens], of the trained tokens of these rows, from one batch."""
-    output = infer(list(indices))
+def statistics_of(examples: Sequence[Example], indices: Sequence[int], output: Any) -> dict[str, NDArray[Any]]:
+    """{sample, position, token, *FIELDS}, each [tokens], of the trained tokens of these rows; `output`: an Infer's."""
     values = {name: output[name].unbind() for name in FIELDS}
     columns: dict[str, list[NDArray[Any]]] = {name: [] for name in ("sample", "position", "token", *FIELDS)}
     for row, index in enumerate(indices):
