@@ -6,6 +6,7 @@ so the pass over the data runs once.
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -92,15 +93,17 @@ def _parts(examples: Sequence[Example], size: int) -> list[list[list[int]]]:
 
 def _table(examples: Sequence[Example], indices: list[int], tokenizer: Any, infer: Callable[..., Any]) -> pa.Table:
     """The store's rows of one batch."""
-    output = infer(indices)
+    chosen = [examples[index] for index in indices if index != PADDING]
+    with ThreadPoolExecutor(1) as beside:  # texts are cut while the model computes
+        waiting = beside.submit(lambda: [inspect(tokenizer, example).roles for example in chosen])
+        output = infer(indices)
     from eaft_verl.training.sft.token_pass import statistics_of  # the engine chooses verl's platform first
 
     columns: dict[str, Any] = dict(statistics_of(examples, indices, output))
-    chosen = [examples[index] for index in indices if index != PADDING]
     masks = [np.asarray(example.loss_mask, bool) for example in chosen]
     for mask in masks:
         mask[:1] = False
-    roles = [inspect(tokenizer, example).roles[mask] for example, mask in zip(chosen, masks, strict=True)]
+    roles = [found[mask] for found, mask in zip(waiting.result(), masks, strict=True)]
     columns["role"] = _named(np.concatenate(roles), list(ROLES))
     names = list(dict.fromkeys(example.source or "" for example in chosen))
     of = np.repeat([names.index(example.source or "") for example in chosen], [int(mask.sum()) for mask in masks])

@@ -23,6 +23,7 @@ EXACT = ("verl.engine.mixed_precision.param_dtype=fp32", "verl.engine.mixed_prec
 RECIPE = """
 model: {model}
 output: {folder}/out
+compare: {{match: none}}
 device: cpu
 data: {{train: {folder}/train.jsonl, heldout: {folder}/heldout.jsonl, max_length: 128}}
 verl:
