@@ -91,22 +91,25 @@ class TokenStore:
         return pq.read_table(self.path / FILE, filters=pc.field("sample") == index)
 
 
-def stored_once(path: Path, meta: dict[str, Any], parts: int, make: Callable[[int], pa.Table]) -> TokenStore:
+def stored_once(
+    path: Path, meta: dict[str, Any], parts: int, make: Callable[[int], pa.Table], *, plan: Any = None
+) -> TokenStore:
     """The store at `path`, from `make(part)` of every part that is not there yet, one after the other; then kept.
 
-    meta: all of TokenStore.meta but schema, tokens and seconds. Whoever comes second waits, and finds it made.
+    meta: all of TokenStore.meta but schema, tokens and seconds. plan: JSON that says which rows a part holds; parts
+    that were made by another plan are made anew. Whoever comes second waits, and finds it made.
     DataError, and nothing is touched, where `path` holds a store of another identity, or something else.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path.with_name(f".{path.name}.lock"), busy=f"another process fills {path}", wait=True):
         partial = path.with_name(f".{path.name}.partial")
-        begun = partial / "meta.json"
+        begun, begin = partial / "meta.json", {"meta": meta, "parts": parts, "plan": plan}
         if path.is_file() or (path.exists() and any(path.iterdir())):
             return _checked(path, meta)
-        if partial.exists() and not (begun.exists() and read_json(begun) == meta):
-            shutil.rmtree(partial)  # begun for another model or other data
+        if partial.exists() and not (begun.exists() and read_json(begun) == begin):
+            shutil.rmtree(partial)  # begun for another model, other data or other parts
         partial.mkdir(exist_ok=True)
-        write_json(begun, meta, exact=True)
+        write_json(begun, begin, exact=True)
         files = [partial / f"{part:06d}.parquet" for part in range(parts)]
         for part, file in enumerate(files):
             if not file.exists():

@@ -4,6 +4,7 @@ The conversation is rendered again and its texts are looked for in order, each a
 answers; what is nobody's text is the template's. Works without a model.
 """
 
+import contextlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -49,8 +50,8 @@ def _rendered(
     """(template, text, end of each token in it [T], tokens of the whole text); None if it is not cut into these ids."""
     if not example.messages:
         return None
-    template = template_for(tokenizer, example.messages, example.tools, example.chat_template_kwargs)
     try:
+        template = template_for(tokenizer, example.messages, example.tools, example.chat_template_kwargs)
         text = template.render(example.messages)
     except RowError:
         return None
@@ -69,8 +70,9 @@ def _labels(template: ChatTemplate, messages: Sequence[dict[str, Any]], text: st
     place = 0
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
-            prompt = template.render(list(messages[:index]), generate=True)
-            place = len(prompt) if text.startswith(prompt) else place
+            with contextlib.suppress(RowError):  # a template may refuse a conversation that stops there
+                prompt = template.render(list(messages[:index]), generate=True)
+                place = len(prompt) if text.startswith(prompt) else place
         for role, said in _texts(message):
             found = next((form for form in (said, said.strip()) if form and form in text[place:]), "")
             if found:  # templates may strip what they are given

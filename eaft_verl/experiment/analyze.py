@@ -46,7 +46,7 @@ class Panel:
 def analyze_command(options: argparse.Namespace) -> None:
     """The stores of every panel that is asked for, made or found, the page beside them, samples on the terminal."""
     config = configured(options.what, options.overrides, options.out)
-    require(options.own >= 0 and options.show >= 0, "--own and --show take a number of samples, 0 or more")
+    _check_options(options)
     out = options.out or (Path(config.output) / "analysis" if is_recipe(options.what) else Path(config.output))
     model = resolve_model(config.model)
     k, vocab = objective_of(config).k, vocabulary_size(model)
@@ -54,13 +54,23 @@ def analyze_command(options: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(model)
     with _folder(out):
         data = prepare_data(config, tokenizer, "train")
-        check_lengths(config, data)
+        check_lengths(config, data.examples)
         panels = list(_panels(options, config, data, tokenizer, out))
+        for panel in panels[1:]:
+            check_lengths(config, panel.examples)
         stores = _filled(config, panels, tokenizer, str(model), k)
         for panel, store in zip(panels, stores, strict=True):
             print(f"{panel.name}: {store.meta['tokens']:,} tokens of {store.meta['samples']:,} samples in {store.path}")
         _write_page(out, stores, tokenizer, panels[0].examples, options.show)
         _show(options.show, panels, stores, tokenizer)
+
+
+def _check_options(options: argparse.Namespace) -> None:
+    for name in ("own", "show"):
+        require(vars(options)[name] >= 0, f"--{name} {vars(options)[name]} must be a number of samples, 0 or more")
+    require(options.temperature >= 0, f"--temperature {options.temperature} must be 0 (greedy) or more")
+    require(0 < options.top_p <= 1, f"--top-p {options.top_p} must be above 0 and at most 1")
+    require(options.new_tokens >= 1, f"--new-tokens {options.new_tokens} must be 1 or more")
 
 
 def is_recipe(what: str) -> bool:

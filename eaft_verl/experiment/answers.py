@@ -59,6 +59,10 @@ def rollouts_of(config: Config, path: Path, tokenizer: Any, template: str, vocab
     kwargs = plain(config.data.chat_template_kwargs)
     examples = []
     for number, row in enumerate(rows):
+        if missing := {"step", "prompt", "response", "tokens"} - row.keys():
+            raise DataError(
+                f"{path / ROLLOUTS}:{number + 1} has no {', '.join(sorted(missing))}: not a run of this version"
+            )
         if max(row["tokens"], default=0) >= vocab:
             raise DataError(f"{path / ROLLOUTS}:{number + 1} holds token {max(row['tokens'])} of {vocab}")
         text = render(tokenizer, row["prompt"], generate=True, kwargs=kwargs)

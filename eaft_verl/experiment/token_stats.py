@@ -72,7 +72,7 @@ def fill(
         return pa.concat_tables(tables)
 
     try:
-        return stored_once(path, meta, len(parts), make)
+        return stored_once(path, meta, len(parts), make, plan=[len(part) for part in parts] + [size])
     finally:
         for shown in progress:
             shown.close()

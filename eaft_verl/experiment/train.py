@@ -35,7 +35,7 @@ def train(config: Config, declared: list[str]) -> Run:
     data = prepare_data(config, tokenizer, "train")
     heldout = prepare_data(config, tokenizer, "heldout") if config.data.heldout else None
     if config.trainer == "sft":
-        check_lengths(config, data)
+        check_lengths(config, data.examples)
         check_weights(config, data)
     keys = {
         "model": model_key(config.model),

@@ -84,6 +84,19 @@ def test_parts_begun_for_another_model_are_not_used(tmp_path: Path) -> None:
     assert made == [0, 1]
 
 
+def test_parts_that_were_cut_otherwise_are_not_used(tmp_path: Path) -> None:
+    def stop(part: int) -> pa.Table:
+        if part == 1:
+            raise KeyboardInterrupt
+        return part_of(part)
+
+    meta, made = {**IDENTITY, "samples": 6}, list[int]()
+    with pytest.raises(KeyboardInterrupt):
+        stored_once(tmp_path / "store", meta, 2, stop, plan=[4, 2])
+    stored_once(tmp_path / "store", meta, 2, lambda part: made.append(part) or part_of(part), plan=[3, 3])
+    assert made == [0, 1]
+
+
 def test_a_store_of_another_identity_is_refused_and_kept(tmp_path: Path) -> None:
     before = (filled(tmp_path / "store").path / FILE).read_bytes()
     for change in ({"keys": {**KEYS, "template": "other"}}, {"k": 5}, {"origin": "own", "sampling": {"seed": 1}}):

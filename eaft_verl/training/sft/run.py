@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from eaft_verl.data.parquet import Example
+from eaft_verl.data.parquet import Example, lengths_of
 from eaft_verl.data.prepare import Prepared
 from eaft_verl.errors import ConfigError
 from eaft_verl.objectives import Psft
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from eaft_verl.training.sft.arm import BaseOf
 
 
-def check_lengths(config: Config, data: Prepared) -> None:
+def check_lengths(config: Config, examples: Sequence[Example]) -> None:
     """A packed micro-batch must hold the longest example: verl would fail at the step that meets it."""
     batch = config.verl.data
     limit = batch.max_token_len_per_gpu * config.verl.engine.ulysses_sequence_parallel_size
-    longest = int(data.examples.lengths.max())
+    longest = int(lengths_of(examples).max())
     if batch.use_dynamic_bsz and longest > limit:
         raise ConfigError(
             f"the longest example has {longest} tokens and verl.data.max_token_len_per_gpu allows {limit}"
