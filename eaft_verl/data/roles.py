@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from eaft_verl.data.offsets import tokenize
 from eaft_verl.data.parquet import Example
 from eaft_verl.data.spec import RowError
 from eaft_verl.data.template import ChatTemplate, special_tokens, template_for
@@ -55,12 +56,12 @@ def _rendered(
         text = template.render(example.messages)
     except RowError:
         return None
-    tokens = template.tokens(text)
+    (tokens,) = tokenize(tokenizer, [text])
     shared = min(len(ids), len(tokens.ids))
     added = len(ids) - shared  # the next turn's role token, which ends a turn of GLM-4's
     if added > 1 or not np.array_equal(ids[:shared], tokens.ids[:shared]):
         return None
-    ends = np.array([right for _, right in tokens.offsets[:shared]] + [len(text) + 1] * added, np.int64)
+    ends = np.append(tokens.offsets[:shared, 1], [len(text) + 1] * added).astype(np.int64)
     return template, text, ends, max(len(tokens.ids), len(ids))
 
 
