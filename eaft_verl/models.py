@@ -160,13 +160,6 @@ def _require_hub(model: str) -> None:
         )
 
 
-def vocabulary_size(model: Path | str) -> int:
-    """Logits per token of a resolved model."""
-    from transformers import AutoConfig
-
-    return int(AutoConfig.from_pretrained(**hub_arguments(model)).get_text_config().vocab_size)
-
-
 def check_same_vocabulary(model: Path | str, reference: Path | str) -> None:
     """ConfigError unless both models speak the same vocabulary: divergence is taken token id by token id."""
 

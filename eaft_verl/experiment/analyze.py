@@ -18,9 +18,9 @@ from eaft_verl.data.parquet import Example, file_hash
 from eaft_verl.data.prepare import Prepared
 from eaft_verl.errors import ConfigError, DataError, require
 from eaft_verl.experiment.answers import ROLLOUTS, own_answers, rollouts_of
-from eaft_verl.experiment.token_stats import fill, identity, store_path
+from eaft_verl.experiment.token_stats import fill, identity, store_path, vocabulary_size
 from eaft_verl.files import locked, read_json, write_json
-from eaft_verl.models import load_tokenizer, model_key, resolve_model, vocabulary_size
+from eaft_verl.models import load_tokenizer, model_key, resolve_model
 from eaft_verl.recipe.checks import check
 from eaft_verl.recipe.config import Config
 from eaft_verl.recipe.datasets import prepare_data

@@ -16,7 +16,7 @@ import pyarrow as pa
 from eaft_verl.analysis.store import COLUMNS, TokenStore, stored_once
 from eaft_verl.data.parquet import Example, trained_of
 from eaft_verl.data.roles import ROLES, inspect
-from eaft_verl.models import resolve_model, vocabulary_size
+from eaft_verl.models import load_config, resolve_model
 from eaft_verl.recipe.config import Config
 from eaft_verl.recipe.views import objective_of
 from eaft_verl.tokens.stats import BaseStats
@@ -30,6 +30,11 @@ PART_TOKENS = 1 << 15  # trained tokens after which a part is whole: what a kill
 def store_path(config: Config, k: int) -> Path:
     """Where the statistics of the experiment's training data are."""
     return Path(config.output) / "data" / f"token_stats_k{k}"
+
+
+def vocabulary_size(model: Path | str) -> int:
+    """Logits per token of a resolved model."""
+    return int(load_config(model).get_text_config().vocab_size)
 
 
 def identity(config: Config, keys: dict[str, str], k: int, examples: Sequence[Example]) -> dict[str, Any]:
