@@ -1,6 +1,5 @@
 """Figures of the report as PNG bytes: pure functions of the data in report.json. The only matplotlib import."""
 
-import io
 import math
 from typing import Any
 
@@ -11,33 +10,13 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-from eaft_verl.reporting.colors import marker, palette
+from eaft_verl.pages.canvas import INK, STYLE, canvas, png
+from eaft_verl.pages.colors import marker, palette
 from eaft_verl.reporting.history import AXES, BAND, STATISTICS
 from eaft_verl.reporting.labels import Label, place
 from eaft_verl.reporting.wording import arm_name
 
 Row = dict[str, Any]
-INK = "#1f2933"
-_STYLE: Any = {
-    "font.family": "DejaVu Sans",
-    "font.size": 10.5,
-    "text.color": INK,
-    "text.parse_math": False,  # names of arms and benchmarks are no formulas
-    "axes.labelcolor": INK,
-    "axes.edgecolor": "#9aa5b1",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#eceff2",
-    "axes.axisbelow": True,
-    "xtick.color": "#52606d",
-    "ytick.color": "#52606d",
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "axes.titlesize": 10,
-}
 PANEL_TITLES = {
     "loss": "loss (weighted: do not compare)",
     "nll": "nll, nats",
@@ -64,29 +43,18 @@ Point = tuple[float, float]
 def draw(report: Row) -> dict[str, bytes]:
     """{file name without suffix: PNG}. Figures without data are left out."""
     found: dict[str, bytes] = {}
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         if rows := _delta_rows(report):
-            found["deltas"] = _png(_deltas(report, rows))
+            found["deltas"] = png(_deltas(report, rows))
         for axis, name in (("heldout", "path_heldout"), ("target_mean", "path_target")):
             if report["paths"].get(axis):
-                found[name] = _png(_path(report, axis))
+                found[name] = png(_path(report, axis))
         if report["pareto"]:
-            found["pareto"] = _png(_pareto(report))
+            found["pareto"] = png(_pareto(report))
         for axis in AXES:
             if panels := logged(report, axis):
-                found[f"curves_{axis}"] = _png(_curves(report, axis, panels))
+                found[f"curves_{axis}"] = png(_curves(report, axis, panels))
     return found
-
-
-def _canvas(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), dpi=160, layout="constrained")
-    return figure, figure.add_subplot()
-
-
-def _png(figure: Figure) -> bytes:
-    target = io.BytesIO()
-    figure.savefig(target, format="png", dpi=figure.dpi, metadata={"Software": None})
-    return target.getvalue()
 
 
 def _column(report: Row, name: str) -> Row:
@@ -118,7 +86,7 @@ def _delta_rows(report: Row) -> list[Row]:
 def _deltas(report: Row, rows: list[Row]) -> Figure:
     """Change against the base per benchmark and arm, with intervals."""
     colors, arms = palette(report["arms"]), report["arms"]
-    figure, axes = _canvas(8.6, 1.15 + len(rows) * max(0.42, 0.19 * len(arms)))
+    figure, axes = canvas(8.6, 1.15 + len(rows) * max(0.42, 0.19 * len(arms)))
     for line, column in enumerate(rows):
         if column["members"]:
             axes.axhspan(line - 0.5, line + 0.5, color="#f3f5f7", linewidth=0)
@@ -154,7 +122,7 @@ def _legend(figure: Figure, report: Row, *, lines: bool) -> None:
 def _path(report: Row, axis: str) -> Figure:
     """Every arm as a path from the base: target learning to the right, forgetting upwards."""
     colors, column = palette(report["arms"]), _column(report, axis)
-    figure, axes = _canvas(6.4, 4.9)
+    figure, axes = canvas(6.4, 4.9)
     labels, taken = [], []
     for arm, points in report["paths"][axis].items():
         color, shape = colors[arm], marker(report["arms"].index(arm))
@@ -208,7 +176,7 @@ def _labelled(figure: Figure, axes: Axes, labels: list[Label], taken: list[list[
 def _pareto(report: Row) -> Figure:
     """End points on the plane (general mean, target mean) with intervals; efficient ones filled."""
     colors = palette(report["arms"])
-    figure, axes = _canvas(7.2, 5.0)
+    figure, axes = canvas(7.2, 5.0)
     horizontal, vertical = _column(report, "general_mean"), _column(report, "target_mean")
     labels, taken = [], []
     for index, point in enumerate(report["pareto"]):

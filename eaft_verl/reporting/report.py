@@ -1,12 +1,10 @@
 """Runs -> report.html, report.md, report.json and figures: reads run directories only."""
 
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eaft_verl.files import write_json, write_text
+from eaft_verl.files import write_bytes, write_json, write_text
 from eaft_verl.reporting import page
 from eaft_verl.reporting.caveats import caveats, truncations
 from eaft_verl.reporting.collect import Arm, load
@@ -48,7 +46,7 @@ def report(
     figures = plots.draw(found)
     text = page.text(found, set(figures))
     for name, data in figures.items():
-        _write_bytes(out / "figures" / f"{name}.png", data)
+        write_bytes(out / "figures" / f"{name}.png", data)
     for stale in {path.stem for path in (out / "figures").glob("*.png")} & set(plots.NAMES) - set(figures):
         (out / "figures" / f"{stale}.png").unlink()
     write_json(out / "report.json", found)
@@ -102,17 +100,3 @@ def _resamples(base: Arm, arms: list[Arm]) -> int:
     """Enough that the smallest p-value, 2 / (1 + R), can pass Holm's first step, 0.05 over the marks of a table."""
     benchmarks = max((len(records) for records in base.runs[0].evals.values()), default=0)
     return max(RESAMPLES, 50 * len(arms) * (benchmarks + 5))
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    """Replace a file in one move."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -2,8 +2,9 @@
 
 from typing import Any
 
+from eaft_verl.pages.numbers import DASH, number, percent
 from eaft_verl.reporting.markdown import Cell, Table
-from eaft_verl.reporting.wording import AXES_IN_WORDS, DASH, arm_name, direction, floor, number, percent, score, span
+from eaft_verl.reporting.wording import AXES_IN_WORDS, arm_name, direction, floor, score, span
 
 Row = dict[str, Any]
 SIDES = {"target": "target", "general": "general", "drift": "drift from the base"}
