@@ -22,3 +22,14 @@ def plain(value: float | None) -> str:
 def percent(share: float | None, decimals: int = 0) -> str:
     """'75 %', or a dash if it is not known."""
     return DASH if share is None else f"{number(share, decimals, scale=100.0)} %"
+
+
+def share(value: float) -> str:
+    """'2.6 %', '0.57 %', '15 %': a share with as many digits as small ones need."""
+    percents = 100 * value
+    return f"{number(percents, 2 if 0 < abs(percents) < 1 else 1).removesuffix('.0')} %"
+
+
+def short(value: float) -> str:
+    """Three significant digits; from a thousand on whole numbers."""
+    return (f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}").replace("-", MINUS)
