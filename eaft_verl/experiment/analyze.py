@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import hashlib
-import importlib.util
 import json
 import re
 import sys
@@ -13,11 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from eaft_verl.analysis.gates import WORDS, read_gates
+from eaft_verl.analysis.page import PAGE, write_page
 from eaft_verl.analysis.store import TokenStore
 from eaft_verl.data.parquet import Example, file_hash
 from eaft_verl.data.prepare import Prepared
 from eaft_verl.errors import ConfigError, DataError, require
 from eaft_verl.experiment.answers import ROLLOUTS, own_answers, rollouts_of
+from eaft_verl.experiment.gate_lab import gate_lab, is_store
 from eaft_verl.experiment.token_stats import fill, identity, store_path, vocabulary_size
 from eaft_verl.files import locked, read_json, write_json
 from eaft_verl.models import load_tokenizer, model_key, resolve_model
@@ -45,6 +47,11 @@ class Panel:
 
 def analyze_command(options: argparse.Namespace) -> None:
     """The stores of every panel that is asked for, made or found, the page beside them, samples on the terminal."""
+    gates = options.gates if options.gates is not None else WORDS
+    if is_store(options.what):
+        require(not options.overrides, f"{options.what} is a store; leave out {' '.join(options.overrides)}")
+        return gate_lab(Path(options.what), gates, options.out)
+    read_gates(gates)
     config = configured(options.what, options.overrides, options.out)
     _check_options(options)
     out = options.out or (Path(config.output) / "analysis" if is_recipe(options.what) else Path(config.output))
@@ -61,7 +68,9 @@ def analyze_command(options: argparse.Namespace) -> None:
         stores = _filled(config, panels, tokenizer, str(model), k)
         for panel, store in zip(panels, stores, strict=True):
             print(f"{panel.name}: {store.meta['tokens']:,} tokens of {store.meta['samples']:,} samples in {store.path}")
-        _write_page(out, stores, tokenizer, panels[0].examples, options.show)
+        found = write_page(out, stores, tokenizer, gates=gates, examples=data.examples, show=options.show)
+        print("\n".join(sentence["text"] for sentence in found["verdict"]["sentences"]))
+        print(f"wrote {out / PAGE}")
         _show(options.show, panels, stores, tokenizer)
 
 
@@ -164,15 +173,6 @@ def _filled(config: Config, panels: Sequence[Panel], tokenizer: Any, model: str,
             fill(panel.path, panel.meta, panel.examples, tokenizer, size, partial(infer, panel.examples))
             for panel in panels
         ]
-
-
-def _write_page(
-    out: Path, stores: Sequence[TokenStore], tokenizer: Any, examples: Sequence[Example], show: int
-) -> None:
-    if importlib.util.find_spec("eaft_verl.analysis.page"):
-        importlib.import_module("eaft_verl.analysis.page").write_page(
-            out, stores, tokenizer, examples=examples, show=show
-        )
 
 
 def _show(count: int, panels: Sequence[Panel], stores: Sequence[TokenStore], tokenizer: Any) -> None:
