@@ -157,7 +157,9 @@ def _add_plan(verbs: argparse._SubParsersAction) -> None:
 def _add_analyze(verbs: argparse._SubParsersAction) -> None:
     verb = verbs.add_parser("analyze", help="what a model says of every trained token: does the data fight the model?")
     verb.add_argument(
-        "what", metavar="RECIPE|MODEL|STORE", help="recipe YAML, a model, or a folder of statistics to try --gates on"
+        "what",
+        metavar="RECIPE|MODEL|STORE",
+        help="recipe YAML, a model, or a STORE of statistics (--gates; or more STOREs)",
     )
     verb.add_argument(
         "overrides", nargs="*", metavar="[DATA] key=value", help="data for a MODEL; keys to change, e.g. data.rows=60"

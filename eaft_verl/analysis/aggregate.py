@@ -42,11 +42,7 @@ def analyse(
     `pictures`: with the gradient of each gate on the plane. DataError: a token of another tokenizer's.
     """
     survey = Survey(store)
-    if len(survey.seen_V) and survey.last_token >= words.size:
-        raise DataError(
-            f"{store.path}: token {survey.last_token} is none of the tokenizer's {words.size}; give the tokenizer of "
-            f"{store.meta['model']}, with which the statistics were made"
-        )
+    _same_tokenizer(store, survey, words)
     k, vocab, tokens = candidates(store), int(store.meta["vocab"]), int(store.meta["tokens"])
     boxes, plane = Boxes(survey, thresholds or survey), Landscape(tokens, k, vocab)
     parts = Breakdown(survey, words.mask(vocab, "numeric"), words.mask(vocab, "special"))
@@ -76,6 +72,14 @@ def analyse(
         "mean_nll_median": survey.tau,
     }
     return Analysis(store, survey, boxes, result)
+
+
+def _same_tokenizer(store: TokenStore, survey: Survey, words: Words) -> None:
+    if survey.last_token >= words.size:
+        raise DataError(
+            f"{store.path}: token {survey.last_token} is none of the tokenizer's {words.size}; give the tokenizer of "
+            f"{store.meta['model']}, with which the statistics were made"
+        )
 
 
 def difference(data: Analysis, own: Analysis) -> Row:

@@ -18,7 +18,8 @@ from eaft_verl.analysis.landscape import (
     highest_topk_entropy,
     lowest_topk_entropy,
 )
-from eaft_verl.pages.canvas import INK, canvas
+from eaft_verl.pages.canvas import INK, STYLE, canvas, png
+from eaft_verl.pages.colors import palette
 from eaft_verl.tokens.stats import CONFLICT_PROB, LOW_ENTROPY
 
 DENSITY, PULL, AGREED = "viridis", "YlGnBu", "Blues"
@@ -209,6 +210,12 @@ def overlap(found: Row) -> Figure:
     return figure
 
 
+def gate_pictures(found: Row) -> dict[str, bytes]:
+    """{name: PNG} of a sweep."""
+    with matplotlib.rc_context(STYLE):
+        return {name: png(draw(found)) for name, draw in (("gates", gates), ("overlap", overlap))}
+
+
 def places(tables: dict[str, list[Row]]) -> Figure:
     """Conflict share by place in the turn, of the data and of what stands beside it."""
     figure, axes = canvas(WIDTH, 3.4)
@@ -225,3 +232,31 @@ def places(tables: dict[str, list[Row]]) -> Figure:
     axes.set_xlabel("trained token of a turn")
     axes.legend(frameon=False)
     return figure
+
+
+def dynamics(rows: list[Row], which: str) -> Figure:
+    """Loss of each group by step and arm; `which`: groups `fixed` before training, or `live` ones."""
+    groups = {"high_entropy": "high entropy", "low_entropy": "low entropy", "conflict": "conflicts"}
+    arms = list(dict.fromkeys(row["arm"] for row in rows if row["step"]))
+    figure = Figure(figsize=(WIDTH, 2.3 * len(groups) + 0.6), dpi=160, layout="constrained")
+    colors = palette(arms)
+    for axes, (name, title) in zip(
+        np.atleast_1d(figure.subplots(len(groups), 1, sharex=True)), groups.items(), strict=True
+    ):
+        for arm in arms:
+            points = [(row["step"], row[which][name]["nll"]) for row in rows if row["arm"] in ("base", arm)]
+            known = [(step, nll) for step, nll in points if nll is not None]
+            axes.plot(*zip(*known, strict=True), "o-", color=colors[arm], label=arm, linewidth=1.8, markersize=4)
+        axes.set_title(f"{title}, {which} group")
+        axes.set_ylabel("NLL, nats")
+        axes.set_ylim(bottom=0)
+    axes.set_xlabel("step")
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=3, frameon=False)
+    return figure
+
+
+def dynamics_pictures(rows: list[Row]) -> dict[str, bytes]:
+    """{name: PNG} of the dynamics."""
+    with matplotlib.rc_context(STYLE):
+        return {f"dynamics_{which}": png(dynamics(rows, which)) for which in ("fixed", "live")}

@@ -135,35 +135,17 @@ def _groups(
 
 def html(found: Row, drawn: dict[str, tuple[bytes, Any]], groups: list[tuple[str, list[Row]]]) -> str:
     """The page; everything that is text of the data or of the model is escaped."""
-    folder = Path(__file__).parent
-    loader = FileSystemLoader(folder)
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.get_template("analysis.html.j2")
-    names = {part["meta"]["origin"]: part for part in (found["data"], *found["beside"])}
-    panels = [{"name": name, "title": TITLES[name], "found": part} for name, part in names.items()]
+    loader = FileSystemLoader(Path(__file__).parent)
+    strict: Row = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    template = Environment(loader=loader, **strict).get_template("analysis.html.j2")
 
     def figure(name: str, seen: str) -> Markup:
         return Markup(shell.figure(drawn[name][0], str(escape(seen))) if name in drawn else "")
 
-    values: Row = {"data": found["data"], "panels": panels, "verdict": found["verdict"], "groups": groups}
-    values |= {"measured": found["fidelity"], "listed": LISTED, "figure": figure}
-    values |= {"low": LOW_ENTROPY, "high": HIGH_ENTROPY, "rare": CONFLICT_PROB}
-    values |= {
-        "percent": share,
-        "short": short,
-        "count": count,
-        "boxed": clouds.boxed,
-        "interval": interval,
-        "size": clouds.size,
-    }
-    values |= {"ink": ink, "tint": tint}
-
     def block(name: str) -> Markup:
         return Markup("".join(template.blocks[name](template.new_context(values))))
 
-    values["gates_table"] = lambda: block("gates")
+    values = _values(found) | {"groups": groups, "figure": figure, "gates_table": lambda: block("gates")}
     meta = found["data"]["meta"]
     head = Markup("<h1>{}</h1>\n<p>{} trained tokens of {} samples, as the model sees them before training</p>").format(
         Path(meta["model"]).name, count(meta["tokens"]), count(found["data"]["breakdown"]["samples"])
@@ -174,6 +156,16 @@ def html(found: Row, drawn: dict[str, tuple[bytes, Any]], groups: list[tuple[str
     ]
     footer = f"Written by eaft analyze; every number is in {DATA}, every figure in figures/ with its data."
     return shell.shell(f"{escape(Path(meta['model']).name)}: analysis", str(head), sections, footer)
+
+
+def _values(found: Row) -> Row:
+    """What the template reads, and how it writes numbers and words."""
+    parts = {part["meta"]["origin"]: part for part in (found["data"], *found["beside"])}
+    panels = [{"name": name, "title": TITLES[name], "found": part} for name, part in parts.items()]
+    values: Row = {"data": found["data"], "panels": panels, "verdict": found["verdict"], "measured": found["fidelity"]}
+    values |= {"low": LOW_ENTROPY, "high": HIGH_ENTROPY, "rare": CONFLICT_PROB, "listed": LISTED}
+    values |= {"percent": share, "short": short, "count": count, "interval": interval}
+    return values | {"boxed": clouds.boxed, "size": clouds.size, "ink": ink, "tint": tint}
 
 
 def interval(row: Row) -> Markup:

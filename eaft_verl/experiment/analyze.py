@@ -20,6 +20,7 @@ from eaft_verl.data.prepare import Prepared
 from eaft_verl.errors import ConfigError, DataError, require
 from eaft_verl.experiment.answers import ROLLOUTS, own_answers, rollouts_of
 from eaft_verl.experiment.gate_lab import gate_lab, is_store
+from eaft_verl.experiment.token_dynamics import token_dynamics
 from eaft_verl.experiment.token_stats import fill, identity, store_path, vocabulary_size
 from eaft_verl.files import locked, read_json, write_json
 from eaft_verl.models import load_tokenizer, model_key, resolve_model
@@ -49,8 +50,7 @@ def analyze_command(options: argparse.Namespace) -> None:
     """The stores of every panel that is asked for, made or found, the page beside them, samples on the terminal."""
     gates = options.gates if options.gates is not None else WORDS
     if is_store(options.what):
-        require(not options.overrides, f"{options.what} is a store; leave out {' '.join(options.overrides)}")
-        return gate_lab(Path(options.what), gates, options.out)
+        return _of_stores(options, gates)
     read_gates(gates)
     config = configured(options.what, options.overrides, options.out)
     _check_options(options)
@@ -80,6 +80,16 @@ def _check_options(options: argparse.Namespace) -> None:
     require(options.temperature >= 0, f"--temperature {options.temperature} must be 0 (greedy) or more")
     require(0 < options.top_p <= 1, f"--top-p {options.top_p} must be above 0 and at most 1")
     require(options.new_tokens >= 1, f"--new-tokens {options.new_tokens} must be 1 or more")
+
+
+def _of_stores(options: argparse.Namespace, gates: Sequence[str]) -> None:
+    """What needs no model: gates on one store, or what moved from the first of several to the others."""
+    if wrong := [word for word in options.overrides if not is_store(word)]:
+        raise ConfigError(f"{options.what} is a store of token statistics and {wrong[0]} is none; leave it out")
+    if options.overrides:
+        require(options.gates is None, "--gates takes one store; leave out the others")
+        return token_dynamics(Path(options.what), [Path(word) for word in options.overrides], options.out)
+    return gate_lab(Path(options.what), gates, options.out)
 
 
 def is_recipe(what: str) -> bool:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from eaft_verl.analysis.figures import gate_pictures
 from eaft_verl.analysis.gates import sweep
 from eaft_verl.analysis.store import FILE, TokenStore
 from eaft_verl.files import write_bytes, write_json
@@ -20,15 +21,9 @@ def is_store(what: str) -> bool:
 
 def gate_lab(path: Path, words: Sequence[str], out: Path | None) -> None:
     """Print the table of a sweep; write OUT/gates.json, gates.png and overlap.png (OUT: `gates` in the store)."""
-    import matplotlib
-
-    from eaft_verl.analysis.figures import gates, overlap
-    from eaft_verl.pages.canvas import STYLE, png
-
     found, folder = sweep(TokenStore(path), words), out or path / "gates"
-    with matplotlib.rc_context(STYLE):
-        for name, draw in (("gates", gates), ("overlap", overlap)):
-            write_bytes(folder / f"{name}.png", png(draw(found)))
+    for name, image in gate_pictures(found).items():
+        write_bytes(folder / f"{name}.png", image)
     write_json(folder / "gates.json", found)
     print("\n".join(table(found)))
     print(f"wrote {folder / 'gates.json'}")

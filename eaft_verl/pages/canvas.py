@@ -30,11 +30,13 @@ STYLE: Any = {
 
 
 def canvas(width: float, height: float) -> tuple[Figure, Axes]:
+    """An empty figure of one panel, inches."""
     figure = Figure(figsize=(width, height), dpi=160, layout="constrained")
     return figure, figure.add_subplot()
 
 
 def png(figure: Figure) -> bytes:
+    """The figure as a file, without the name of the program that made it."""
     target = io.BytesIO()
     figure.savefig(target, format="png", dpi=figure.dpi, metadata={"Software": None})
     return target.getvalue()
