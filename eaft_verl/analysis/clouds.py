@@ -15,7 +15,7 @@ from matplotlib.textpath import TextPath
 from eaft_verl.analysis.blocks import Array
 
 WORDS = 60
-SMALLEST, LARGEST = 8.0, 30.0  # points
+SMALLEST, LARGEST = 10.0, 30.0  # points
 MAP = "viridis"
 _WIDTH, _GAP = 360.0, 7.0  # points
 Row = dict[str, Any]
@@ -92,4 +92,4 @@ def ink(share: float) -> Any:
     """The colour of an entropy, dark enough for text on white."""
     import matplotlib
 
-    return matplotlib.colormaps[MAP](min(0.85 * share, 0.85))
+    return matplotlib.colormaps[MAP](min(0.62 * share, 0.62))

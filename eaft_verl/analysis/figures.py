@@ -9,7 +9,6 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import PercentFormatter
 
 from eaft_verl.analysis.blocks import Array
 from eaft_verl.analysis.landscape import (
@@ -226,7 +225,7 @@ def places(tables: dict[str, list[Row]]) -> Figure:
         across = [j + (i - (len(tables) - 1) / 2) * wide for j, name in enumerate(names) if name in shares]
         axes.bar(across, [shares[name] for name in names if name in shares], 0.92 * wide, color=color, label=title)
     axes.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor")
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
     axes.grid(axis="x", visible=False)
     axes.set_ylabel("conflicts, share of tokens")
     axes.set_xlabel("trained token of a turn")

@@ -14,7 +14,7 @@ from eaft_verl.analysis import clouds, figures, samples
 from eaft_verl.analysis.aggregate import LISTED, Analysis, analyse, difference
 from eaft_verl.analysis.gates import WORDS
 from eaft_verl.analysis.store import TokenStore
-from eaft_verl.analysis.verdict import verdict
+from eaft_verl.analysis.verdict import HEADLINES, verdict
 from eaft_verl.data.parquet import Example
 from eaft_verl.errors import DataError
 from eaft_verl.files import write_bytes, write_json, write_text
@@ -162,7 +162,13 @@ def _values(found: Row) -> Row:
     """What the template reads, and how it writes numbers and words."""
     parts = {part["meta"]["origin"]: part for part in (found["data"], *found["beside"])}
     panels = [{"name": name, "title": TITLES[name], "found": part} for name, part in parts.items()]
-    values: Row = {"data": found["data"], "panels": panels, "verdict": found["verdict"], "measured": found["fidelity"]}
+    values: Row = {
+        "data": found["data"],
+        "panels": panels,
+        "verdict": found["verdict"],
+        "remedies": HEADLINES,
+        "measured": found["fidelity"],
+    }
     values |= {"low": LOW_ENTROPY, "high": HIGH_ENTROPY, "rare": CONFLICT_PROB, "listed": LISTED}
     values |= {"percent": share, "short": short, "count": count, "interval": interval}
     return values | {"boxed": clouds.boxed, "size": clouds.size, "ink": ink, "tint": tint}

@@ -12,7 +12,13 @@ from eaft_verl.tokens.stats import CONFLICT_PROB, LOW_ENTROPY
 FEW = 0.02  # of SFT's gradient on conflicts: below it no gate changes much
 MOST = 0.5  # of the conflicts: what most of them are
 LESSON = 0.5  # of the samples with a conflict of content: then it may be what the data is there to teach
-REMEDIES = ("none", "warm-up", "clean", "eaft", "mixed")
+HEADLINES = {
+    "none": "Conflicts are no reason to act.",
+    "warm-up": "Warm up on the format before anything else.",
+    "clean": "Clean the data before anything else.",
+    "eaft": "EAFT, unless the conflicts are the lesson.",
+    "mixed": "EAFT, with a look at the samples.",
+}
 Row = dict[str, Any]
 
 
@@ -26,7 +32,7 @@ class _Number(float):
 
 
 def verdict(data: Row, own: Row | None = None, apart: Row | None = None) -> Row:
-    """{remedy: of REMEDIES, kind, sentences: [{about, text, numbers}]}.
+    """{remedy: a key of HEADLINES, kind, sentences: [{about, text, numbers}]}.
 
     data, own: `Analysis.result` of the data and of the model's own answers; apart: `aggregate.difference` of them.
     """

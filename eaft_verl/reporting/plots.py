@@ -36,7 +36,15 @@ PANEL_TITLES = {
     "generation_share": "generation, share of the step",
 }
 AXIS_TITLES = {"step": "step", "tokens": "tokens, trained and generated", "seconds": "training seconds"}
-NAMES = ("deltas", "path_heldout", "path_target", "pareto", *(f"curves_{axis}" for axis in AXES))
+NAMES = (
+    "deltas",
+    "path_heldout",
+    "path_target",
+    "general_step",
+    "general_kl",
+    "pareto",
+    *(f"curves_{axis}" for axis in AXES),
+)
 Point = tuple[float, float]
 
 
@@ -49,6 +57,9 @@ def draw(report: Row) -> dict[str, bytes]:
         for axis, name in (("heldout", "path_heldout"), ("target_mean", "path_target")):
             if report["paths"].get(axis):
                 found[name] = png(_path(report, axis))
+        for name, across in (("general_step", "step"), ("general_kl", "kl")):
+            if report["general"]:
+                found[name] = png(_general(report, across))
         if report["pareto"]:
             found["pareto"] = png(_pareto(report))
         for axis in AXES:
@@ -146,6 +157,29 @@ def _path(report: Row, axis: str) -> Figure:
     unit = f", {column['unit']}" if column["unit"] else ""
     axes.set_xlabel(f"{column['name']}{unit}  ({arrow})")
     axes.set_ylabel("KL to base, nats per token  (forgetting \u2192)")
+    return _labelled(figure, axes, labels, taken)
+
+
+def _general(report: Row, across: str) -> Figure:
+    """General mean of every arm by `step` or by its distance to the base, `kl`; bars at the end."""
+    colors, column = palette(report["arms"]), _column(report, "general_mean")
+    figure, axes = canvas(6.4, 4.4)
+    labels, taken = [], []
+    for arm, points in report["general"].items():
+        color, shape = colors[arm], marker(report["arms"].index(arm))
+        line = [(point[across], point["x"] * _scale(column)) for point in points]
+        taken.append(line)
+        axes.plot(*zip(*line, strict=True), color=color, linewidth=2, linestyle=_line(report, arm))
+        axes.plot(*zip(*line[1:], strict=True), shape, color=color, markersize=6.5, markeredgecolor="white")
+        end = points[-1]
+        wide = _bars(end["kl"], end["kl_low"], end["kl_high"]) if across == "kl" else None
+        taken += _cross(axes, line[-1], wide, _bars(end["x"], end["x_low"], end["x_high"], _scale(column)), color)
+        labels.append(Label(*line[-1], arm_name(arm), color, 10.5, "bold"))
+    axes.plot(*taken[0][0], "o", color=colors["base"], markersize=8, zorder=5)
+    labels.insert(0, Label(*taken[0][0], "base", colors["base"], 10.5, "bold"))
+    axes.margins(0.09)
+    axes.set_xlabel("step" if across == "step" else "KL to base, nats per token")
+    axes.set_ylabel(f"{column['name']}{', %' if column['percent'] else ''}  (better \u2192)")
     return _labelled(figure, axes, labels, taken)
 
 

@@ -14,7 +14,7 @@ from eaft_verl.reporting.failures import lost_seeds, split
 from eaft_verl.reporting.history import curves
 from eaft_verl.reporting.marks import read_noise, set_marks, with_floors
 from eaft_verl.reporting.measures import build_board
-from eaft_verl.reporting.paths import axes, equal_gain, paths
+from eaft_verl.reporting.paths import COST, axes, equal_gain, paths
 from eaft_verl.reporting.provenance import environment, sample_answers
 from eaft_verl.reporting.results import columns, pareto, results, versus
 from eaft_verl.reporting.spending import budgets, cost
@@ -81,6 +81,7 @@ def measure(
         "versus": versus(board),
         "controls": controls(board),
         "paths": tracks,
+        "general": paths(board, "general_mean") if {"general_mean", COST} <= board.measures.keys() else {},
         "equal_gain": {axis: equal_gain(board, axis) for axis in tracks},
         "pareto": pareto(table),
         "curves": curves(arms, board.notes),
