@@ -18,6 +18,7 @@ from eaft_verl.reporting.paths import COST, axes, equal_gain, paths
 from eaft_verl.reporting.provenance import environment, sample_answers
 from eaft_verl.reporting.results import columns, pareto, results, versus
 from eaft_verl.reporting.spending import budgets, cost
+from eaft_verl.reporting.tokens_before import analysis
 from eaft_verl.reporting.wording import headline
 
 SCHEMA = 1
@@ -90,6 +91,7 @@ def measure(
         "cost": cost(arms),
         "sources": first.get("sources", {}),
         "samples": sample_answers(base, arms),
+        "analysis": analysis(out),
         "environment": environment(base, arms, out),
     }
     set_marks(found)

@@ -56,7 +56,7 @@ def test_the_page_asks_nobody_for_anything(made):
     assert "@import" not in text
     assert "url(" not in text
     assert "<script" not in text
-    assert text.count("data:image/png;base64,") == 7
+    assert text.count("data:image/png;base64,") == 9
 
 
 def test_a_hostile_answer_is_text(made):
