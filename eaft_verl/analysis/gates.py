@@ -115,7 +115,7 @@ class Gates:
             self._sums += weight @ features.T
             self._squares += np.einsum("gt,gt->g", weight, weight)
             self._plain += features.sum(axis=1)
-        self._chosen.append(weight_GT[:, -self._seen % self._step :: self._step])
+        self._chosen.append(weight_GT[:, -self._seen % self._step :: self._step].copy())  # a view would keep the block
         self._seen += len(block)
 
     def result(self) -> Row:
