@@ -8,6 +8,7 @@ from analysis.made_stores import random_columns, write_store
 
 from eaft_verl.analysis.blocks import blocks
 from eaft_verl.analysis.survey import Sketch, Survey
+from eaft_verl.errors import DataError
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-6, 1.0])
@@ -68,3 +69,20 @@ def test_places_count_from_the_first_token_of_each_turn(tmp_path, monkeypatch, r
     )
     found = [block.place_T.tolist() for block in blocks(store, ("sample", "position"), {})]
     assert [place for part in found for place in part] == [0, 1, 2, 0, 1, 0, 1, 0]
+
+
+@pytest.mark.parametrize(("value", "said"), [(math.nan, "nan"), (-math.inf, "-inf")])
+def test_statistics_that_are_no_numbers_are_named(tmp_path, value, said):
+    store = write_store(tmp_path, token=[7, 8, 9], sample=[0, 1, 1], logprob=[-1.0, -1.0, value], entropy=np.zeros(3))
+    with pytest.raises(DataError, match=f"logprob is {said} for token 9 of sample 1;"):
+        Survey(store)
+
+
+def test_texts_have_one_code_over_blocks_and_none_is_empty(tmp_path, monkeypatch):
+    monkeypatch.setattr("eaft_verl.analysis.blocks.ROWS", 2)
+    source = ["b", None, "a", "b", "c"]
+    store = write_store(tmp_path, token=np.zeros(5), logprob=np.zeros(5), entropy=np.zeros(5), source=source)
+    texts = {"source": {}}
+    codes = np.concatenate([block.codes("source") for block in blocks(store, ("source",), texts)])
+    names = {code: text for text, code in texts["source"].items()}
+    assert [names[code] for code in codes] == ["b", "", "a", "b", "c"]
