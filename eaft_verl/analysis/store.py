@@ -79,7 +79,7 @@ class TokenStore:
 
     def batches(self, columns: Sequence[str] | None = None, size: int = BATCH) -> Iterator[pa.RecordBatch]:
         """All rows in order, at most `size` at a time; memory does not grow with the store."""
-        with pq.ParquetFile(self.path / FILE) as file:
+        with pq.ParquetFile(self.path / FILE, pre_buffer=False, buffer_size=1 << 20) as file:  # else all is kept
             yield from file.iter_batches(size, columns=columns and list(columns))
 
     def column(self, name: str) -> pa.ChunkedArray:

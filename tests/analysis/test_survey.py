@@ -3,6 +3,8 @@
 import math
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from analysis.made_stores import random_columns, write_store
 
@@ -86,3 +88,21 @@ def test_texts_have_one_code_over_blocks_and_none_is_empty(tmp_path, monkeypatch
     codes = np.concatenate([block.codes("source") for block in blocks(store, ("source",), texts)])
     names = {code: text for text, code in texts["source"].items()}
     assert [names[code] for code in codes] == ["b", "", "a", "b", "c"]
+
+
+def test_row_groups_that_were_read_are_let_go(tmp_path):
+    size = 400_000
+    rng = np.random.default_rng(0)
+    store = write_store(
+        tmp_path,
+        token=rng.integers(0, 384, size),
+        logprob=-rng.random(size),
+        entropy=rng.random(size),
+        sum_p2=rng.random(size),
+    )
+    file = store.path / "tokens.parquet"
+    pq.write_table(pq.read_table(file), file, compression="zstd", row_group_size=20_000)
+    before = pa.total_allocated_bytes()
+    held = [pa.total_allocated_bytes() - before for _ in store.batches(size=5_000)]
+    assert len(held) >= 80
+    assert max(held) < file.stat().st_size / 3  # reading ahead would hold all of it at once
