@@ -62,13 +62,10 @@ def measure(
     """Everything the report states, as plain data; `out` only makes the run folders relative."""
     resamples = _resamples(base, arms)
     board = build_board(base, arms, resamples=resamples, seed=seed)
-    noise = read_noise(base)
-    table, tracks = results(board), {axis: paths(board, axis) for axis in axes(board)}
-    first = arms[0].runs[0].info
+    table, tracks, noise = results(board), {axis: paths(board, axis) for axis in axes(board)}, read_noise(base)
     found = {
         "schema": SCHEMA,
-        "recipe": first["recipe"],
-        "model": first["model"],
+        **{key: arms[0].runs[0].info[key] for key in ("recipe", "model")},
         "arms": [arm.name for arm in arms],
         "seeds": {arm.name: list(arm.seeds) for arm in arms},
         "problems": problems,
@@ -89,7 +86,7 @@ def measure(
         "config_differences": config_differences(arms),
         "budgets": budgets(arms),
         "cost": cost(arms),
-        "sources": first.get("sources", {}),
+        "sources": arms[0].runs[0].info.get("sources", {}),
         "samples": sample_answers(base, arms),
         "analysis": analysis(out),
         "environment": environment(base, arms, out),
