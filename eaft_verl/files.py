@@ -64,7 +64,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RunError(f"{path} does not exist") from None
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError, OSError) as error:  # ValueError: bytes that are no text, too
         raise RunError(f"{path} is not valid JSON ({error}); delete it and run the stage again") from None
 
 

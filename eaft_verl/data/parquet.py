@@ -168,10 +168,13 @@ def to_batch(examples: Sequence[Example]) -> pa.RecordBatch:
     return pa.record_batch([columns[name] for name in SCHEMA.names], schema=SCHEMA)
 
 
-def write_batches(path: Path, batches: Callable[[], Iterable[pa.RecordBatch]]) -> str:
+def write_batches(
+    path: Path, batches: Callable[[], Iterable[pa.RecordBatch]], announce: Callable[[str], object] = str
+) -> str:
     """Write NAME.parquet in one move, its memory map beside it; the file's sha256.
 
-    batches: of SCHEMA, called twice, because columns that no example fills are left out of the file.
+    batches: of SCHEMA, called twice, because columns that no example fills are left out of the file. announce: told
+    the sha256 before the file gets its name, so that what stands under the name is always accounted for.
     """
     filled = set(_ALWAYS)
     for batch in batches():
@@ -185,6 +188,7 @@ def write_batches(path: Path, batches: Callable[[], Iterable[pa.RecordBatch]]) -
                 writer.write_batch(group)
         os.chmod(temporary, 0o644)
         key = file_hash(temporary)
+        announce(key)
         os.replace(temporary, path)
     return key
 
