@@ -71,6 +71,9 @@ def _add_prepare(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument(
         "--turns", default="whole", help="whole; split: one example per assistant turn; last: train it only"
     )
+    verb.add_argument(
+        "--max-rejected", type=float, default=1.0, metavar="SHARE", help="fail if more of the rows are faulty"
+    )
     verb.add_argument("--rows", type=int, help="use only the first ROWS rows")
     verb.add_argument(
         "--column", action="append", default=[], metavar="ROLE=NAME", help="prompt=Question, ignore=options, ..."

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from eaft_verl.data.accept import Taker
-from eaft_verl.data.account import describe, raise_refused
+from eaft_verl.data.account import check_rejected, describe, raise_refused
 from eaft_verl.data.encode import check_tokenizer, render, special_tokens
 from eaft_verl.data.leakage import Against, leakage_of
 from eaft_verl.data.parquet import Example, Examples, file_hash, read_examples, write_batches
@@ -78,17 +78,19 @@ def manifest_path(path: Path) -> Path:
     return path.with_suffix(".manifest.json")
 
 
-def prepare(spec: DataSpec, tokenizer: Any, out: Path, against: Against | None = None) -> Prepared:
+def prepare(
+    spec: DataSpec, tokenizer: Any, out: Path, against: Against | None = None, max_rejected: float = 1.0
+) -> Prepared:
     """Prepared data at `out` (NAME.parquet), made now or found there from the same source, settings and template.
 
-    against: questions that the rows must not contain; the manifest's `leakage` says which do.
-    Raises DataError if rows are refused (the first five are named) or none is left, or if `out` holds something else:
+    against: questions that the rows must not contain; the manifest's `leakage` says which do. max_rejected: share of
+    the rows of a source that may be faulty and left out.
+    Raises DataError if more of them are faulty, if rows are refused (the first five are named) or none is left, or if
+    `out` holds something else:
     nothing is ever overwritten, least of all a source. The manifest is written first, so that a file without one is
     somebody else's; a manifest alone is half of an earlier write, which is redone.
     """
     out = Path(out)
-    if out.suffix != ".parquet":
-        raise ConfigError(f"prepared data is written as NAME.parquet, got {out.name!r}")
     _require_free(spec, out)
     identity = _identity(spec, tokenizer, against)
     if manifest_path(out).exists() and out.exists():
@@ -98,6 +100,7 @@ def prepare(spec: DataSpec, tokenizer: Any, out: Path, against: Against | None =
                 "output, or delete it and its manifest"
             )
         known = load_prepared(out, tokenizer)
+        check_rejected(known.manifest, max_rejected)
         prepared = check_leakage(known, against)
         if prepared is not known:
             write_json(manifest_path(out), prepared.manifest)
@@ -105,18 +108,21 @@ def prepare(spec: DataSpec, tokenizer: Any, out: Path, against: Against | None =
     with take_all(Taker(spec, tokenizer, against), out) as outcome:
         raise_refused(spec, outcome)
         manifest = {**identity, **describe(tokenizer, outcome)}
+        check_rejected(manifest, max_rejected)
         if against:
             manifest["leakage"] = against.account(outcome.leaks)
-        key = write_batches(
-            out,
-            outcome.batches,
-            announce=lambda key: write_json(manifest_path(out), {**manifest, "parquet_sha256": key}),
-        )
+
+        def account(key: str) -> None:
+            write_json(manifest_path(out), {**manifest, "parquet_sha256": key})
+
+        key = write_batches(out, outcome.batches, account)
     return Prepared(out, read_examples(out, key), read_manifest(out))
 
 
 def _require_free(spec: DataSpec, out: Path) -> None:
     """DataError unless `out` and its manifest are free or ours, and `out` is no part of what is read."""
+    if out.suffix != ".parquet":
+        raise ConfigError(f"prepared data is written as NAME.parquet, got {out.name!r}")
     manifest = manifest_path(out)
     if os.path.lexists(out) and not manifest.exists():
         raise DataError(

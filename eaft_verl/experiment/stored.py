@@ -16,7 +16,7 @@ from eaft_verl.reporting.comparability import ABSENT, flatten
 from eaft_verl.runs import Run
 
 # where a run lies and how often it is saved decide nothing of what it becomes
-FREE = ("recipe", "output", "verl.trainer.save_freq", "verl.trainer.max_ckpt_to_keep")
+FREE = ("recipe", "output", "verl.trainer.save_freq", "verl.trainer.max_ckpt_to_keep", "data.max_rejected")
 OF_BASE = ("model", "evaluate", "data.heldout", "data.heldout_rows", "data.max_length")  # all that its scores rest on
 SHOWN = 5
 

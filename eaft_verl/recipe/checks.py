@@ -37,6 +37,8 @@ def check(config: Config, *, elsewhere: bool = False, dry_run: bool = False, tra
     for which in ("train", "heldout"):
         _check_data(config, which)
     _choice("data.leakage", config.data.leakage, LEAKAGE)
+    limit = config.data.max_rejected
+    require(0 <= limit <= 1, f"data.max_rejected={limit} must be between 0 and 1: a share of the rows")
     check_reward(**plain(config.reward))
     _check_engine(config)
     _check_schedule(config)

@@ -32,6 +32,7 @@ class Data:
     control_tokens: str
     turns: str
     leakage: str
+    max_rejected: float
     rows: int | None
     heldout_rows: int | None
 

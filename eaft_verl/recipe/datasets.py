@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from eaft_verl.data.account import check_rejected, rows_used
 from eaft_verl.data.columns import PROMPT_KEYS
 from eaft_verl.data.formats import to_messages
 from eaft_verl.data.leakage import Against, summary
@@ -33,14 +34,17 @@ def prepare_data(config: Config, tokenizer: Any, which: str) -> Prepared:
     """The recipe's 'train' or 'heldout' data, prepared in OUTPUT/data unless the source is prepared already.
 
     Training data is compared with the recipe's benchmarks and held-out data: what is found is printed to stderr and
-    stands in the manifest's `leakage`, or is refused or left out, as `data.leakage` says.
+    stands in the manifest's `leakage`, or is refused or left out, as `data.leakage` says. How many rows are used is
+    printed there too; DataError if more than `data.max_rejected` of them are faulty.
     """
     against = recipe_questions(config) if which == "train" else None
-    out = prepared_path(config, which)
+    out, limit = prepared_path(config, which), config.data.max_rejected
     if out == Path(str(source_of(config, which))).expanduser():
         prepared = check_leakage(load_prepared(out, tokenizer), against)
+        check_rejected(prepared.manifest, limit)
     else:
-        prepared = prepare(data_spec(config, which), tokenizer, out, against)
+        prepared = prepare(data_spec(config, which), tokenizer, out, against, limit)
+    print(f"data.{which}: {rows_used(prepared.manifest)}", file=sys.stderr, flush=True)
     if against and any(entry["hits"] for entry in prepared.manifest["leakage"]["against"].values()):
         print("\n".join(summary(prepared.manifest["leakage"])), file=sys.stderr)
     return prepared
