@@ -9,6 +9,8 @@ from eaft_verl.cluster.doctor import require_machine
 from eaft_verl.data.parquet import Examples
 from eaft_verl.data.prepare import Prepared
 from eaft_verl.errors import RunError, require
+from eaft_verl.errors import RunError
+from eaft_verl.evaluation.model_files import check_model_files
 from eaft_verl.evaluation.settings import evaluation_key
 from eaft_verl.experiment.derive import Derived, derive
 from eaft_verl.experiment.environment import describe
@@ -29,7 +31,9 @@ def train(config: Config, declared: list[str]) -> Run:
     """Train one arm; the returned run is finished. A failure is written into run.json and raised."""
     require_machine(config)
     model = resolve_model(config.model)
+    check_model_files(model)
     if config.objective and (anchor := objective_of(config).anchor) and anchor.reference:
+        check_model_files(resolve_model(anchor.reference))
         check_same_vocabulary(model, anchor.reference)
     tokenizer = load_tokenizer(model)
     data = prepare_data(config, tokenizer, "train")
