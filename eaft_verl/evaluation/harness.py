@@ -53,7 +53,7 @@ def load_model(path: Path | str, settings: EvaluateSettings) -> tuple[PreTrained
     if device == "cuda" and torch.cuda.device_count() > 1:
         options["device_map"] = "auto"
     with quiet():
-        loaded = AutoModelForCausalLM.from_pretrained(**hub_arguments(path), **options, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(**hub_arguments(path), **options, output_loading_info=True)
         model: PreTrainedModel = loaded[0]
         tokenizer = AutoTokenizer.from_pretrained(**hub_arguments(path), padding_side="left")
     require_all(path, loaded[1])  # of a hub id that was not at hand when the evaluation began

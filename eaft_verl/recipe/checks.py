@@ -5,8 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from eaft_verl.data.readers import SUFFIXES
-from eaft_verl.data.sources import GENERATED, files_of
+from eaft_verl.data.sources import GENERATED, files_of, iter_rows, names_file
 from eaft_verl.data.spec import LEAKAGE
 from eaft_verl.errors import ConfigError, DataError, require
 from eaft_verl.grading.graders import absent_package, check_reward
@@ -249,17 +248,16 @@ def _check_source(key: str, source: str) -> None:
 
 def _absent_source(key: str, source: str, elsewhere: bool) -> str:
     """A path that looks local must exist now, not after the model was loaded: what is wrong with it, or ''."""
-    local = source.startswith((".", "/", "~")) or Path(source).suffix in SUFFIXES
-    if not local or source.startswith(GENERATED) or "://" in source:
+    if not names_file(source):
         return ""
     if elsewhere:
         return "" if Path(source).is_absolute() else f"{key}={source!r} must be an absolute path on the cluster"
     try:
-        if files_of(source):
-            return ""
+        if not files_of(source):
+            return f"{key}={source!r} does not exist (paths are relative to {Path.cwd()})"
+        return "" if next(iter_rows(source), None) else f"{key}={source!r} holds no rows"
     except DataError as error:
         return f"{key}: {error}"
-    return f"{key}={source!r} does not exist (paths are relative to {Path.cwd()})"
 
 
 def _choice(key: str, value: Any, allowed: tuple[str, ...]) -> None:

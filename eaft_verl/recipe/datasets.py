@@ -20,7 +20,7 @@ from eaft_verl.data.prepare import (
     read_manifest,
     source_hashes,
 )
-from eaft_verl.data.sources import GENERATED, files_of, iter_rows
+from eaft_verl.data.sources import at_hand, iter_rows
 from eaft_verl.data.spec import Columns, RowError, Source, sources_of
 from eaft_verl.errors import DataError
 from eaft_verl.evaluation.questions import benchmark_questions
@@ -111,6 +111,6 @@ def changed_content(config: Config, which: str, keys: Mapping[str, str]) -> list
     if sources == [str(source_of(config, which))] and prepared == Path(sources[0]).expanduser():
         same = which != "train" or read_manifest(prepared)["parquet_sha256"] == keys["data"]
     else:
-        readable = all(source.startswith(GENERATED) or files_of(source) for source in sources)
+        readable = all(map(at_hand, sources))
         same = not readable or read_manifest(prepared)["source_sha256"] == source_hashes(spec)
     return [] if same else [f"data.{which}: {', '.join(sources)} holds other rows"]

@@ -93,7 +93,7 @@ def resolve(recipe: Recipe, arm: str, overrides: Iterable[str] = ()) -> Config:
         tree["objective"] = tree["fused_head"] = None
     tree["name"] = tree["name"] or recipe.name
     _check_name(tree["name"])
-    tree["output"] = str(Path(tree["output"] or Path("runs") / tree["name"]).absolute())
+    tree["output"] = str(Path(tree["output"] or Path("runs") / tree["name"]).expanduser().absolute())
     tree |= {"recipe": str(recipe.path), "arm": arm, **_matched(recipe, arm, tree, layers[-1][1])}
     try:
         return configuration(tree)
