@@ -7,9 +7,11 @@ from typing import Any
 
 from eaft_verl.data.sources import GENERATED, files_of, iter_rows, names_file
 from eaft_verl.data.spec import LEAKAGE
-from eaft_verl.errors import ConfigError, DataError, require
+from eaft_verl.errors import ConfigError, DataError, RunError, require
+from eaft_verl.files import read_json
 from eaft_verl.grading.graders import absent_package, check_reward
 from eaft_verl.models import check_model
+from eaft_verl.objectives import TOPK_KIND
 from eaft_verl.recipe.checks_grpo import check_grpo
 from eaft_verl.recipe.checks_values import check_every_value, check_optimizer
 from eaft_verl.recipe.config import Config, plain
@@ -48,8 +50,30 @@ def check(config: Config, *, elsewhere: bool = False, dry_run: bool = False, tra
         check_grpo(config)
     if not (elsewhere and Path(config.model).is_absolute()):
         check_model(config.model)
+        _check_candidates(config)
     if not dry_run and (missing := pending(config, elsewhere=elsewhere)):
         raise ConfigError(missing[0])
+
+
+def _check_candidates(config: Config) -> None:
+    """K most likely tokens are asked of a vocabulary that has as many; known where the model is a folder here."""
+    file = Path(config.model).expanduser() / "config.json"
+    if config.trainer != "sft" or not file.is_file():
+        return
+    try:
+        model = read_json(file)
+        vocabulary = model.get("text_config", model).get("vocab_size")
+    except (RunError, AttributeError):
+        return  # whoever loads it says what is wrong
+    objective = objective_of(config)
+    asked = {"objective.k": vars(objective).get("k")}
+    if objective.anchor and objective.anchor.kind == TOPK_KIND:
+        asked["objective.anchor.k"] = objective.anchor.k
+    for key, k in asked.items():
+        require(
+            not (isinstance(k, int) and isinstance(vocabulary, int)) or k <= vocabulary,
+            f"{key}={k}: the vocabulary of {config.model} has {vocabulary} tokens; set it to that or less",
+        )
 
 
 def start_problem(config: Config, *, elsewhere: bool) -> str | None:

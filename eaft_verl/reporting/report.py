@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eaft_verl.files import write_bytes, write_json, write_text
+from eaft_verl.errors import RunError
+from eaft_verl.files import read_json, write_bytes, write_json, write_text
 from eaft_verl.reporting import page
 from eaft_verl.reporting.caveats import caveats, truncations
 from eaft_verl.reporting.collect import Arm, load
@@ -39,6 +40,7 @@ def report(
     from eaft_verl.reporting import plots
 
     out = Path(out)
+    _require_free(out)
     good, broken = (list(runs), []) if force else split(runs)
     failed = [*failed, *broken]
     base, arms = load(good)
@@ -46,14 +48,23 @@ def report(
     found = measure(base, arms, out, problems=problems, seed=seed, failed=failed)
     figures = plots.draw(found)
     text = page.text(found, set(figures))
+    write_json(out / "report.json", found)  # first: by it the folder is known as ours
     for name, data in figures.items():
         write_bytes(out / "figures" / f"{name}.png", data)
     for stale in {path.stem for path in (out / "figures").glob("*.png")} & set(plots.NAMES) - set(figures):
         (out / "figures" / f"{stale}.png").unlink()
-    write_json(out / "report.json", found)
     write_text(out / "report.md", text)
     write_text(out / "report.html", page.html(text, found["arms"], figures))
     return found
+
+
+def _require_free(out: Path) -> None:
+    """RunError unless `out` is new, empty, or holds an earlier report."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    earlier = read_json(out / "report.json") if (out / "report.json").is_file() else None
+    if not isinstance(earlier, dict) or "bootstrap_seed" not in earlier:
+        raise RunError(f"{out} holds something else than a report, and nothing is overwritten; choose another --out")
 
 
 def measure(
