@@ -210,6 +210,7 @@ def _train(options: argparse.Namespace) -> None:
         print(as_yaml(config), end="")
         warn(pending(config))
         warn_of(notes_at_hand(config))
+        warn(pending(config, contents=True))
         return
     from eaft_verl.experiment.train import train
 

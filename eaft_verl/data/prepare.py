@@ -139,8 +139,11 @@ def _require_free(spec: DataSpec, out: Path) -> None:
             )
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest beside NAME.parquet; DataError if it is missing, damaged, somebody else's or of another version."""
+def read_manifest(path: Path, *needed: str) -> dict[str, Any]:
+    """The manifest beside NAME.parquet; DataError if it is missing, somebody else's, of another version or damaged.
+
+    needed: keys that must be there, dotted; all by default.
+    """
     file = manifest_path(path)
     if not file.exists():
         raise DataError(f"{path} is not prepared data: {file} does not exist; run `eaft prepare`")
@@ -152,7 +155,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise DataError(f"{file} is no manifest of `eaft prepare`; {_ANEW}")
     if manifest["schema"] != SCHEMA:
         raise DataError(f"{path} has manifest schema {manifest['schema']!r}, this version reads {SCHEMA}; {_ANEW}")
-    if lacking := [key for key, kind in _KEYS.items() if not isinstance(_inside(manifest, key), kind)]:
+    if lacking := [key for key in needed or _KEYS if not isinstance(_inside(manifest, key), _KEYS[key])]:
         raise DataError(f"{file} is damaged or of another kind: {lacking[0]} is missing or wrong; {_ANEW}")
     return manifest
 

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from datetime import date, datetime, time
 from decimal import Decimal
@@ -57,8 +58,12 @@ def read_file(file: str) -> Iterator[Any]:
     try:
         with _open(file) as stream:
             start = stream.read(64)
-    except (OSError, EOFError) as error:
+        yield from _rows(file, start)
+    except (OSError, EOFError, zlib.error) as error:  # a compressed file that is cut off or damaged anywhere
         raise DataError(f"{file} cannot be read ({error})") from None
+
+
+def _rows(file: str, start: bytes) -> Iterator[Any]:
     if start[:4] == b"PAR1":
         return _read_parquet(file)
     if wide := _wide(start):

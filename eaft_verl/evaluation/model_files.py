@@ -38,7 +38,7 @@ def _loaded(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
     from transformers.utils import logging
 
     config: Any = AutoConfig.from_pretrained(folder)
-    if getattr(config, "quantization_config", None):
+    if "quantization_config" in config.to_dict():
         return {}
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # its report is what is asked for here

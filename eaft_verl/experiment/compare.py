@@ -78,7 +78,7 @@ def _show(configs: list[Config], base: Stage, stages: list[tuple[Stage, Stage]])
         print(f"{'done' if stage.done else 'todo'}  {stage.label:32} eaft {' '.join(stage.arguments)}")
     runs = " ".join(str(stage.run) for stage in (base, *(pair[0] for pair in stages)))
     print(f"todo  {'report':32} eaft report {runs}")
-    warn(list(dict.fromkeys(message for config in configs for message in pending(config))))
+    warn(list(dict.fromkeys(message for config in configs for message in pending(config, contents=True))))
 
 
 def parse_seeds(text: str | None) -> list[int] | None:

@@ -85,14 +85,17 @@ def start_problem(config: Config, *, elsewhere: bool) -> str | None:
     return None
 
 
-def pending(config: Config, *, elsewhere: bool = False) -> list[str]:
-    """What a sound configuration still needs before it can run: files to be supplied, benchmarks without a runner."""
+def pending(config: Config, *, elsewhere: bool = False, contents: bool = False) -> list[str]:
+    """What a sound configuration still needs before it can run: files to be supplied, benchmarks without a runner.
+
+    contents: a file whose first row cannot be read is missing too; a run finds that when it prepares the data.
+    """
     given = [which for which in ("train", "heldout") if source_of(config, which)]
     sources = [(f"data.{which}", one.source) for which in given for one in data_spec(config, which).sources]
     settings = evaluate_settings(config)
     if drift := settings.drift_settings():
         sources.append(("evaluate.drift.data", str(drift.data)))
-    missing = [_absent_source(key, source, elsewhere) for key, source in sources]
+    missing = [_absent_source(key, source, elsewhere, contents) for key, source in sources]
     if not elsewhere:
         missing.append(absent_package(config.reward.grader))
     return [message for message in missing if message] + settings.absent(elsewhere=elsewhere)
@@ -270,7 +273,7 @@ def _check_source(key: str, source: str) -> None:
         _choice(key, source.removeprefix(GENERATED), tuple(NAMES))
 
 
-def _absent_source(key: str, source: str, elsewhere: bool) -> str:
+def _absent_source(key: str, source: str, elsewhere: bool, contents: bool) -> str:
     """A path that looks local must exist now, not after the model was loaded: what is wrong with it, or ''."""
     if not names_file(source):
         return ""
@@ -279,7 +282,7 @@ def _absent_source(key: str, source: str, elsewhere: bool) -> str:
     try:
         if not files_of(source):
             return f"{key}={source!r} does not exist (paths are relative to {Path.cwd()})"
-        return "" if next(iter_rows(source), None) else f"{key}={source!r} holds no rows"
+        return "" if not contents or next(iter_rows(source), None) else f"{key}={source!r} holds no rows"
     except DataError as error:
         return f"{key}: {error}"
 

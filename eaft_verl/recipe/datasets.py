@@ -93,7 +93,7 @@ def prepared_otherwise(config: Config, which: str) -> list[str]:
     """'data.key=asked (prepared with stated)' for what prepared data named as a source decides otherwise."""
     if not source_of(config, which) or prepared_path(config, which) != Path(str(source_of(config, which))).expanduser():
         return []
-    stated, asked = read_manifest(prepared_path(config, which))["spec"], asdict(data_spec(config, which))
+    stated, asked = read_manifest(prepared_path(config, which), "spec")["spec"], asdict(data_spec(config, which))
     name = {"rows": "heldout_rows"} if which == "heldout" else {}
     return [
         f"data.{name.get(key, key)}={value} (prepared with {stated.get(key)})"
@@ -109,8 +109,8 @@ def changed_content(config: Config, which: str, keys: Mapping[str, str]) -> list
         return []
     sources = [one.source for one in spec.sources]
     if sources == [str(source_of(config, which))] and prepared == Path(sources[0]).expanduser():
-        same = which != "train" or read_manifest(prepared)["parquet_sha256"] == keys["data"]
+        same = which != "train" or read_manifest(prepared, "parquet_sha256")["parquet_sha256"] == keys["data"]
     else:
         readable = all(map(at_hand, sources))
-        same = not readable or read_manifest(prepared)["source_sha256"] == source_hashes(spec)
+        same = not readable or read_manifest(prepared, "source_sha256")["source_sha256"] == source_hashes(spec)
     return [] if same else [f"data.{which}: {', '.join(sources)} holds other rows"]
