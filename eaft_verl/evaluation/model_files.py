@@ -37,7 +37,11 @@ def _loaded(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
-    config: Any = AutoConfig.from_pretrained(folder)
+    try:
+        config: Any = AutoConfig.from_pretrained(folder)
+    except Exception as error:  # transformers raises whatever its readers do
+        said = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{folder / 'config.json'} is no configuration that can be read ({said})") from None
     if "quantization_config" in config.to_dict():
         return {}
     level = logging.get_verbosity()

@@ -17,7 +17,7 @@ import fake_runs
 
 def prepare(lab: Lab, source: Path | str, out: Path) -> Seen:
     """`eaft prepare` with the laboratory's model."""
-    return lab.eaft("prepare", source, out, "--model", lab.model)
+    return lab.eaft("prepare", source, out, "--model", lab.model, "--max-length", "256")
 
 
 def own_parquet(path: Path) -> bytes:
@@ -102,15 +102,13 @@ def _manifests(lab: Lab) -> Outcome:
 
 @fault("prepared data with a flipped byte, cut off, empty, or of another model", "refused before Ray; never trained on")
 def _prepared_data(lab: Lab) -> Outcome:
-    out, keys = lab.folder / "p.parquet", ("data.heldout=null", "verl.trainer.total_epochs=1")
+    out = lab.folder / "p.parquet"
     assert prepare(lab, lab.folder / "train.jsonl", out).code == 0
     whole = out.read_bytes()
     at = len(whole) // 2
     for damage in (whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :], whole[:-9], b""):
         out.write_bytes(damage)
-        lab.train(f"data.train={out}", "data.max_length=16384", "verl.data.max_token_len_per_gpu=16384", *keys).refused(
-            "p.parquet is not the file its manifest describes"
-        )
+        lab.train(f"data.train={out}").refused("p.parquet is not the file its manifest describes")
     out.write_bytes(whole)
     other = Path(shutil.copytree(lab.model, lab.folder / "other"))
     (other / "chat_template.jinja").write_text((other / "chat_template.jinja").read_text().replace("\n", " "))
@@ -149,7 +147,7 @@ def _drift_probe(lab: Lab) -> Outcome:
     ):
         whole = file.read_bytes()
         file.write_bytes(damage)
-        shutil.rmtree(lab.out / "base" / "eval")
+        shutil.rmtree(lab.out / "base" / "eval", ignore_errors=True)
         lab.eaft(*words).refused(file.name, "delete")
         file.write_bytes(whole)
     shutil.rmtree(folder)  # as it is told
