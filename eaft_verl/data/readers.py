@@ -26,9 +26,13 @@ def count_in_file(file: str) -> int | None:
     if not path.is_file():
         return None
     if path.suffix == ".parquet":
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        return pq.ParquetFile(path).metadata.num_rows
+        try:
+            return pq.ParquetFile(path).metadata.num_rows
+        except (pa.ArrowException, OSError):  # whoever reads it says what is wrong
+            return None
     if path.suffix != ".jsonl":
         return None
     with path.open("rb") as stream:
