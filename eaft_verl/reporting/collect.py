@@ -141,7 +141,7 @@ def _check_records(run: Run, evals: dict[int, dict[str, Any]]) -> None:
                 isinstance(one, dict) and _is_number(one.get("score")) and "higher_is_better" in one
                 for one in metrics.values()
             )
-            if not sound or record.get("metric") not in metrics or not {"side", "n"} <= record.keys():
+            if not sound or record["metrics"].get(record.get("metric")) is None or not {"side", "n"} <= record.keys():
                 raise RunError(f"{run.path}/eval/{step_name(step)}/{name}.json is no record; {_again(run, step)}")
 
 
