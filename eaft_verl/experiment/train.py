@@ -9,7 +9,6 @@ from eaft_verl.cluster.doctor import require_machine
 from eaft_verl.data.parquet import Examples
 from eaft_verl.data.prepare import Prepared
 from eaft_verl.errors import RunError, require
-from eaft_verl.errors import RunError
 from eaft_verl.evaluation.model_files import check_model_files
 from eaft_verl.evaluation.settings import evaluation_key
 from eaft_verl.experiment.derive import Derived, derive
