@@ -219,7 +219,7 @@ def _no_metrics(lab: Lab) -> Outcome:
     (runs[1] / "metrics.jsonl").unlink()
     assert lab.eaft("report", *runs).code == 0
     said = "sft seed 0: metrics.jsonl is missing or empty, so it has no curves and no budget"
-    assert said in (lab.folder / "runs" / "report" / "report.md").read_text()
+    assert said in json.loads((lab.folder / "runs" / "report" / "report.json").read_text())["caveats"]
     return Outcome("exit 0 with the caveat")
 
 
