@@ -7,15 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from eaft_verl import __version__
-from eaft_verl.boundary import guard_streams, masked
-from eaft_verl.errors import ConfigError, DataError, Interrupted, RunError
-from eaft_verl.experiment.processes import CAUSE_FILE, INTERRUPTED
+from eaft_verl.boundary import guard_streams, masked, python_command
+from eaft_verl.errors import CTRL_C, EXIT_CODES, REFUSED, ConfigError, DataError, Interrupted, RunError
+from eaft_verl.experiment.processes import CAUSE_FILE, begin_stage, run_stage
+from eaft_verl.training.interruption import is_stage
 
 DEFAULT_RECIPE = "recipes/quickstart.yaml"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; 0 on success, 2 for an error the user can act on (printed in one line), 1 for failed arms."""
+    """Run one verb; its exit code is one of `errors.EXIT_CODES`. An error that the user can act on is one line."""
     guard_streams()
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)  # argparse leaves positional words behind an option over
@@ -27,24 +28,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault(
         "OMP_WAIT_POLICY", "passive"
     )  # threads that spin while they wait starve whoever they wait for
+    if is_stage():
+        begin_stage()
     try:
         return options.run(options) or 0
     except Interrupted as error:
-        print(f"eaft: {error}", file=sys.stderr)
-        return INTERRUPTED
+        if not error.said:
+            print(f"eaft: {error}", file=sys.stderr)
+        return error.code
     except (ConfigError, DataError, RunError) as error:
         print(f"eaft: error: {error}", file=sys.stderr)
         if path := os.environ.get(CAUSE_FILE):
             Path(path).write_text(masked(f"{type(error).__name__}: {error}"), encoding="utf-8")
-        return 2
+        return error.code if isinstance(error, RunError) else REFUSED
     except KeyboardInterrupt:
-        print("eaft: interrupted; run the same command again to go on", file=sys.stderr)
-        return 130
+        print("eaft: Ctrl-C: ended; what was finished before is kept", file=sys.stderr)
+        return CTRL_C
 
 
 def _parser() -> argparse.ArgumentParser:
+    codes = "\n".join(f"  {code:>3}  {meaning}" for code, meaning in EXIT_CODES.items())
     parser = argparse.ArgumentParser(
-        prog="eaft", description="Fine-tune a language model without making it forget, and prove it."
+        prog="eaft",
+        description="Fine-tune a language model without making it forget, and prove it.",
+        epilog=f"exit codes:\n{codes}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"eaft-verl {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
@@ -90,6 +98,7 @@ def _add_train(verbs: argparse._SubParsersAction) -> None:
     verb = verbs.add_parser("train", help="train one arm of a recipe")
     _add_recipe(verb)
     verb.add_argument("--arm", required=True, help="which arm")
+    _add_restarts(verb)
     verb.add_argument("--dry-run", action="store_true", help="check everything, print the configuration, train nothing")
     verb.set_defaults(run=_train)
 
@@ -110,6 +119,7 @@ def _add_compare(verbs: argparse._SubParsersAction) -> None:
     _add_recipe(verb)
     verb.add_argument("--arms", help="comma-separated (default: all)")
     verb.add_argument("--seeds", default=None, help="comma-separated, e.g. 0,1,2 (default: the recipe's seed)")
+    _add_restarts(verb)
     verb.add_argument("--dry-run", action="store_true", help="check every arm and print the stages")
     verb.set_defaults(run=_compare)
 
@@ -140,6 +150,7 @@ def _add_launch(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument("--seeds", help="comma-separated, e.g. 0,1,2 (default: the recipe's seed)")
     verb.add_argument("--env", action="append", default=[], metavar="NAME[=VALUE]", help="variable for the Ray job")
     verb.add_argument("--wait", type=float, default=0.0, metavar="SECONDS", help="for nodes that have yet to join")
+    _add_restarts(verb)
     verb.add_argument("--dry-run", action="store_true", help="check what can be checked, print what would run")
     verb.add_argument("--recipe-hash", metavar="HASH", help="refuse a recipe that says something else; set by --on")
     verb.set_defaults(run=_launch)
@@ -183,6 +194,17 @@ def _add_recipe(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.rows=32 verl.optim.lr=2e-5")
 
 
+def _add_restarts(verb: argparse.ArgumentParser) -> None:
+    what = "begin a training again up to N times after the loss of a worker or node (default: %(default)s)"
+    verb.add_argument("--max-restarts", type=_count, default=0, metavar="N", help=what)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 0")
+    return int(text)
+
+
 def _recipe_arguments(options: argparse.Namespace) -> tuple[str, list[str]]:
     """`eaft train verl.optim.lr=1e-5 --arm sft` means the default recipe: the first word is no recipe but a key."""
     if "=" in options.recipe and not Path(options.recipe).exists():
@@ -196,25 +218,33 @@ def _prepare(options: argparse.Namespace) -> None:
     prepare_command(options)
 
 
-def _train(options: argparse.Namespace) -> None:
+def _train(options: argparse.Namespace) -> int:
     from eaft_verl.recipe.checks import check, pending, warn, warn_of
     from eaft_verl.recipe.config import as_yaml
     from eaft_verl.recipe.model_fit import notes_at_hand
     from eaft_verl.recipe.resolve import declared_keys, load_recipe, resolve
+    from eaft_verl.runs import run_name
 
     path, overrides = _recipe_arguments(options)
     recipe = load_recipe(path)
     config = resolve(recipe, options.arm, overrides)
+    if not (is_stage() or options.dry_run):
+        from eaft_verl.experiment.supervision import supervised
+
+        command = python_command("eaft_verl.cli", "train", path, "--arm", options.arm, *overrides)
+        folder = Path(config.output) / run_name(config.arm, config.seed)
+        return supervised(lambda: run_stage(command), folder, options.max_restarts)
     check(config, dry_run=options.dry_run)
     if options.dry_run:
         print(as_yaml(config), end="")
         warn_of(notes_at_hand(config))
         warn(pending(config, contents=True))
-        return
+        return 0
     from eaft_verl.experiment.train import train
 
     run = train(config, declared_keys(recipe, options.arm))
     print(f"trained {run.path}")
+    return 0
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -229,7 +259,7 @@ def _compare(options: argparse.Namespace) -> int:
 
     path, overrides = _recipe_arguments(options)
     arms = options.arms.split(",") if options.arms else None
-    return compare(path, arms, parse_seeds(options.seeds), overrides, dry_run=options.dry_run)
+    return compare(path, arms, parse_seeds(options.seeds), overrides, options.max_restarts, dry_run=options.dry_run)
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -269,7 +299,7 @@ def _launch(options: argparse.Namespace) -> int:
     from eaft_verl.launch.request import Launch
 
     path, overrides = _recipe_arguments(options)
-    given = (tuple(overrides), options.wait, tuple(options.env), options.recipe_hash)
+    given = (tuple(overrides), options.wait, tuple(options.env), options.recipe_hash, options.max_restarts)
     wanted = Launch(path, options.arm, options.seeds, *given)
     return launch(wanted, options.on, dry_run=options.dry_run)
 

@@ -1,4 +1,24 @@
-"""Errors a user can act on. Each message says: which key or row, what was found, what is allowed, what to do."""
+"""Errors a user can act on, and what each does to the exit code.
+
+Each message says: which key or row, what was found, what is allowed, what to do.
+"""
+
+REFUSED, OUT_OF_MEMORY, DISK_FULL, HUNG, DIVERGED, LOST = 2, 4, 5, 6, 7, 8
+SAVED, CTRL_C, ENDED = 75, 130, 143  # EX_TEMPFAIL of sysexits.h; 128 + SIGINT; 128 + SIGTERM
+EXIT_CODES = {
+    0: "done",
+    1: "an arm of a comparison failed, a check of `doctor` did, or this program has a fault",
+    REFUSED: "not possible as asked: recipe, data, model or run directory; nothing to retry unchanged",
+    3: "`plan`: an arm does not fit",
+    OUT_OF_MEMORY: "out of memory, on a GPU or a host",
+    DISK_FULL: "no space left where the run is written",
+    HUNG: "no step was finished for too long; the stacks of every process are in the run directory",
+    DIVERGED: "loss, gradient or weights are not finite",
+    LOST: "a worker, a node or Ray itself died",
+    SAVED: "told to stop (SIGTERM) and saved: the same command goes on",
+    CTRL_C: "told to stop by Ctrl-C; the last line says what is saved",
+    ENDED: "told to stop (SIGTERM) before anything new could be saved, or told twice",
+}
 
 
 class ConfigError(ValueError):
@@ -12,9 +32,54 @@ class DataError(ValueError):
 class RunError(RuntimeError):
     """A run directory is missing, incomplete, already in use, or not comparable with another one."""
 
+    code = REFUSED
+
 
 class Interrupted(RunError):
-    """A stage was told to stop (SIGTERM) and left a run that the same command resumes; exit code 75."""
+    """A stage was told to stop and has ended. code: SAVED only where the same command goes on from what was saved.
+
+    said: the user has been told by the stage itself.
+    """
+
+    def __init__(self, message: str, code: int = SAVED, *, said: bool = False) -> None:
+        super().__init__(message)
+        self.code, self.said = code, said
+
+
+class OutOfMemory(RunError):
+    """A device or a host has no memory left."""
+
+    code = OUT_OF_MEMORY
+
+
+class DiskFull(RunError):
+    """A file of the run could not be written for lack of space."""
+
+    code = DISK_FULL
+
+
+class Hung(RunError):
+    """No step was finished for too long."""
+
+    code = HUNG
+
+
+class Diverged(RunError):
+    """Loss, gradient or weights are not finite."""
+
+    code = DIVERGED
+
+
+class Lost(RunError):
+    """A worker, a node or Ray died; the same command goes on from what is saved."""
+
+    code = LOST
+
+
+class WorkerFailed(RunError):
+    """A worker raised what nobody foresaw; its traceback is in the file that the message names."""
+
+    code = 1
 
 
 def require(condition: object, message: str) -> None:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from eaft_verl.errors import ConfigError
 from eaft_verl.recipe.config import Config
 
+WAIT = "EAFT_WAIT"  # variable: seconds that nodes which have yet to join, or to come back, are given
 CPUS_PER_WORKER = {  # logical CPUs in a worker's bundle
     "sft": 1,  # ours; verl's own SFT pool asks for 10 and waits for ever where a node has fewer
     "grpo": 3,  # verl 0.9.1 single_controller/ray/base.py: ResourcePoolManager.max_colocate_count

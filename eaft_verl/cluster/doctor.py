@@ -15,6 +15,7 @@ from eaft_verl.cluster.node_probe import NodeProbe, probe_node, reachable
 from eaft_verl.errors import ConfigError
 from eaft_verl.files import read_json
 from eaft_verl.models import load_config, load_tokenizer, resolve_model
+from eaft_verl.planning.amount import amount_of
 from eaft_verl.planning.arm_plan import disk_at_once
 from eaft_verl.recipe.checks import pending
 from eaft_verl.recipe.config import Config
@@ -63,9 +64,22 @@ def machine_findings(config: Config) -> list[Finding]:
     return [
         judge.required_versions(probe),
         output_finding(config),
-        judge.free_disk(probe.free, disk_needed(config), config.output),
+        disk_finding(config, probe.free),
         *address_findings(dict(os.environ)),
     ]
+
+
+def disk_finding(config: Config, free: float | None) -> Finding:
+    """Whether the arm has room; judged by its prepared data, of which there may be a tenth of what a recipe allows."""
+    needed = disk_needed(config)
+    short = free is not None and needed is not None and free < needed
+    at_most = short and bool(config.data.train) and not amount_of(config).prepared
+    return judge.free_disk(free, needed, config.output, at_most=at_most)
+
+
+def require_disk(config: Config) -> None:
+    """Raise ConfigError where the arm has no room; made once the data is prepared."""
+    judge.require([disk_finding(config, probe_node(config.output).free)])
 
 
 def disk_needed(config: Config) -> float | None:

@@ -111,14 +111,17 @@ def shared_memory(probe: NodeProbe, gpus: int, *, rollout: bool) -> Finding:
     return verdict(check, problem, found, remedy)
 
 
-def free_disk(free: float | None, needed: float | None, output: str) -> Finding:
-    """Whether `output` has room for what the arm writes at its peak."""
+def free_disk(free: float | None, needed: float | None, output: str, *, at_most: bool = False) -> Finding:
+    """Whether `output` has room for what the arm writes at its peak; a bound from unprepared data refuses nothing."""
     if free is None:
         remedy = "mount the file system or change output="
         return Finding("disk", "fail", f"{output}: no part of this path exists", remedy)
     if needed is None:
         return Finding("disk", "skip", f"{free / GIB:.0f} GiB free; the sizes of this model are not known here")
     about = f"about {needed / GIB:.1f} GiB needed"
+    if at_most and free < needed:
+        left = f"{free / GIB:.1f} GiB free, {about} if every example has data.max_length tokens"
+        return Finding("disk", "skip", f"{left}; judged once the data is prepared")
     problem = f"{free / GIB:.1f} GiB free at {output}, {about}" if free < needed else None
     remedy = "free space, lower verl.trainer.max_ckpt_to_keep, or choose another output="
     return verdict("disk", problem, f"{free / GIB:.0f} GiB free, {about}", remedy)

@@ -15,7 +15,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from eaft_verl.cluster import findings as judge
-from eaft_verl.cluster.demand import Demand, Offer, demand_of
+from eaft_verl.cluster.demand import WAIT, Demand, Offer, demand_of
 from eaft_verl.cluster.findings import Finding, node_findings, verdict
 from eaft_verl.cluster.node_probe import NodeProbe, probe_node
 from eaft_verl.cluster.session import ray_session
@@ -29,7 +29,7 @@ SMALLER = "lower verl.trainer.nnodes or n_gpus_per_node, or add nodes; `eaft pla
 
 def require_cluster(config: Config) -> None:
     """Raise ConfigError for what would stop the arm on the connected cluster; made before a worker is started."""
-    judge.require(cluster_findings(config, 0))
+    judge.require(cluster_findings(config, float(os.environ.get(WAIT, 0))))
 
 
 def connected_findings(config: Config, wait_s: float) -> list[Finding]:

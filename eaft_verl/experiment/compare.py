@@ -15,6 +15,7 @@ from eaft_verl.boundary import python_command
 from eaft_verl.errors import ConfigError
 from eaft_verl.experiment.processes import CAUSE_FILE, run_stage
 from eaft_verl.experiment.stored import require_same
+from eaft_verl.experiment.supervision import supervised
 from eaft_verl.recipe.checks import check, pending, warn, warn_of
 from eaft_verl.recipe.config import Config
 from eaft_verl.recipe.model_fit import notes_at_hand
@@ -40,9 +41,18 @@ class Stage:
 
 
 def compare(
-    recipe_path: str, arms: list[str] | None, seeds: list[int] | None, overrides: list[str], *, dry_run: bool
+    recipe_path: str,
+    arms: list[str] | None,
+    seeds: list[int] | None,
+    overrides: list[str],
+    restarts: int = 0,
+    *,
+    dry_run: bool,
 ) -> int:
-    """Run what is not done yet and report; 0 when every arm is in the report, 1 when one failed."""
+    """Run what is not done yet and report; 0 when every arm is in the report, 1 when one failed.
+
+    restarts: of each training after the loss of a worker or node, at most.
+    """
     recipe = load_recipe(recipe_path)
     arms = arms or list(recipe.arms)
     if len(set(arms)) < len(arms):
@@ -58,9 +68,9 @@ def compare(
         _show(configs, base, stages)
         return 0
     started = time.monotonic()
-    if _run(base):
+    if _run(base, restarts):
         return 1
-    failed = _run_arms(configs, stages)
+    failed = _run_arms(configs, stages, restarts)
     lost = {row["run"] for row in failed}
     finished = [pair[0].run for pair in stages if pair[0].run.name not in lost]
     if finished:
@@ -115,7 +125,7 @@ def _finished(run: Path) -> bool:
     return (run / "run.json").exists() and Run(run).info["status"] == "finished"
 
 
-def _run_arms(configs: list[Config], stages: list[tuple[Stage, Stage]]) -> list[dict[str, Any]]:
+def _run_arms(configs: list[Config], stages: list[tuple[Stage, Stage]], restarts: int) -> list[dict[str, Any]]:
     """Train and evaluate every arm; [{arm, seed, run, error}] of those that failed. The others go on."""
     failed: dict[str, dict[str, Any]] = {}
     for config, pair in zip(configs, stages, strict=True):
@@ -125,7 +135,7 @@ def _run_arms(configs: list[Config], stages: list[tuple[Stage, Stage]]) -> list[
         ):
             error: str | None = f"not started: it needs {', '.join(missing)}, which failed"
         else:
-            error = next(filter(None, map(_run, pair)), None)
+            error = next(filter(None, (_run(stage, restarts) for stage in pair)), None)
         if error:
             failed[name] = {"arm": config.arm, "seed": config.seed, "run": name, "error": error}
     return list(failed.values())
@@ -182,7 +192,7 @@ def _notes(config: Config) -> list[str]:
         raise ConfigError(f"arm {config.arm}: {error}") from None
 
 
-def _run(stage: Stage) -> str | None:
+def _run(stage: Stage, restarts: int) -> str | None:
     """Why the stage failed; None when it is done."""
     if stage.done:
         print(f"[{stage.label}] done already", flush=True)
@@ -193,7 +203,9 @@ def _run(stage: Stage) -> str | None:
         left = Path(folder) / "cause"
         os.environ[CAUSE_FILE] = str(left)
         try:
-            code = run_stage(python_command("eaft_verl.cli", *stage.arguments))
+            command = python_command("eaft_verl.cli", *stage.arguments)
+            training = stage.arguments[0] == "train"
+            code = supervised(lambda: run_stage(command), stage.run, restarts) if training else run_stage(command)
         finally:
             del os.environ[CAUSE_FILE]
         cause = left.read_text(encoding="utf-8") if left.exists() else ""

@@ -1,43 +1,119 @@
-"""Stages as child processes that may finish their work when the whole job is told to stop."""
+"""Stages as child processes, which may finish their work when the whole job is told to stop and leave nothing behind.
 
+Only the first process of a command counts signals: the first one is passed on to its stage, which saves; a second one
+of either kind ends the stage at once, with everything that it started.
+"""
+
+import contextlib
+import ctypes
+import os
+import secrets
 import signal
 import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from types import FrameType
 
-from eaft_verl.errors import Interrupted
+import psutil
+
+from eaft_verl.errors import CTRL_C, ENDED, EXIT_CODES, SAVED, Interrupted
+from eaft_verl.training.interruption import ECHO_S, FAMILY, is_stage
 
 CAUSE_FILE = "EAFT_CAUSE_FILE"  # variable: where a stage leaves the error it ends with, for the report of a comparison
-INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: the same command, run again, goes on
+PATIENCE_S = 5.0  # for processes of Ray that are still ending when the stage has
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+STOPPED = (SAVED, CTRL_C, ENDED)
+
+
+def begin_stage() -> None:
+    """In a stage: hear Ctrl-C, which a shell has its background jobs ignore, and die with the parent.
+
+    The kernel kills it when the process that started it has died; on Linux, elsewhere nothing does.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def run_stage(command: Sequence[str]) -> int:
-    """Exit code of the command. SIGTERM is passed on and the child waited for, because it may still be saving.
+    """Exit code of the command, negative where a signal ended it; nothing that it started is left running.
 
     Raises Interrupted when this process was told to stop, or the child says that it was.
     """
-    stopped = False
-    child: subprocess.Popen[bytes] | None = None
-
-    def forward(number: int, frame: FrameType | None) -> None:
-        nonlocal stopped
-        stopped = True
-        if child is not None:
-            child.terminate()
-
-    before = signal.signal(signal.SIGTERM, forward)
+    told, patience = _Told(), 0.0
+    before = {one: signal.signal(one, told) for one in SIGNALS}
+    token = secrets.token_hex(8)
     try:
-        child = subprocess.Popen(command)
-        if stopped:  # told while the child was being started
-            child.terminate()
-        code = child.wait()
-    except BaseException:
-        if child is not None:
-            child.terminate()
-            child.wait()
-        raise
+        # a session of its own: what a terminal sends to its group on Ctrl-C comes here only, and is passed on once
+        environ = {**os.environ, FAMILY: token}
+        told.child = child = subprocess.Popen(command, env=environ, start_new_session=True)
+        told.pass_on()
+        code, patience = child.wait(), PATIENCE_S
     finally:
-        signal.signal(signal.SIGTERM, before)
-    if stopped or code == INTERRUPTED:
-        raise Interrupted(f"SIGTERM ended `{' '.join(command[3:])}`; run the same command again to go on")
-    return code
+        for one, handler in before.items():
+            signal.signal(one, handler)
+        if told.child and told.child.poll() is None:
+            told.child.kill()
+            told.child.wait()
+        _end_family(token, patience)
+    if told.number is None and code not in STOPPED:
+        return code
+    words = " ".join(command).rpartition("eaft_verl.cli ")[2]
+    text = f"told to stop: `{words}` was ended; run the same command again"
+    raise Interrupted(text, _final(code, told.number), said=_is_ours(code))
+
+
+def _is_ours(code: int) -> bool:
+    return code in EXIT_CODES and code > 1
+
+
+def _final(code: int, number: int | None) -> int:
+    """What a stopped stage means for the whole command: its own code, where that is one of ours."""
+    if _is_ours(code):
+        return code
+    asked = CTRL_C if number == signal.SIGINT else ENDED
+    return SAVED if code == 0 and asked == ENDED else asked  # it was done all the same, and a done stage is kept
+
+
+class _Told:
+    """The signals that came: a handler that passes the first one on to `child` and raises Interrupted at the next."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self.at = 0.0
+        self.child: subprocess.Popen[bytes] | None = None
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.number is None:
+            self.number, self.at = number, time.monotonic()
+            if self.child:
+                self.pass_on()
+        elif time.monotonic() - self.at > ECHO_S and not is_stage():
+            text = "told to stop twice: ended at once; the same command goes on from what was saved before"
+            raise Interrupted(text, CTRL_C if number == signal.SIGINT else ENDED)
+
+    def pass_on(self) -> None:
+        """Send the child what came, if anything did."""
+        if self.number is not None and self.child:
+            self.child.send_signal(self.number)
+
+
+def _end_family(token: str, patience: float) -> None:
+    """Kill every process of the family that has not ended by itself within `patience` seconds."""
+    end = time.monotonic() + patience
+    while left := _family(token):
+        if time.monotonic() >= end:
+            for process in left:
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+        time.sleep(0.05)
+
+
+def _family(token: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.environ().get(FAMILY) == token and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found

@@ -15,8 +15,16 @@ from eaft_verl.recipe.views import evaluate_settings, source_of
 from eaft_verl.reporting.comparability import ABSENT, flatten
 from eaft_verl.runs import Run
 
-# where a run lies and how often it is saved decide nothing of what it becomes
-FREE = ("recipe", "output", "verl.trainer.save_freq", "verl.trainer.max_ckpt_to_keep", "data.max_rejected")
+# where a run lies, how often it is saved and how its memory is used decide nothing of what it becomes
+FREE = (
+    *("recipe", "output", "verl.trainer.save_freq", "verl.trainer.max_ckpt_to_keep", "data.max_rejected"),
+    *(
+        "verl.data.use_dynamic_bsz",
+        "verl.data.micro_batch_size_per_gpu",
+        "verl.data.max_token_len_per_gpu",
+        "verl.engine.offload_policy",
+    ),
+)
 OF_BASE = ("model", "evaluate", "data.heldout", "data.heldout_rows", "data.max_length")  # all that its scores rest on
 SHOWN = 5
 

@@ -1,14 +1,15 @@
 """`eaft train`: a resolved configuration -> a finished run directory, resumed where an earlier attempt stopped."""
 
+import contextlib
 import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from eaft_verl.cluster.doctor import require_machine
+from eaft_verl.cluster.doctor import require_disk, require_machine
 from eaft_verl.data.parquet import Examples
 from eaft_verl.data.prepare import Prepared
-from eaft_verl.errors import RunError, require
+from eaft_verl.errors import Interrupted, RunError, require
 from eaft_verl.evaluation.model_files import check_model_files
 from eaft_verl.evaluation.settings import evaluation_key
 from eaft_verl.experiment.derive import Derived, derive
@@ -37,6 +38,7 @@ def train(config: Config, declared: list[str]) -> Run:
     tokenizer = load_tokenizer(model)
     data = prepare_data(config, tokenizer, "train")
     heldout = prepare_data(config, tokenizer, "heldout") if config.data.heldout else None
+    require_disk(config)
     if config.trainer == "sft":
         check_lengths(config, data.examples)
         check_weights(config, data)
@@ -62,9 +64,18 @@ def train(config: Config, declared: list[str]) -> Run:
                 base = partial(base_of, config, keys, data.examples, tokenizer)
                 train_sft(config, run, data, heldout.examples if heldout else [], str(model), keys, base)
         except BaseException as error:
-            run.update(status="failed", error=cause_of(error))
-            raise
+            told = _explained(error, config, run)
+            stopped = isinstance(told, Interrupted | KeyboardInterrupt)
+            with contextlib.suppress(OSError):  # a full disk: whoever started this process tries again
+                run.update(status="interrupted" if stopped else "failed", error=cause_of(told))
+            raise told from None if told is not error else error.__cause__
     return run
+
+
+def _explained(error: BaseException, config: Config, run: Run) -> BaseException:
+    from eaft_verl.training.failures import explained  # with it comes Ray
+
+    return explained(error, config, run)
 
 
 def _rehearse(config: Config, model: str, ends: list[str]) -> None:

@@ -106,7 +106,9 @@ def _local(wanted: Launch, configs: list[Config], *, dry_run: bool) -> int:
     if dry_run:
         print(f"would run: eaft launch {shlex.join(wanted.words())} --on local")
     arms = [wanted.arm] if wanted.arm else None
-    return compare(wanted.recipe, arms, parse_seeds(wanted.seeds), list(wanted.overrides), dry_run=dry_run)
+    return compare(
+        wanted.recipe, arms, parse_seeds(wanted.seeds), list(wanted.overrides), wanted.restarts, dry_run=dry_run
+    )
 
 
 def _plan(wanted: Launch, config: Config, *, elsewhere: bool) -> None:

@@ -22,8 +22,7 @@ from eaft_verl.cluster.findings import require, token_finding
 from eaft_verl.cluster.node_probe import reachable
 from eaft_verl.cluster.runtime_env import JOB_ENV, asked_variables, build_runtime_env, held_back, package, untracked
 from eaft_verl.cluster.session import want_token
-from eaft_verl.errors import ConfigError, RunError
-from eaft_verl.experiment.processes import INTERRUPTED
+from eaft_verl.errors import SAVED, ConfigError, RunError
 from eaft_verl.launch.request import Launch
 from eaft_verl.recipe.config import Config
 from eaft_verl.recipe.file import recipe_files
@@ -155,6 +154,6 @@ def _outcome(client: JobSubmissionClient, name: str) -> int:
     if status == JobStatus.SUCCEEDED:
         return 0
     if status == JobStatus.STOPPED:
-        return INTERRUPTED
+        return SAVED
     print(client.get_job_info(name).message or "", flush=True)
     return 1

@@ -14,6 +14,7 @@ class Launch:
     wait: float = 0.0
     env: tuple[str, ...] = ()
     recipe_hash: str | None = None  # of the recipe that was checked; another one is refused where the job runs
+    restarts: int = 0  # of a training after the loss of a worker or node
 
     def words(self) -> list[str]:
         """Arguments of `eaft launch` but for where."""
@@ -21,4 +22,5 @@ class Launch:
         seeds = ["--seeds", self.seeds] if self.seeds else []
         wait = ["--wait", f"{self.wait:g}"] if self.wait else []
         checked = ["--recipe-hash", self.recipe_hash] if self.recipe_hash else []
-        return [self.recipe, *what, *seeds, *wait, *self.overrides, *checked]
+        again = ["--max-restarts", str(self.restarts)] if self.restarts else []
+        return [self.recipe, *what, *seeds, *wait, *again, *self.overrides, *checked]

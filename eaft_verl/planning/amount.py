@@ -21,6 +21,7 @@ class Amount:
     attended: float
     trained: float | None  # tokens with loss, all examples
     origin: str  # where the numbers come from
+    prepared: bool = True  # else every example is taken at its longest
 
 
 def amount_of(config: Config) -> Amount:
@@ -62,8 +63,8 @@ def _from_recipe(config: Config, reason: str) -> Amount:
     origin = f"{reason}not prepared yet: every example is taken to have data.max_length={longest} tokens, all trained"
     if rows is None:
         origin += "; the number of examples is unknown (set data.rows, or run `eaft prepare` here)"
-        return Amount(None, longest, longest, longest, None, origin)
-    return Amount(rows, longest, longest, longest, rows * longest, origin)
+        return Amount(None, longest, longest, longest, None, origin, prepared=False)
+    return Amount(rows, longest, longest, longest, rows * longest, origin, prepared=False)
 
 
 def _rows(source: Source) -> int | None:

@@ -23,7 +23,7 @@ def lost_seeds(arms: Sequence[Arm]) -> list[str]:
 
 
 def split(paths: Sequence[Path]) -> tuple[list[Path], list[Row]]:
-    """(runs to compare, [{arm, seed, run, error}] of the arm runs whose status is 'failed').
+    """(runs to compare, [{arm, seed, run, error}] of the arm runs that failed or were stopped).
 
     RunError with every cause if no arm is left.
     """
@@ -31,7 +31,7 @@ def split(paths: Sequence[Path]) -> tuple[list[Path], list[Row]]:
     failed: list[Row] = []
     for path in map(Path, paths):
         info = Run(path).info
-        if info.get("kind") == "arm" and info.get("status") == "failed":
+        if info.get("kind") == "arm" and info.get("status") in ("failed", "interrupted"):
             failed.append(
                 {
                     "arm": info["arm"],

@@ -40,6 +40,7 @@ def curves(arms: list[Arm], notes: list[str]) -> list[Row]:
             if not train:
                 notes.append(f"{run.label}: metrics.jsonl is missing or empty, so it has no curves and no budget")
             _note_non_finite(run, train, notes)
+            _note_ungraded(run, train, notes)
             logged = {name: series(train, name) for name in (*AXES, *STATISTICS, *BAND) if name != "val_nll"}
             found.append({"arm": arm.name, "seed": run.info["seed"], "train": logged, "val": _validation(train, val)})
     return found
@@ -73,6 +74,14 @@ def _note_non_finite(run: RunData, rows: list[Row], notes: list[str]) -> None:
     ]
     if bad:
         notes.append(f"{run.label}: logged values that are not finite at step {', '.join(map(str, sorted(set(bad))))}")
+
+
+def _note_ungraded(run: RunData, rows: list[Row], notes: list[str]) -> None:
+    """Rewards of 0 that say nothing of the response: its grader hung, crashed or raised."""
+    lost = sum(int(row.get(name) or 0) for row in rows for name in ("reward_timeouts", "reward_errors"))
+    if lost:
+        share = lost / max(1, int(rows[-1]["samples"]))
+        notes.append(f"{run.label}: {lost} responses ({share:.0%}) could not be graded and got reward 0")
 
 
 def _validation(train: list[Row], val: list[Row]) -> dict[str, Series]:

@@ -42,6 +42,8 @@ def export_weights(
         tied = name == "lm_head.weight" and config.tie_word_embeddings
         if write and not tied:  # a tied head is the embedding; saving it twice doubles a small model's file
             state[name] = weight.detach().to("cpu", DTYPES[dtype]).contiguous()
+            if not state[name].isfinite().all():
+                raise FloatingPointError(f"weight {name} is not finite in {dtype}: the model is not exported")
     if not write:
         return
     if bad := [name for name, weight in state.items() if not weight.isfinite().all()]:

@@ -1,5 +1,6 @@
 """The preflight on one machine: what it finds, what it says to do, and what stops before work starts."""
 
+import dataclasses
 import json
 import os
 import socket
@@ -70,6 +71,18 @@ def test_every_failure_has_its_line_and_a_remedy(recipe: Path, capsys: pytest.Ca
     assert "set RAY_ADDRESS to a cluster" in out
 
 
+def test_a_bound_from_unprepared_data_refuses_nothing(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """19,000 unprepared rows with a stored reference would need 160 GB if each had data.max_length tokens."""
+    monkeypatch.setattr(doctor_module, "disk_needed", lambda config: 1e18)
+    require_machine(config(recipe))
+    unprepared = doctor_module.amount_of(config(recipe))
+    assert not unprepared.prepared
+    known = dataclasses.replace(unprepared, prepared=True)
+    monkeypatch.setattr(doctor_module, "amount_of", lambda config: known)
+    with pytest.raises(ConfigError, match="disk: .* GiB free at"):
+        doctor_module.require_disk(config(recipe))
+
+
 def test_the_drivers_part_takes_less_than_a_second(recipe: Path) -> None:
     found = config(recipe)
     require_machine(found)
@@ -118,6 +131,9 @@ def test_free_disk_is_asked_of_the_folder_that_will_hold_the_output(tmp_path: Pa
     assert judge.free_disk(5 * GIB, 6 * GIB, "/x").status == "fail"
     assert judge.free_disk(6 * GIB, 6 * GIB, "/x").status == "pass"
     assert judge.free_disk(6 * GIB, None, "/x").status == "skip"
+    bound = judge.free_disk(5 * GIB, 6 * GIB, "/x", at_most=True)
+    assert bound.status == "skip" and "judged once the data is prepared" in bound.detail
+    assert judge.free_disk(6 * GIB, 6 * GIB, "/x", at_most=True).status == "pass"
 
 
 def test_a_run_half_done_needs_only_the_rest_of_its_disk(recipe: Path, tmp_path: Path) -> None:

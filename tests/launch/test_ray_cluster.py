@@ -193,7 +193,7 @@ def test_a_stopped_job_goes_on_as_if_it_had_not_been(cluster: Cluster, tmp_path:
     assert "2 placement group(s) ready" in log and "[eaft-seed0: train]" in log, "the log was followed"
     run = Run(output / "eaft-seed0")
     stopped_at = run.metrics()[-1]["step"]
-    assert run.info["status"] == "failed" and "SIGTERM" in run.info["error"] and 2 < stopped_at < STEPS
+    assert run.info["status"] == "interrupted" and "SIGTERM" in run.info["error"] and 2 < stopped_at < STEPS
     assert (run.path / "resume" / f"step_{stopped_at:06d}" / "trainer.json").exists()
 
     done = cluster.run(cluster.launch("--env", "NCCL_DEBUG=INFO", *words), NCCL_DEBUG="WARN")

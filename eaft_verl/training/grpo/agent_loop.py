@@ -10,6 +10,9 @@ from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentL
 
 from eaft_verl.files import write_text
 from eaft_verl.training.grpo.states import CAUSE_FILE
+from eaft_verl.training.stacks import write_stacks_when_asked
+
+write_stacks_when_asked()  # every process that reads the model's configuration imports this module
 
 NAME = "eaft_single_turn"
 

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from eaft_verl.errors import RunError
+from eaft_verl.errors import Diverged, RunError
 from eaft_verl.files import read_jsonl, write_jsonl
 from eaft_verl.runs import Run
 from eaft_verl.training.schedule import MAX_NONFINITE_STEPS
@@ -98,10 +98,10 @@ class Watch:
     """What verl's trainer does not stop at. `see` every row as it comes; samples: those of the rows before."""
 
     def __init__(self, samples: int) -> None:
-        self.nonfinite, self.silent, self.samples = 0, 0, samples
+        self.nonfinite, self.silent, self.samples, self.told = 0, 0, samples, False
 
     def see(self, row: dict[str, Any]) -> None:
-        """Warn of the first step whose rewards teach nothing.
+        """Warn of the first step whose rewards teach nothing, or most of whose responses could not be graded.
 
         Raises RunError when no response of the step could be graded, or the gradient has long not been finite.
         """
@@ -113,9 +113,17 @@ class Watch:
                 f"the grader hung or crashed, {faults['reward_errors']} times it raised; mend reward.grader or raise "
                 "reward.seconds"
             )
+        if 2 * sum(faults.values()) > samples and not self.told:
+            self.told = True
+            print(
+                f"eaft: warning: step {row['step']}: {sum(faults.values())} of {samples} responses could not be graded "
+                f"({faults['reward_timeouts']} times the grader hung or crashed) and count as 0; mend reward.grader or "
+                "raise reward.seconds",
+                file=sys.stderr,
+            )
         self.nonfinite = 0 if math.isfinite(row["grad_norm"]) else self.nonfinite + 1
         if self.nonfinite >= MAX_NONFINITE_STEPS:
-            raise RunError(f"the gradient norm was not finite for {self.nonfinite} steps in a row; lower verl.optim.lr")
+            raise Diverged(f"the gradient norm was not finite for {self.nonfinite} steps in a row; lower verl.optim.lr")
         if no_signal(row):
             self.silent += 1
             if self.silent == 1:

@@ -12,6 +12,7 @@ from typing import Any
 
 from eaft_verl.grading.process import Grade, GradingProcess
 from eaft_verl.recipe.config import Config
+from eaft_verl.training.stacks import write_stacks_when_asked
 
 _LOG = logging.getLogger(__name__)
 _ONE_AT_A_TIME = threading.Lock()  # or the first burst of answers would start, and leave, a process per thread
@@ -59,6 +60,7 @@ def compute_score(
 @functools.cache
 def _process(grader: str, seconds: float) -> GradingProcess:
     """One grading process per actor."""
+    write_stacks_when_asked()
     return GradingProcess(grader, seconds)
 
 

@@ -1,19 +1,19 @@
 """A GRPO arm: verl's own `main_ppo` trainer, started, followed and recorded as a run like any other."""
 
 import importlib
+import math
 import shutil
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
 from eaft_verl.data.prepare import Prepared
 from eaft_verl.data.prompts import write_prompts
-from eaft_verl.errors import Interrupted, RunError
-from eaft_verl.files import write_text
+from eaft_verl.errors import Diverged, RunError
 from eaft_verl.models import check_no_code
 from eaft_verl.recipe.budgets import evaluation_points
 from eaft_verl.recipe.config import Config
@@ -31,9 +31,12 @@ from eaft_verl.training.grpo.config import (
 )
 from eaft_verl.training.grpo.metrics import VERL_FILE, Follower, Watch, no_signal, rewind
 from eaft_verl.training.grpo.states import CAUSE_FILE, STOP_FILE, tidy
+from eaft_verl.training.interruption import StopRequest, stop_request
+
+if TYPE_CHECKING:
+    from eaft_verl.training.watchdog import Watchdog
 
 POLL_S = 0.2
-TRACE_FILE = "main_ppo_error.txt"
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,8 @@ class Plan:
 def train_grpo(config: Config, run: Run, data: Prepared, model: str, tokenizer: Any) -> dict[str, Any]:
     """Train the arm in its open, locked run directory; the fields of a finished run.json besides its status.
 
-    Raises RunError with the cause when the trainer, a worker, the rollout or the reward failed. On SIGTERM the step in
-    progress is finished and saved; then, if there is a state to go on from, Interrupted.
+    Raises RunError with the cause when the trainer, a worker, the rollout or the reward failed or stands still. Told to
+    stop, the step in progress is finished and saved; then Interrupted.
     """
     plan = _plan(config, run, data, model, tokenizer)
     _export_newest(run, plan)
@@ -60,11 +63,15 @@ def train_grpo(config: Config, run: Run, data: Prepared, model: str, tokenizer: 
     if plan.schedule.start < plan.schedule.steps:
         _run_steps(config, run, plan, metrics_file)
     rows = run.metrics()
-    total = plan.schedule.steps * plan.updates
-    if not rows or rows[-1]["step"] < total:
-        raise _stopped(config, run, plan)
+    if not math.isfinite(rows[-1]["grad_norm"]):
+        raise Diverged("the last step had no finite gradient; lower verl.optim.lr and choose another output=")
     shutil.rmtree(plan.files.resume, ignore_errors=True)
     metrics_file.unlink(missing_ok=True)
+    return _fields(config, rows) | {"wall_seconds": time.monotonic() - started}
+
+
+def _fields(config: Config, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What run.json says of a finished run, from its training rows; a warning where many taught nothing."""
     silent = sum(map(no_signal, rows))
     if silent:
         print(
@@ -73,10 +80,9 @@ def train_grpo(config: Config, run: Run, data: Prepared, model: str, tokenizer: 
             file=sys.stderr,
         )
     return {
-        "total_steps": total,
+        "total_steps": rows[-1]["step"],
         "steps_without_signal": silent,
         "train_seconds": rows[-1]["seconds"],
-        "wall_seconds": time.monotonic() - started,
         "workers": world_size(config),
         "memory_gib_per_worker": [rows[-1]["memory_gib"]],
         **({"memory_gib_rollout": rows[-1]["rollout_memory_gib"]} if "rollout_memory_gib" in rows[-1] else {}),
@@ -84,16 +90,25 @@ def train_grpo(config: Config, run: Run, data: Prepared, model: str, tokenizer: 
 
 
 def _run_steps(config: Config, run: Run, plan: Plan, metrics_file: Path) -> None:
-    """main_ppo in a Ray session of its own, to its end or to where it is told to stop."""
+    """main_ppo in a Ray session of its own, to its end; Interrupted where it was told to stop before."""
     from eaft_verl.cluster.preflight import require_cluster
+    from eaft_verl.cluster.ray_logs import logs_folder
     from eaft_verl.training.grpo.session import grpo_session
-    from eaft_verl.training.interruption import sigterm_as_request
+    from eaft_verl.training.watchdog import Watchdog
 
-    with grpo_session(config.device, world_size(config), str(metrics_file)), sigterm_as_request() as stop:
+    with (
+        Watchdog(run.path) as watch,
+        grpo_session(config.device, world_size(config), str(metrics_file), watch.variables),
+        stop_request() as stop,
+    ):
+        run.update(ray_logs=logs_folder())
         require_cluster(config)
         settings = _settings(config, plan)
         metrics_file.unlink(missing_ok=True)
-        _follow(config, run, plan, settings, Follower(run, metrics_file, plan.per_epoch), stop)
+        _follow(config, run, plan, settings, Follower(run, metrics_file, plan.per_epoch), stop, watch)
+    rows = run.metrics()
+    if not rows or rows[-1]["step"] < plan.schedule.steps * plan.updates:
+        raise _stopped(config, run, plan, stop)
 
 
 def _export_newest(run: Run, plan: Plan) -> None:
@@ -106,13 +121,11 @@ def _export_newest(run: Run, plan: Plan) -> None:
         export_state(state, run.path, start * plan.updates, model, export_dtype(model), plan.ends)
 
 
-def _stopped(config: Config, run: Run, plan: Plan) -> RunError:
+def _stopped(config: Config, run: Run, plan: Plan, stop: StopRequest) -> RunError:
     """What a stop request ends with: whether there is something to go on from."""
     saved = tidy(plan.files.resume, config.verl.trainer.max_ckpt_to_keep) * plan.updates
     total = plan.schedule.steps * plan.updates
-    if not saved:
-        return RunError(f"told to stop before the first step was saved; {run.path} will start again")
-    return Interrupted(f"SIGTERM: {run.path} is saved at step {saved} of {total}; run the same command again")
+    return stop.outcome(f"step {saved} of {total}" if saved else None, str(run.path))
 
 
 def _plan(config: Config, run: Run, data: Prepared, model: str, tokenizer: Any) -> Plan:
@@ -142,7 +155,7 @@ def _plan(config: Config, run: Run, data: Prepared, model: str, tokenizer: Any) 
     rewind(run.path / VERL_FILE, start)
     rewind(run.path / "rollouts.jsonl", start * updates)
     drop_checkpoints_after(run, start * updates)
-    for leftover in (CAUSE_FILE, TRACE_FILE, STOP_FILE):
+    for leftover in (CAUSE_FILE, STOP_FILE):
         (run.path / leftover).unlink(missing_ok=True)
     schedule = Schedule(steps, evaluation_points(steps), save_steps(config, steps, count), start)
     ends = sorted(data.manifest.get("end_of_turn", {}))
@@ -162,11 +175,14 @@ def _settings(config: Config, plan: Plan) -> DictConfig:
     return settings
 
 
-def _follow(config: Config, run: Run, plan: Plan, settings: DictConfig, follower: Follower, stop: Any) -> None:
+def _follow(
+    config: Config, run: Run, plan: Plan, settings: DictConfig, follower: Follower, stop: StopRequest, watch: "Watchdog"
+) -> None:
     """Run main_ppo's trainer actor to its end, logging what it logs as it comes."""
     import ray
     from ray.exceptions import RayError
 
+    from eaft_verl.training.failures import explained
     from eaft_verl.training.progress import Progress
     from eaft_verl.training.verl_cpu.private import trainer_actor
 
@@ -174,34 +190,30 @@ def _follow(config: Config, run: Run, plan: Plan, settings: DictConfig, follower
     ready = trainer.__ray_call__.remote(lambda _: importlib.import_module("eaft_verl.training.grpo.trainer") and None)
     running = trainer.run.remote(settings)
     progress = Progress(config.arm, plan.schedule.steps * plan.updates, plan.schedule.start * plan.updates)
-    watch = Watch(follower.totals["samples"])
+    judge = Watch(follower.totals["samples"])
     try:
         ray.get(ready)
         done: list[Any] = []
         while not done:
             done, _ = ray.wait([running], timeout=POLL_S)
             for row in follower.poll():
+                watch.beat(row["step_s"])
                 progress.update(row["step"], row)
-                watch.see(row)
+                judge.see(row)
             if stop.requested:
                 (run.path / STOP_FILE).touch()
         ray.get(running)
     except RayError as error:
-        write_text(run.path / TRACE_FILE, f"{error}\n")
-        cause = f"main_ppo failed: {cause_of(error, run.path)} (whole trace: {run.path / TRACE_FILE})"
-        raise (_stopped(config, run, plan) if stop.requested else RunError(cause)) from None
+        found = explained(error, config, run)
+        told = type(found)(f"main_ppo failed: {found}{_reported(run.path)}")
+        raise (_stopped(config, run, plan, stop) if stop.requested else told) from None
     finally:
         progress.close()
 
 
-def cause_of(error: BaseException, run: Path) -> str:
-    """The innermost exception of a Ray error; where a rollout worker wrote what happened to it, that too."""
-    from ray.exceptions import RayTaskError
-
-    while isinstance(error, RayTaskError) and error.cause is not None and error.cause is not error:
-        error = error.cause
-    text = " ".join(str(error).split())
+def _reported(run: Path) -> str:
+    """What a rollout worker wrote of what happened to it: verl only counts that."""
     file = run / CAUSE_FILE
-    if file.exists() and (noted := file.read_text(encoding="utf-8").strip()) not in text:
-        text += f"; the rollout reported: {' '.join(noted.split())}"
-    return f"{type(error).__name__}: {text}"[:1500]
+    return (
+        f"; the rollout reported: {' '.join(file.read_text(encoding='utf-8').split())[:1000]}" if file.exists() else ""
+    )

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from eaft_verl.cluster.session import ray_session, worker_environment
 from eaft_verl.training.verl_cpu.private import SLOT_VARIABLE, require_version
@@ -22,12 +22,12 @@ def environment(device: str, workers: int, metrics_file: str) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def grpo_session(device: str, workers: int, metrics_file: str) -> Iterator[None]:
-    """A Ray connection with that environment in driver and workers; ConfigError for another verl."""
+def grpo_session(device: str, workers: int, metrics_file: str, more: Mapping[str, str] | None = None) -> Iterator[None]:
+    """A Ray connection with that environment, and `more`, in driver and workers; ConfigError for another verl."""
     require_version()
     from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
 
-    variables = environment(device, workers, metrics_file)
+    variables = {**environment(device, workers, metrics_file), **(more or {})}
     runtime = get_ppo_ray_runtime_env()
     with ray_session(device, workers, trainer="grpo", variables=variables, runtime=runtime):
         yield

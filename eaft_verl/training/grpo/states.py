@@ -17,6 +17,12 @@ def server_name(rank: int) -> str:
     return f"hf_server_{rank}_0"
 
 
+def newest(folder: Path) -> int:
+    """verl's step of the newest whole state; 0 where there is none."""
+    whole = [path for path in folder.glob("global_step_*") if (path / COMPLETE).exists()]
+    return max((int(path.name.rpartition("_")[2]) for path in whole), default=0)
+
+
 def tidy(folder: Path, keep: int | None) -> int:
     """Remove incomplete and surplus states, let verl's marker name the newest; its step, 0 where none is left."""
     found: dict[int, Path] = {}

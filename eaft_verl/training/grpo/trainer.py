@@ -9,6 +9,9 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.debug import marked_timer
 
 from eaft_verl.training.grpo.states import STOP_FILE, TRAINER
+from eaft_verl.training.stacks import write_stacks_when_asked
+
+write_stacks_when_asked()
 
 
 @register_trainer(TRAINER)

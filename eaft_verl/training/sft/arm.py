@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from eaft_verl.data.parquet import Example
+from eaft_verl.errors import ConfigError
 from eaft_verl.objectives import Objective, Psft, Sft
 from eaft_verl.recipe.config import Config
 from eaft_verl.recipe.views import objective_of
@@ -20,6 +21,7 @@ from eaft_verl.training.sft.self_check import self_check
 from eaft_verl.training.sft.token_pass import EmitDistribution, Infer
 from eaft_verl.training.sft.trainer import Trainer, total_steps
 from eaft_verl.training.sft.workers import start_workers, stop_workers
+from eaft_verl.training.watchdog import Watchdog
 
 BaseOf = Callable[[Infer], tuple[BaseStats, float]]  # what the base says of the training data, seconds of its pass
 
@@ -38,27 +40,51 @@ def train_arm(
     objective = objective_of(config)
     reference = (reference_model(objective) or model) if needs_second_model(config, objective) else None
     plain = Sft(k=objective.k)  # for passes before the objective is complete
-    group = start_workers(config, model, total_steps(config, len(examples)), TokenLoss(plain), reference)
-    try:
-        trainer = Trainer(config, run, group, examples, heldout, model)
-        run.update(self_check=self_check(config, group, examples, model))
-        objective = _complete(config, trainer, objective, keys, base_of)
-        _say_whether_fused(config, run, objective, group)
-        started = time.monotonic()
-        trainer.fit(objective, stop)
-        checkpoint.remove(run)
-        run.update(
-            status="finished",
-            finished=time.time(),
-            total_steps=trainer.state["step"],
-            train_seconds=trainer.state["seconds"],
-            wall_seconds=time.monotonic() - started,
-            workers=group.world_size,
-            **trainer.plan.outcome(),
-            memory_gib_per_worker=group.peak_memory(),
-        )
-    finally:
-        stop_workers(group)
+    with Watchdog(run.path) as watch:
+        steps = total_steps(config, len(examples))
+        group = start_workers(config, model, steps, TokenLoss(plain), reference, watch.variables)
+        try:
+            _require_finite(config, group)
+            trainer = Trainer(config, run, group, examples, heldout, model)
+            trainer.beat = _leaving(stop, watch, run, steps)
+            run.update(self_check=self_check(config, group, examples, model))
+            objective = _complete(config, trainer, objective, keys, base_of)
+            _say_whether_fused(config, run, objective, group)
+            trainer.beat = watch.beat
+            _fit(trainer, objective, stop)
+        finally:
+            stop_workers(group)
+
+
+def _fit(trainer: Trainer, objective: Objective, stop: StopRequest) -> None:
+    """The loop, and what run.json says after it."""
+    started = time.monotonic()
+    trainer.fit(objective, stop)
+    trainer.require_finite()
+    checkpoint.remove(trainer.run)
+    trainer.run.update(
+        status="finished",
+        finished=time.time(),
+        total_steps=trainer.state["step"],
+        train_seconds=trainer.state["seconds"],
+        wall_seconds=time.monotonic() - started,
+        workers=trainer.group.world_size,
+        skipped_steps=trainer.state["skipped"],
+        **trainer.plan.outcome(),
+        memory_gib_per_worker=trainer.group.peak_memory(),
+    )
+
+
+def _leaving(stop: StopRequest, watch: Watchdog, run: Run, steps: int) -> Callable[..., None]:
+    """`watch.beat` for the passes before the first step, which a stop request ends where they are."""
+
+    def beat(seconds: float | None = None) -> None:
+        watch.beat(seconds)
+        if stop.requested:
+            saved = checkpoint.newest(run)
+            raise stop.outcome(f"step {saved} of {steps}" if saved else None, str(run.path))
+
+    return beat
 
 
 def _say_whether_fused(config: Config, run: Run, objective: Objective, group: Any) -> None:
@@ -72,9 +98,16 @@ def _say_whether_fused(config: Config, run: Run, objective: Objective, group: An
     run.update(fused_head=reason is None)
 
 
-def _complete(
-    config: Config, trainer: Trainer, objective: Objective, keys: dict[str, str], base_of: BaseOf
-) -> Objective:
+def _require_finite(config: Config, group: Any) -> None:
+    """ConfigError for a model that is broken before anything has been learned."""
+    if broken := sorted({name for names in group.nonfinite_weights() for name in names}):
+        raise ConfigError(
+            f"model {config.model} holds values that are not finite in {len(broken)} weight(s), e.g. {broken[0]}; "
+            "download or convert it again"
+        )
+
+
+def _complete(config: Config, trainer: Trainer, objective: Objective, keys: dict[str, str]) -> Objective:
     """The objective with what it takes from the base model, its sources, and the state of an earlier attempt."""
     objective = _calibrate(trainer, objective, base_of)
     trainer.sources.extend(anchor_sources(config, trainer, objective, keys))

@@ -153,9 +153,9 @@ class TokenLoss(LogitsHook):
         loss = self._total(values, weight_T, mask_T, num_tokens)
         if not self.guarded and torch.is_grad_enabled():
             check_loss(loss, self.objective, values, weight_T, mask_T, num_tokens)
-            self.guarded = bool(mask_T.any())  # nothing was compared on padding
+            self.guarded = bool(mask_T.any() & loss.isfinite())  # nothing was compared on padding or NaN
         self.table.add(mask_T, lengths_B, weight_T, **values)
-        return loss
+        return loss * (loss.detach() * 0 + 1)  # by 1, or by NaN where it is not finite: no update is made from it
 
     def _total(self, values: dict[str, Tensor], weight_T: Tensor, mask_T: Tensor, num_tokens: float) -> Tensor:
         if isinstance(self.objective, Psft):

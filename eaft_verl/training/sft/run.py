@@ -49,12 +49,14 @@ def train_sft(
     base_of: from a forward pass over the training data's rows to what the base model says of it.
     """
     from eaft_verl.cluster.preflight import require_cluster
+    from eaft_verl.cluster.ray_logs import logs_folder
     from eaft_verl.cluster.session import ray_session
-    from eaft_verl.training.interruption import sigterm_as_request
+    from eaft_verl.training.interruption import stop_request
     from eaft_verl.training.verl_cpu.private import require_version
 
     require_version()
-    with ray_session(config.device, world_size(config)), sigterm_as_request() as stop:
+    with ray_session(config.device, world_size(config)), stop_request() as stop:
+        run.update(ray_logs=logs_folder())
         require_cluster(config)
         from eaft_verl.training.sft.arm import train_arm
 

@@ -2,14 +2,16 @@
 
 import math
 import shutil
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
 from eaft_verl.data.parquet import Example, lengths_of
-from eaft_verl.errors import Interrupted, RunError
+from eaft_verl.errors import Diverged
+from eaft_verl.files import write_json
 from eaft_verl.objectives import Objective, Talr
 from eaft_verl.recipe.config import Config
 from eaft_verl.runs import Run, step_name
@@ -61,15 +63,18 @@ class Trainer:
         self.sample_weights: list[float] | None = None
         self.sources: list[TokenSource] = []
         self.state: dict[str, Any] = {"step": 0, "seconds": 0.0, "tokens": 0, "samples": 0, "tau": None}
+        self.state |= {"nonfinite": 0, "skipped": 0}  # steps without an update: in a row until now, and in all
         self.old_policy: OldPolicy | None = None
-        self.nonfinite = 0
         self.exported = False
         self.board: Any = None
+        self.beat: Callable[..., None] = lambda seconds=None: None  # told of every call that has come back
 
     def infer(self, examples: Sequence[Example], indices: list[int], **flags: Any) -> Any:
         """Forward pass over these rows, in their order; the worker's answer with per-token outputs and metrics."""
         weights = self.sample_weights if examples is self.examples else None
-        return self.group.infer_batch(make_batch(examples, indices, {**BATCH_FLAGS, **flags}, weights)).get()
+        found = self.group.infer_batch(make_batch(examples, indices, {**BATCH_FLAGS, **flags}, weights)).get()
+        self.beat()
+        return found
 
     def _balanced(self, rows: list[int]) -> list[int]:
         """The rows in an order that gives every worker about the same work."""
@@ -81,7 +86,7 @@ class Trainer:
         return balanced(rows, lengths, ranks)
 
     def fit(self, objective: Objective, stop: StopRequest) -> None:
-        """Train from `state` to the end; RunError when the loss stays non-finite, Interrupted once `stop` is set."""
+        """Train from `state` to the end; Diverged when the loss stays non-finite, Interrupted once `stop` is set."""
         trainer = self.config.verl.trainer
         save_every = self._frequency(trainer.save_freq)
         test_every = self._frequency(trainer.test_freq)
@@ -117,9 +122,8 @@ class Trainer:
         step = self.state["step"]
         if step and checkpoint.newest(self.run) != step:
             checkpoint.save(self.run, self.group, step, self.state, self.config.verl.trainer.max_ckpt_to_keep)
-        raise Interrupted(
-            f"SIGTERM: {self.run.path} is saved at step {step} of {self.steps}; run the same command again"
-        )
+        saved = checkpoint.newest(self.run)
+        raise stop.outcome(f"step {saved} of {self.steps}" if saved else None, str(self.run.path))
 
     def _step(self, step: int, objective: Objective) -> dict[str, Any]:
         started = time.monotonic()
@@ -127,17 +131,19 @@ class Trainer:
         if self.old_policy is not None:
             self.old_policy.refresh(step, self._rows, lambda rows: self.infer(self.examples, rows))
         batch_state = self._batch_state(rows, objective)
-        flags = {**BATCH_FLAGS, "objective_state": batch_state, "update_lr_scheduler": True}
+        flags = {**BATCH_FLAGS, "objective_state": batch_state}  # the worker advances the learning rate
         batch = make_batch(self.examples, self._balanced(rows), flags, self.sample_weights, self.sources)
         metrics = metrics_of(self.group.train_batch(batch).get())
         seconds = time.monotonic() - started
+        self.beat(seconds)
         self.state.update(
             step=step,
             seconds=self.state["seconds"] + seconds,
             tokens=self.state["tokens"] + int(metrics["step_tokens"]),
             samples=self.state["samples"] + sum(index != PADDING for index in rows),
-            tau=metrics["median_example_nll"],
         )
+        if math.isfinite(metrics["median_example_nll"]):
+            self.state["tau"] = metrics["median_example_nll"]
         row = {
             "split": "train",
             "step": step,
@@ -153,7 +159,7 @@ class Trainer:
             "memory_gib": metrics["perf/max_memory_allocated_gb"],
         }
         self._log(row)
-        self._check_finite(step, metrics)
+        self._check_finite(step, rows, metrics)
         return row
 
     def _rows(self, step: int) -> list[int]:
@@ -178,13 +184,37 @@ class Trainer:
     def _forward(self, rows: list[int], state: dict[str, float]) -> dict[str, float]:
         return metrics_of(self.infer(self.examples, rows, objective_state=state))
 
-    def _check_finite(self, step: int, metrics: dict[str, float]) -> None:
-        finite = math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
-        self.nonfinite = 0 if finite else self.nonfinite + 1
-        if self.nonfinite >= MAX_NONFINITE_STEPS:
-            raise RunError(
-                f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']} not finite for "
-                f"{self.nonfinite} steps in a row. Lower verl.optim.lr or look at the data of these steps"
+    def _check_finite(self, step: int, rows: list[int], metrics: dict[str, float]) -> None:
+        """Count steps whose update was skipped, keep their rows, and end when there are too many in a row."""
+        if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
+            self.state["nonfinite"] = 0
+            return
+        self.state["nonfinite"] += 1
+        self.state["skipped"] += 1
+        what = f"step {step}: loss {metrics['loss']:.4g}, gradient norm {metrics['grad_norm']:.4g}"
+        file = self.run.path / "nonfinite" / f"{step_name(step)}.json"
+        found = [{"row": row, "id": self.examples[row].id} for row in rows if row != PADDING]
+        write_json(file, {**{name: metrics[name] for name in ("loss", "nll", "grad_norm", "lr")}, "rows": found})
+        count = self.state["nonfinite"]
+        if count >= MAX_NONFINITE_STEPS:
+            raise Diverged(
+                f"{what}: not finite for {count} steps in a row; their rows are listed in {file.parent}. Lower "
+                "verl.optim.lr or mend those rows, and choose another output=: this run would go on as it was"
+            )
+        print(
+            f"eaft: warning: {what}: update skipped ({count} of at most {MAX_NONFINITE_STEPS} in a row); its rows "
+            f"are listed in {file}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def require_finite(self) -> None:
+        """Diverged where the last step was not finite: what comes out is not what was asked for."""
+        if self.state["nonfinite"]:
+            raise Diverged(
+                f"the last {self.state['nonfinite']} step(s) had no finite loss or gradient and changed nothing; their "
+                f"rows are listed in {self.run.path / 'nonfinite'}. Lower verl.optim.lr or mend those rows, and choose "
+                "another output="
             )
 
     def validate(self, step: int) -> None:
@@ -212,6 +242,7 @@ class Trainer:
                 shutil.rmtree(folder, ignore_errors=True)
                 checkpoint.save(self.run, self.group, step, self.state, self.config.verl.trainer.max_ckpt_to_keep)
                 raise
+            self.beat()
 
     def _frequency(self, value: int | str) -> float:
         """Steps between two events; infinity for never (any step % inf is the step itself, never 0)."""

@@ -20,6 +20,7 @@ from eaft_verl.training.sft.anchor_model import AdapterOff, Reference
 from eaft_verl.training.sft.fused_head import FusedHeadEngine, fuse
 from eaft_verl.training.sft.self_check import plain_nll
 from eaft_verl.training.sft.step_metrics import summarize
+from eaft_verl.training.stacks import write_stacks_when_asked
 
 _PER_DP_RANK = make_nd_compute_dataproto_dispatch_fn(mesh_name="train")
 COLLECTIVE_TIMEOUT_S = 1800  # verl waits 10 h for a rank that hangs
@@ -31,6 +32,7 @@ class EaftWorker(TrainingWorker):
     def __init__(self, config: TrainingWorkerConfig) -> None:
         # on CPU verl's own backend string names the device twice, which torch refuses; it skips an initialised group
         backend = "gloo" if get_device_name() == "cpu" else None
+        write_stacks_when_asked()
         initialize_global_process_group_ray(timeout_second=COLLECTIVE_TIMEOUT_S, backend=backend)
         super().__init__(config=config)
         self.reference: Reference | AdapterOff | None = None
@@ -40,11 +42,22 @@ class EaftWorker(TrainingWorker):
         torch.manual_seed(self.config.extra_context["seed"])  # same adapter initialisation on every rank
         super().reset()
         self.unfused = fuse(self.engine) if self.config.extra_context["fused_head"] else "fused_head=false"
+        if optimizer := self.engine.optimizer:
+            optimizer.register_step_post_hook(self._has_updated)
+
+    def _has_updated(self, *_: Any) -> None:
+        self._updated = True
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def plain_head(self) -> str | None:
         """Why the loss is formed from whole logits; None where it is not."""
         return self.unfused
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def nonfinite_weights(self) -> list[str]:
+        """Names of the weights that hold a NaN or an infinity in this rank's part."""
+        weights = self.engine.module.named_parameters()
+        return [name for name, weight in weights if not _local(weight).isfinite().all()]
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def open_reference(self) -> None:
@@ -67,7 +80,11 @@ class EaftWorker(TrainingWorker):
     def train_batch(self, data: TensorDict) -> TensorDict:
         self._ready()
         self._lr = self.engine.optimizer.param_groups[0]["lr"]  # of this step; verl reports the next one's
-        return super().train_batch(data)
+        self._updated = False  # verl skips the update where the gradient is not finite, and lets the rate go on
+        result = super().train_batch(data)
+        if self._updated:
+            self.engine.lr_scheduler_step()
+        return result
 
     @register(dispatch_mode=_PER_DP_RANK, blocking=False)
     def infer_batch(self, data: TensorDict) -> TensorDict:
@@ -128,3 +145,7 @@ class EaftWorker(TrainingWorker):
         self, weights: Iterable[tuple[str, torch.Tensor]], folder: str, base_model: str, dtype: str, ends: Sequence[str]
     ) -> None:
         export_weights(weights, Path(folder), base_model, dtype, write=dist.get_rank() == 0, ends=ends)
+
+
+def _local(weight: torch.Tensor) -> torch.Tensor:
+    return weight.to_local() if isinstance(weight, DTensor) else weight

@@ -1,5 +1,6 @@
 """The worker group: from a resolved configuration to Ray workers that hold the model."""
 
+import contextlib
 import socket
 from typing import Any
 
@@ -12,8 +13,13 @@ from eaft_verl.recipe.config import Config, plain
 from eaft_verl.recipe.views import world_size
 
 
-def start_workers(config: Config, model_path: str, total_steps: int, loss: Any, reference: str | None) -> Any:
-    """A RayWorkerGroup of EaftWorkers, model built, loss set; `reference`: a frozen model that they may open."""
+def start_workers(
+    config: Config, model_path: str, total_steps: int, loss: Any, reference: str | None, variables: dict[str, str]
+) -> Any:
+    """A RayWorkerGroup of EaftWorkers, model built, loss set.
+
+    reference: a frozen model that they may open. variables: of their environment.
+    """
     from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
 
     from eaft_verl.training.sft.worker import EaftWorker
@@ -26,7 +32,7 @@ def start_workers(config: Config, model_path: str, total_steps: int, loss: Any, 
         resource_pool=pool,
         ray_cls_with_init=worker,
         device_name=config.device,
-        worker_env=worker_environment(config.device, world_size(config)),
+        worker_env=worker_environment(config.device, world_size(config)) | variables,
         **_rendezvous(),
     )
     group.set_loss_fn(loss)
@@ -36,10 +42,11 @@ def start_workers(config: Config, model_path: str, total_steps: int, loss: Any, 
 
 def stop_workers(group: Any) -> None:
     """End the workers and give their places back: the next arm may run in the same Ray session."""
-    for worker in group.workers:
-        ray.kill(worker)
-    for place in group.resource_pool.get_placement_groups():
-        ray.util.remove_placement_group(place)
+    with contextlib.suppress(ray.exceptions.RayError):  # where Ray has failed, its error is on its way up
+        for worker in group.workers:
+            ray.kill(worker)
+        for place in group.resource_pool.get_placement_groups():
+            ray.util.remove_placement_group(place)
 
 
 def worker_config(config: Config, model_path: str, total_steps: int, reference: str | None = None) -> Any:

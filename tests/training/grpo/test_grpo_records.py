@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
-from ray.exceptions import RayTaskError
 
 from eaft_verl.errors import RunError
 from eaft_verl.files import read_jsonl
@@ -19,7 +18,6 @@ from eaft_verl.training.grpo.agent_loop import response_seed
 from eaft_verl.training.grpo.config import Schedule, stop_ids
 from eaft_verl.training.grpo.export import ExportCallback
 from eaft_verl.training.grpo.metrics import Follower, Watch, no_signal, rewind
-from eaft_verl.training.grpo.run import CAUSE_FILE, cause_of
 from eaft_verl.training.grpo.sampler import finish_of, step_metrics
 from eaft_verl.training.grpo.states import COMPLETE, LATEST, STOP_FILE, tidy
 
@@ -125,6 +123,14 @@ def test_a_step_whose_rewards_could_not_be_graded_ends_the_run() -> None:
         Watch(32).see(row(5, reward_timeouts=8))
 
 
+def test_most_of_a_step_ungraded_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    watch = Watch(0)
+    for step, lost in ((1, 4), (2, 5), (3, 7)):
+        watch.see(row(step, reward_timeouts=lost))
+    told = [line for line in capsys.readouterr().err.splitlines() if "could not be graded" in line]
+    assert len(told) == 1 and "step 2: 5 of 8 responses could not be graded" in told[0]
+
+
 def test_gradients_that_stay_non_finite_end_the_run() -> None:
     watch = Watch(0)
     for step in (1, 2, 3, 4):
@@ -149,14 +155,6 @@ def test_only_complete_states_are_resumed(tmp_path: Path) -> None:
         path.unlink()
     assert tidy(tmp_path, None) == 0
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_cause_is_the_innermost_error_and_what_the_rollout_reported(tmp_path: Path) -> None:
-    inner = RayTaskError("sample", "trace", ValueError("out of\nbounds"))
-    outer = RayTaskError("run", "trace", inner)
-    assert cause_of(outer, tmp_path) == "ValueError: out of bounds"
-    (tmp_path / CAUSE_FILE).write_text("ActorDiedError: the server\n", encoding="utf-8")
-    assert cause_of(outer, tmp_path) == "ValueError: out of bounds; the rollout reported: ActorDiedError: the server"
 
 
 def test_seeds_differ_in_whatever_makes_a_response_another_one() -> None:

@@ -1,0 +1,98 @@
+"""What stands still is ended with its stacks kept. Real processes, no Ray."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from eaft_verl.errors import HUNG, Hung
+from eaft_verl.training.watchdog import LIMIT, Watchdog
+
+WORKER = """
+import time
+from eaft_verl.training.stacks import write_stacks_when_asked
+write_stacks_when_asked()
+def deep_in_a_call():
+    time.sleep(600)
+deep_in_a_call()
+"""
+
+
+def worker(watch: Watchdog) -> subprocess.Popen[bytes]:
+    """A process that has registered, as Ray's workers do."""
+    environ = {**os.environ, **watch.variables, "RAY_RAYLET_PID": "1"}
+    started = subprocess.Popen([sys.executable, "-c", WORKER], env=environ)
+    while not (watch.folder / f"{socket.gethostname()}--{started.pid}.txt").exists():
+        assert started.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.2)  # for it to be in its call
+    return started
+
+
+def test_stacks_of_all_the_silent_named_and_everything_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(LIMIT, "4")
+    workers: list[subprocess.Popen[bytes]] = []
+
+    def driver() -> None:
+        with Watchdog(tmp_path) as watch:
+            workers.extend([worker(watch), worker(watch)])
+            workers[1].send_signal(signal.SIGSTOP)
+            watch.beat(0.1)
+            for one in workers:
+                one.wait(60)
+
+    with pytest.raises(Hung) as caught:
+        driver()
+    assert caught.value.code == HUNG
+    assert [one.returncode for one in workers] == [-signal.SIGKILL] * 2
+    said = str(caught.value)
+    assert "after 1 step(s)" in said and "2 worker process(es)" in said and str(tmp_path / "stacks") in said
+    assert f"(pid {workers[1].pid} on" in said and f"(pid {workers[0].pid} on" not in said
+    stacks = [tmp_path / "stacks" / f"{socket.gethostname()}--{one.pid}.txt" for one in workers]
+    assert "deep_in_a_call" in stacks[0].read_text() and stacks[1].read_text() == ""
+    assert "in driver" in (tmp_path / "stacks" / "driver.txt").read_text()
+
+
+def test_a_foreign_process_that_took_over_a_pid_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(LIMIT, "1")
+
+    def driver() -> None:
+        with Watchdog(tmp_path) as watch:
+            (watch.folder / f"{socket.gethostname()}--{foreign.pid}.txt").touch()
+            while not watch.verdict:
+                time.sleep(0.1)
+
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as foreign:
+        with pytest.raises(Hung):
+            driver()
+        assert foreign.poll() is None
+        foreign.kill()
+
+
+def test_progress_keeps_it_quiet_and_slow_steps_are_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(LIMIT, "1")
+    with Watchdog(tmp_path) as watch:
+        for _ in range(15):
+            time.sleep(0.1)
+            watch.beat()
+        for seconds in (2.0, 3.0, 400.0):
+            watch.beat(seconds)
+        assert watch.limit == 30.0  # ten times the median
+        time.sleep(1.5)
+    assert not watch.verdict and not (tmp_path / "stacks").exists()
+
+
+def test_half_an_hour_is_always_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(LIMIT, raising=False)
+    watch = Watchdog(tmp_path)
+    assert watch.limit == 1800
+    watch.beat(3.0)
+    assert watch.limit == 1800
+    for _ in range(5):
+        watch.beat(600.0)
+    assert watch.limit == 6000
