@@ -9,7 +9,7 @@ from pathlib import Path
 from eaft_verl import __version__
 from eaft_verl.boundary import guard_streams, masked, python_command
 from eaft_verl.errors import CTRL_C, EXIT_CODES, REFUSED, ConfigError, DataError, Interrupted, RunError
-from eaft_verl.experiment.processes import CAUSE_FILE, begin_stage, run_stage
+from eaft_verl.experiment.processes import CAUSE_FILE, begin_stage, run_stage, whole_number
 from eaft_verl.training.interruption import is_stage
 
 DEFAULT_RECIPE = "recipes/quickstart.yaml"
@@ -196,13 +196,7 @@ def _add_recipe(verb: argparse.ArgumentParser) -> None:
 
 def _add_restarts(verb: argparse.ArgumentParser) -> None:
     what = "begin a training again up to N times after the loss of a worker or node (default: %(default)s)"
-    verb.add_argument("--max-restarts", type=_count, default=0, metavar="N", help=what)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 0")
-    return int(text)
+    verb.add_argument("--max-restarts", type=whole_number, default=0, metavar="N", help=what)
 
 
 def _recipe_arguments(options: argparse.Namespace) -> tuple[str, list[str]]:

@@ -4,6 +4,7 @@ Only the first process of a command counts signals: the first one is passed on t
 of either kind ends the stage at once, with everything that it started.
 """
 
+import argparse
 import contextlib
 import ctypes
 import os
@@ -74,6 +75,13 @@ def _final(code: int, number: int | None) -> int:
         return code
     asked = CTRL_C if number == signal.SIGINT else ENDED
     return SAVED if code == 0 and asked == ENDED else asked  # it was done all the same, and a done stage is kept
+
+
+def whole_number(text: str) -> int:
+    """The value of an option that counts something; ArgumentTypeError below 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 0")
+    return int(text)
 
 
 class _Told:

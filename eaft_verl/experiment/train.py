@@ -64,18 +64,20 @@ def train(config: Config, declared: list[str]) -> Run:
                 base = partial(base_of, config, keys, data.examples, tokenizer)
                 train_sft(config, run, data, heldout.examples if heldout else [], str(model), keys, base)
         except BaseException as error:
-            told = _explained(error, config, run)
-            stopped = isinstance(told, Interrupted | KeyboardInterrupt)
-            with contextlib.suppress(OSError):  # a full disk: whoever started this process tries again
-                run.update(status="interrupted" if stopped else "failed", error=cause_of(told))
+            told = _noted(error, config, run)
             raise told from None if told is not error else error.__cause__
     return run
 
 
-def _explained(error: BaseException, config: Config, run: Run) -> BaseException:
+def _noted(error: BaseException, config: Config, run: Run) -> BaseException:
+    """What is told of an error, which run.json keeps."""
     from eaft_verl.training.failures import explained  # with it comes Ray
 
-    return explained(error, config, run)
+    told = explained(error, config, run)
+    stopped = isinstance(told, Interrupted | KeyboardInterrupt)
+    with contextlib.suppress(OSError):  # a full disk: whoever started this process tries again
+        run.update(status="interrupted" if stopped else "failed", error=cause_of(told))
+    return told
 
 
 def _rehearse(config: Config, model: str, ends: list[str]) -> None:

@@ -107,7 +107,9 @@ def _require_finite(config: Config, group: Any) -> None:
         )
 
 
-def _complete(config: Config, trainer: Trainer, objective: Objective, keys: dict[str, str]) -> Objective:
+def _complete(
+    config: Config, trainer: Trainer, objective: Objective, keys: dict[str, str], base_of: BaseOf
+) -> Objective:
     """The objective with what it takes from the base model, its sources, and the state of an earlier attempt."""
     objective = _calibrate(trainer, objective, base_of)
     trainer.sources.extend(anchor_sources(config, trainer, objective, keys))

@@ -14,7 +14,12 @@ from eaft_verl.recipe.views import world_size
 
 
 def start_workers(
-    config: Config, model_path: str, total_steps: int, loss: Any, reference: str | None, variables: dict[str, str]
+    config: Config,
+    model_path: str,
+    total_steps: int,
+    loss: Any,
+    reference: str | None,
+    variables: dict[str, str] | None = None,
 ) -> Any:
     """A RayWorkerGroup of EaftWorkers, model built, loss set.
 
@@ -32,7 +37,7 @@ def start_workers(
         resource_pool=pool,
         ray_cls_with_init=worker,
         device_name=config.device,
-        worker_env=worker_environment(config.device, world_size(config)) | variables,
+        worker_env=worker_environment(config.device, world_size(config)) | (variables or {}),
         **_rendezvous(),
     )
     group.set_loss_fn(loss)
