@@ -222,13 +222,13 @@ def _train(options: argparse.Namespace) -> int:
     path, overrides = _recipe_arguments(options)
     recipe = load_recipe(path)
     config = resolve(recipe, options.arm, overrides)
+    check(config, dry_run=options.dry_run)
     if not (is_stage() or options.dry_run):
         from eaft_verl.experiment.supervision import supervised
 
         command = python_command("eaft_verl.cli", "train", path, "--arm", options.arm, *overrides)
         folder = Path(config.output) / run_name(config.arm, config.seed)
         return supervised(lambda: run_stage(command), folder, options.max_restarts)
-    check(config, dry_run=options.dry_run)
     if options.dry_run:
         print(as_yaml(config), end="")
         warn_of(notes_at_hand(config))
