@@ -48,12 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     codes = "\n".join(f"  {code:>3}  {meaning}" for code, meaning in EXIT_CODES.items())
-    parser = argparse.ArgumentParser(
-        prog="eaft",
-        description="Fine-tune a language model without making it forget, and prove it.",
-        epilog=f"exit codes:\n{codes}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    about = "Fine-tune a language model without making it forget, and prove it."
+    shape = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("eaft", description=about, epilog=f"exit codes:\n{codes}", formatter_class=shape)
     parser.add_argument("--version", action="version", version=f"eaft-verl {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     _add_prepare(verbs)
