@@ -12,7 +12,9 @@ from eaft_verl.objectives import Objective, Psft, Sft
 from eaft_verl.recipe.config import Config
 from eaft_verl.recipe.views import objective_of
 from eaft_verl.runs import Run, drop_checkpoints_after
+from eaft_verl.training import states
 from eaft_verl.training.interruption import StopRequest
+from eaft_verl.training.resume import announce
 from eaft_verl.training.sft import checkpoint
 from eaft_verl.training.sft.anchor import anchor_sources, needs_second_model, reference_model
 from eaft_verl.training.sft.base_pass import base_stats
@@ -31,8 +33,9 @@ def train_arm(
     model: str,
     keys: dict[str, str],
     stop: StopRequest,
+    saved: states.Saved | None,
 ) -> None:
-    """Start the workers, train to the end, and mark the run finished."""
+    """Start the workers, train from what is saved to the end, and mark the run finished."""
     objective = objective_of(config)
     reference = (reference_model(objective) or model) if needs_second_model(config, objective) else None
     plain = Sft(k=objective.k)  # for passes before the objective is complete
@@ -40,11 +43,11 @@ def train_arm(
     try:
         trainer = Trainer(config, run, group, examples, heldout, model)
         run.update(self_check=self_check(config, group, examples, model))
-        objective = _complete(config, trainer, objective, keys)
+        objective = _complete(config, trainer, objective, keys, saved)
         _say_whether_fused(config, run, objective, group)
         started = time.monotonic()
         trainer.fit(objective, stop)
-        checkpoint.remove(run)
+        states.remove(run.path)
         run.update(
             status="finished",
             finished=time.time(),
@@ -70,13 +73,18 @@ def _say_whether_fused(config: Config, run: Run, objective: Objective, group: An
     run.update(fused_head=reason is None)
 
 
-def _complete(config: Config, trainer: Trainer, objective: Objective, keys: dict[str, str]) -> Objective:
+def _complete(
+    config: Config, trainer: Trainer, objective: Objective, keys: dict[str, str], saved: states.Saved | None
+) -> Objective:
     """The objective with what it takes from the base model, its sources, and the state of an earlier attempt."""
     objective = _calibrate(config, trainer, objective, keys)
     trainer.sources.extend(anchor_sources(config, trainer, objective, keys))
     trainer.group.set_loss_fn(TokenLoss(objective))
-    if state := checkpoint.load(trainer.run, trainer.group):
-        trainer.state.update(state)
+    if saved:
+        info = trainer.run.info
+        now = info.get("calibrated", info["objective"])
+        trainer.state.update(checkpoint.restore(saved, trainer.group, now))
+        announce(saved, trainer.plan.expected)
     if isinstance(objective, Psft):
         trainer.old_policy = OldPolicy(objective.updates_per_refresh, trainer.state)
         trainer.sources.append(trainer.old_policy)

@@ -16,7 +16,7 @@ from eaft_verl.runs import Run, step_name
 from eaft_verl.training.export import export_dtype
 from eaft_verl.training.interruption import StopRequest
 from eaft_verl.training.progress import Progress
-from eaft_verl.training.schedule import MAX_NONFINITE_STEPS, training_plan
+from eaft_verl.training.schedule import MAX_NONFINITE_STEPS, SaveClock, training_plan
 from eaft_verl.training.sft import checkpoint
 from eaft_verl.training.sft.base_pass import metrics_of
 from eaft_verl.training.sft.batches import TokenSource, balanced, make_batch, sequential_batches
@@ -90,6 +90,7 @@ class Trainer:
             evaluate, last = self.plan.after(row)
         self.board = SummaryWriter(str(self.run.path / "tensorboard"), purge_step=self.state["step"] + 1)
         progress = Progress(f"{self.config.arm}", self.plan.expected, self.state["step"])
+        clock = SaveClock(self.config.save_minutes)
         try:
             if evaluate:
                 self.export(self.state["step"])  # where an earlier attempt could not
@@ -104,8 +105,9 @@ class Trainer:
                     self.validate(step)
                 if evaluate:
                     self.export(step)
-                if step % save_every == 0 and not last:
-                    checkpoint.save(self.run, self.group, step, self.state, trainer.max_ckpt_to_keep)
+                if not last and (step % save_every == 0 or clock.due(row["step_s"])):
+                    self._save(step)
+                    clock.restart()
         finally:
             progress.close()
             self.board.close()
@@ -116,10 +118,14 @@ class Trainer:
             return
         step = self.state["step"]
         if step and checkpoint.newest(self.run) != step:
-            checkpoint.save(self.run, self.group, step, self.state, self.config.verl.trainer.max_ckpt_to_keep)
+            self._save(step)
         raise Interrupted(
             f"SIGTERM: {self.run.path} is saved at step {step} of {self.steps}; run the same command again"
         )
+
+    def _save(self, step: int) -> bool:
+        state = {**self.state, "epoch": step / self.per_epoch}
+        return checkpoint.save(self.run, self.group, step, state, self.config.verl.trainer.max_ckpt_to_keep)
 
     def _step(self, step: int, objective: Objective) -> dict[str, Any]:
         started = time.monotonic()
