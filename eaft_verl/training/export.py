@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from eaft_verl.errors import ConfigError, RunError
-from eaft_verl.runs import step_name
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
