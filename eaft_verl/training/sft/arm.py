@@ -82,7 +82,7 @@ def _complete(
     trainer.group.set_loss_fn(TokenLoss(objective))
     if saved:
         info = trainer.run.info
-        now = info.get("calibrated", info["objective"])
+        now = info.get("calibrated", info.get("objective"))
         trainer.state.update(checkpoint.restore(saved, trainer.group, now))
         announce(saved, trainer.plan.expected)
     if isinstance(objective, Psft):
