@@ -44,7 +44,7 @@ class DcpCheckpoints:
 
         Where a tensor is not finite nothing but SHARDS is written, which names it.
         """
-        folder, state = Path(local_path), self._tensors()
+        folder, state = Path(local_path), self._tensors(updated=bool(self.optimizer.state))
         bad = next((name for name, value in state.items() if not _finite(value)), None)
         found = [name for name in self._from_all(bad) if name]
         if not found:
@@ -63,7 +63,9 @@ class DcpCheckpoints:
     def load_checkpoint(self, local_path: str, hdfs_path: None = None, del_local_after_load: bool = False) -> None:
         """Restore the state in place; collective. The caller has checked the files."""
         folder = Path(local_path)
-        dcp.load(self._tensors(), storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+        reader = dcp.HuggingFaceStorageReader(str(folder))
+        updated = any(name.startswith(OPTIMIZER) for name in reader.read_metadata().state_dict_metadata)
+        dcp.load(self._tensors(updated=updated), storage_reader=reader)
         saved = len(list(folder.glob(_rank_file("*"))))
         values = json.loads((folder / _rank_file(self.rank % saved)).read_text(encoding="utf-8"))
         _set_random_states(values["random"])
@@ -75,14 +77,17 @@ class DcpCheckpoints:
             group["lr"] = rate
         dist.barrier()
 
-    def _tensors(self) -> dict[str, Tensor]:
-        """Views of every tensor of the state, by name; a scalar as a vector of one element, for safetensors' sake."""
+    def _tensors(self, *, updated: bool) -> dict[str, Tensor]:
+        """Views of every tensor of the state, by name; a scalar as a vector of one element, for safetensors' sake.
+
+        updated: whether the optimizer has made a step; torch would make one to have something to return.
+        """
         options = StateDictOptions(ignore_frozen_params=True, flatten_optimizer_state_dict=True)
         once = {name for name, _ in self.model.named_parameters()}
         tied = {name for name, _ in self.model.named_parameters(remove_duplicate=False)} - once
         weights = get_model_state_dict(self.model, options=options)
         model = {name: value for name, value in weights.items() if name not in tied}
-        state = get_optimizer_state_dict(self.model, self.optimizer, options=options)
+        state = get_optimizer_state_dict(self.model, self.optimizer, options=options) if updated else {}
         moments = {name.removeprefix("state."): value for name, value in state.items() if name.startswith("state.")}
         named: list[tuple[str, dict[str, Any]]] = [(MODEL, model), (OPTIMIZER, moments)]
         return {
