@@ -2,6 +2,7 @@
 
 import json
 import math
+import pickle
 import shutil
 import time
 from dataclasses import asdict
@@ -24,6 +25,7 @@ from eaft_verl.training.grpo.export import ExportCallback
 from eaft_verl.training.grpo.metrics import Follower, Watch, no_signal, rewind
 from eaft_verl.training.grpo.run import CAUSE_FILE, cause_of
 from eaft_verl.training.grpo.sampler import finish_of, step_metrics
+from eaft_verl.training.grpo.session import environment
 from eaft_verl.training.grpo.states import LATEST, STOP_FILE, mark_newest
 from eaft_verl.training.resume import starting_point
 
@@ -259,3 +261,32 @@ def test_a_save_becomes_an_export_a_state_or_both(tmp_path: Path, monkeypatch: p
         with pytest.raises(OSError, match="disk full"):
             callback.on_save(None, 6, str(state(run.path / "resume" / "global_step_6", trained)))
     assert max(states.whole(run.path)) == 6, "the state stays: the next start exports from it"
+
+
+def test_verls_own_pickle_in_a_state_cannot_run_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """verl reads data.pt with weights_only=False; what a GRPO run sets in every process makes torch refuse that."""
+    from torch.utils.data import RandomSampler
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    class Bomb:
+        def __reduce__(self) -> Any:
+            return Path.touch, (tmp_path / "ran",)
+
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    monkeypatch.setenv(name, environment("cpu", 1, "metrics")[name])
+    torch.save({"position": Bomb()}, tmp_path / "bomb.pt")
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(tmp_path / "bomb.pt", weights_only=False)
+    assert not (tmp_path / "ran").exists()
+
+    def loader() -> Any:
+        return StatefulDataLoader(
+            range(20), batch_size=4, sampler=RandomSampler(range(20), generator=torch.Generator())
+        )
+
+    first, second = loader(), loader()
+    batches = iter(first)
+    next(batches)
+    torch.save(first.state_dict(), tmp_path / "data.pt")
+    second.load_state_dict(torch.load(tmp_path / "data.pt", weights_only=False))
+    assert [batch.tolist() for batch in batches] == [batch.tolist() for batch in second]
