@@ -108,15 +108,14 @@ TRAINED = (  # all pass the same guard; these are driven to the end besides
 
 
 def _damaged(name: str, damage: Callable[[Lab], Any], said: str) -> None:
-    @fault(f"{name}; listed, refused by strict, no step run", "the file named, the older state taken")
+    @fault(f"{name}, listed", "named by `eaft checkpoints`, the older state sound")
     def _quick(lab: Lab) -> Outcome:
-        """Without Ray: the choice of the state is made before a model is loaded."""
         _fake_run(lab)
         damage(lab)
         listed = lab.eaft("checkpoints", lab.run)
         assert listed.code == 0 and "DAMAGED" in listed.said and said in listed.said, listed.said
         assert "complete: step 4" in listed.said and not list(lab.folder.rglob("ran"))
-        return Outcome("named by `eaft checkpoints`; step 4 is sound")
+        return Outcome(f"DAMAGED: {said}; step 4 complete")
 
     if name not in TRAINED:
         return
