@@ -4,11 +4,12 @@ from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from eaft_verl.training.dcp import DcpCheckpoints
+from eaft_verl.training.grpo.states import MAKER
 
 
-@EngineRegistry.register(model_type="language_model", backend=["fsdp2"], device=["cuda"], vendor=["nvidia"])
+@EngineRegistry.register(model_type="language_model", backend=["fsdp2"], device=["cuda"], vendor=[MAKER])
 class SavingEngine(FSDPEngineWithLMHead):
-    """Found before verl's own, which is registered for every maker of CUDA devices."""
+    """Found before verl's own, and before an SFT arm's, where VERL_ENGINE_VENDOR asks for it."""
 
     def initialize(self) -> None:
         super().initialize()

@@ -8,6 +8,7 @@ from eaft_verl.training import states
 LATEST = "latest_checkpointed_iteration.txt"
 CAUSE_FILE = "rollout_error.txt"  # in the run: why a response could not be made
 TRAINER = "eaft_sync"  # what verl's registry calls trainer.SavingTrainer
+MAKER = "eaft"  # of devices, for which verl's registry gives engine.SavingEngine
 STOP_FILE = ".stop"  # in the run: the trainer saves after the step it is in, and ends
 
 
