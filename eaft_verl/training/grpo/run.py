@@ -15,7 +15,7 @@ from eaft_verl.errors import Interrupted, RunError
 from eaft_verl.files import write_text
 from eaft_verl.models import check_no_code
 from eaft_verl.recipe.budgets import evaluation_points
-from eaft_verl.recipe.config import Config
+from eaft_verl.recipe.config import Config, plain
 from eaft_verl.recipe.views import world_size
 from eaft_verl.runs import Run, step_name
 from eaft_verl.training import states
@@ -105,7 +105,7 @@ def _export_newest(config: Config, run: Run, plan: Plan) -> None:
     start, model = plan.schedule.start, plan.files.model
     target = run.path / "checkpoints" / step_name(start * plan.updates)
     if start in plan.schedule.points and not (target / "config.json").exists():
-        settings = {**config.verl.model, "model_dtype": config.verl.engine.model_dtype}
+        settings = {**plain(config.verl.model), "model_dtype": config.verl.engine.model_dtype}
         state = states.folders(run.path)[start] / "actor"
         export_saved(state, target, model, settings, export_dtype(model), plan.ends)
 
