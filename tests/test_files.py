@@ -71,10 +71,22 @@ def test_another_key_or_a_lost_part_is_refused(tmp_path: Path) -> None:
     made = computed_once(tmp_path / "store", "key", lambda folder: (folder / "part").write_text("abc") and None)
     with pytest.raises(RunError, match=r"store was computed for another model.*\(key key, now other\): stale"):
         computed_once(made, "other", lambda folder: None)
+    (made / "part").write_text("xbc")
+    with pytest.raises(RunError, match=r"store/part is not the file that was written; delete"):
+        computed_once(made, "key", lambda folder: None)
     for damage in ("ab", None):
         (made / "part").write_text(damage) if damage else (made / "part").unlink()
         with pytest.raises(RunError, match=r"store/part is not whole \(3 bytes were written\); delete"):
             computed_once(made, "key", lambda folder: None)
+
+
+@pytest.mark.parametrize("meta", ["[]", "{}", "", '{"key": 5}', '{"key": "key"}'])
+def test_a_damaged_account_of_what_was_computed_is_named(tmp_path: Path, meta: str) -> None:
+    made = computed_once(tmp_path / "store", "key", lambda folder: None)
+    (made / "meta.json").write_text(meta)
+    for read in (lambda: computed_once(made, "key", lambda folder: None), lambda: seconds_to_compute(made)):
+        with pytest.raises(RunError, match=r"store/meta\.json is not"):
+            read()
 
 
 def test_a_lock_is_refused_or_waited_for(tmp_path: Path) -> None:

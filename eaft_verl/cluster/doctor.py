@@ -105,7 +105,7 @@ def output_finding(config: Config) -> Finding:
 
 def recipe_findings(config: Config) -> list[Finding]:
     """What the recipe still waits for: files to be supplied, benchmarks whose runner is not installed here."""
-    missing = [Finding("recipe", "fail", message) for message in pending(config)]
+    missing = [Finding("recipe", "fail", message) for message in pending(config, contents=True)]
     return missing or [Finding("recipe", "pass", f"{config.recipe}, arm {config.arm}")]
 
 

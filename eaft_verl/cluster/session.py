@@ -60,10 +60,9 @@ def ray_session(
     trainer wants of every process besides. One that is open already is used as it is.
     ConfigError for a CPU cluster whose nodes were not started with the slots that main_ppo counts.
     """
-    verl = {name: value for name, value in worker_environment(device, workers).items() if name.startswith("VERL_")}
-    common = {"VERL_LOGGING_LEVEL": "WARNING", **({} if in_cluster() else _local_ray())}
     want_token()
-    with _variables({**common, **os.environ, **verl, **(variables or {})}):
+    local = {} if in_cluster() else {name: value for name, value in _local_ray().items() if name not in os.environ}
+    with verl_variables(device, workers, {**local, **(variables or {})}):
         if ray.is_initialized():
             yield
             return
@@ -93,6 +92,14 @@ def want_token() -> None:
 def _local_ray() -> dict[str, str]:
     """A token that no file keeps, as Ray's own in ~/.ray would lock later clusters of this account; loopback."""
     return {"RAY_AUTH_TOKEN": secrets.token_hex(32), ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}
+
+
+@contextlib.contextmanager
+def verl_variables(device: str, workers: int, variables: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Within the block this process has verl's platform for the device, and `variables`; verl is imported in it."""
+    verl = {name: value for name, value in worker_environment(device, workers).items() if name.startswith("VERL_")}
+    with _variables({"VERL_LOGGING_LEVEL": "WARNING", **os.environ, **verl, **(variables or {})}):
+        yield
 
 
 @contextlib.contextmanager

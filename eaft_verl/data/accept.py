@@ -17,7 +17,7 @@ from eaft_verl.data.offsets import Tokens, tokenize
 from eaft_verl.data.parquet import Example, to_batch
 from eaft_verl.data.spec import DataSpec, RowError
 from eaft_verl.data.template import normal_form
-from eaft_verl.data.validate import check_row
+from eaft_verl.data.validate import check_fields, check_row
 
 RawRow = tuple[int, int, dict[str, Any]]  # index of its source, number in it (1-based), columns
 
@@ -72,6 +72,8 @@ class Taker:
                 drafts.append(self._read(taken, row, chunk))
             except RowError as error:
                 taken.fault = (error.kind, str(error))
+            except RecursionError:
+                taken.fault = ("wrong_type", "its values are nested too deeply")
         tokens = tokenize(self.tokenizer, (one.text for draft in drafts for one in draft.written))
         for draft in drafts:
             found = list(islice(tokens, len(draft.written)))
@@ -85,6 +87,7 @@ class Taker:
     def _read(self, taken: Taken, row: dict[str, Any], chunk: Chunk) -> "_Draft":
         spec, source = self.spec, self.spec.sources[taken.source]
         messages, extra = to_messages(row, source.columns, chunk.unused)
+        check_fields({name: extra[name] for name in ("id", "answer") if name in extra})
         common, own = dict(spec.chat_template_kwargs or {}), extra.get("chat_template_kwargs")
         messages, beside, taken.escaped = check_row(
             messages,
@@ -97,7 +100,7 @@ class Taker:
         tools, kwargs = beside["tools"], beside["chat_template_kwargs"]
         extra |= {"tools": tools} if tools else {}
         said = [messages, tools, own] if own else [messages, tools]
-        taken.digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+        taken.digest = _digest(said)
         taken.name = extra.get("id", taken.digest[:16])
         return _Draft(taken, messages, extra, kwargs, write(self.tokenizer, messages, spec.turns, tools, kwargs))
 
@@ -125,6 +128,14 @@ class _Draft:
     extra: Mapping[str, Any]
     kwargs: dict[str, Any]
     written: list[Written]
+
+
+def _digest(said: list[Any]) -> str:
+    """sha256 of what a row says; RowError for what JSON, in which it is kept, has not (a parquet may hold it)."""
+    try:
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+    except TypeError as error:
+        raise RowError("wrong_type", f"its calls, tools or template arguments are not JSON ({error})") from None
 
 
 def _trainable(messages: list[dict[str, Any]]) -> int:

@@ -1,5 +1,6 @@
 """What a manifest says of a preparation, and the error that names the rows which stopped it."""
 
+import math
 from collections import Counter
 from typing import Any
 
@@ -10,6 +11,7 @@ from eaft_verl.data.take import Outcome
 from eaft_verl.errors import DataError
 
 _SHOWN = 5  # rows named in an error; the manifest lists all
+_CHOSEN = {"duplicate", "masked", *("over_long", "control_token", "leakage")}  # the last three: rejected by a setting
 _REMEDIES = {
     "over_long": "set data.over_long=drop or truncate, or raise data.max_length",
     "control_token": "set data.control_tokens=escape or allow",
@@ -26,7 +28,35 @@ def raise_refused(spec: DataSpec, outcome: Outcome) -> None:
         raise DataError(f"{source}: {len(outcome.refused)} rows are refused{remedy}. {_name_rows(outcome.refused)}")
     if not outcome.chosen_N.any():
         read = sum(outcome.read.values())
-        raise DataError(f"{source}: none of {read} rows is left. {_name_rows(outcome.rejected)}")
+        at_fault = f"none of {read} rows is left. {_name_rows(outcome.rejected)}" if read else "it holds no rows"
+        raise DataError(f"{source}: {at_fault}")
+
+
+def rows_used(manifest: dict[str, Any]) -> str:
+    """'4 of 64 rows are used; 60 are not: role 60', and why the first of them are not."""
+    counts, entries = manifest["counts"], manifest["rejected"]
+    kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(counts["rejected"].items()))
+    out = f"; {sum(counts['rejected'].values())} are not: {kinds}" if kinds else ""
+    left = counts["read"] - counts["kept"] - sum(counts["rejected"].values())
+    cut = f"; {left} are left out by shares and caps" if left > 0 else ""
+    used = f"{counts['kept']} of {counts['read']} rows are used{out}{cut}"
+    return f"{used}. {_name_rows(entries)}" if entries else used
+
+
+def check_rejected(manifest: dict[str, Any], limit: float) -> None:
+    """DataError if more than `limit` (a share) of the rows of a source are faulty.
+
+    Copies of other rows, and what a setting or a row's own mask leaves out, are not faulty.
+    """
+    for name, part in manifest.get("sources", {"": manifest["counts"]}).items():
+        faulty = sum(count for kind, count in part["rejected"].items() if kind not in _CHOSEN)
+        if faulty > limit * part["read"]:
+            enough = math.ceil(100 * faulty / part["read"]) / 100
+            raise DataError(
+                f"{f'source {name}: ' if name else ''}{faulty} of {part['read']} rows are faulty, more than "
+                f"data.max_rejected={limit:g} allows; correct them, or set data.max_rejected={enough:g} to train "
+                f"without them: {rows_used(manifest)}"
+            )
 
 
 def describe(tokenizer: Any, outcome: Outcome) -> dict[str, Any]:

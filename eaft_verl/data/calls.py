@@ -4,7 +4,7 @@ import json
 import re
 from typing import Any
 
-from eaft_verl.data.spec import RowError
+from eaft_verl.data.spec import RowError, why_no_json
 
 Message = dict[str, Any]
 _THOUGHT = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
@@ -16,8 +16,8 @@ def parsed(value: Any, where: str) -> Any:
         return value
     try:
         return json.loads(value)
-    except json.JSONDecodeError as error:
-        raise RowError("wrong_type", f"{where} is not valid JSON ({error})") from None
+    except (ValueError, RecursionError) as error:
+        raise RowError("wrong_type", f"{where} is not valid JSON ({why_no_json(error)})") from None
 
 
 def tool_list(value: Any) -> list[dict[str, Any]]:

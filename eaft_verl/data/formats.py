@@ -99,7 +99,7 @@ def _extra(row: Row) -> dict[str, Any]:
 def _weight(value: Any) -> float:
     try:
         weight = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         weight = -1.0
     if not 0 <= weight < float("inf"):
         raise RowError("mask", f"weight of the row is {value!r}; a number of at least 0 is expected")

@@ -1,18 +1,15 @@
-"""Examples in and out of the parquet file that verl reads, and the memory map that training opens.
+"""Examples in and out of the parquet file that verl reads; `memory_map.py` opens it.
 
 Columns: id, messages (list of {role, content, ...}), input_ids, loss_mask, and, where any example has them, answer,
 tools and chat_template_kwargs (JSON), weight and source; tool_calls within messages are JSON.
 """
 
-import glob
 import hashlib
 import itertools
 import json
 import os
-import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
@@ -22,6 +19,9 @@ import pyarrow as pa
 import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+
+from eaft_verl.data.memory_map import map_of
+from eaft_verl.files import temporary_beside
 
 _TURN = pa.struct(
     [
@@ -168,8 +168,11 @@ def to_batch(examples: Sequence[Example]) -> pa.RecordBatch:
     return pa.record_batch([columns[name] for name in SCHEMA.names], schema=SCHEMA)
 
 
-def write_batches(path: Path, batches: Callable[[], Iterable[pa.RecordBatch]]) -> str:
-    """Write NAME.parquet in one move, its memory map beside it; the file's sha256.
+_Batches = Callable[[], Iterable[pa.RecordBatch]]
+
+
+def write_batches(path: Path, batches: _Batches, announce: Callable[[str], object] = str) -> str:
+    """Write NAME.parquet in one move; its sha256, of which `announce` is told before the file gets its name.
 
     batches: of SCHEMA, called twice, because columns that no example fills are left out of the file.
     """
@@ -185,6 +188,7 @@ def write_batches(path: Path, batches: Callable[[], Iterable[pa.RecordBatch]]) -
                 writer.write_batch(group)
         os.chmod(temporary, 0o644)
         key = file_hash(temporary)
+        announce(key)
         os.replace(temporary, path)
     return key
 
@@ -209,26 +213,8 @@ def trained_of(examples: Sequence[Example]) -> NDArray[np.int64]:
 
 
 def read_examples(path: Path, key: str | None = None) -> Examples:
-    """The examples of a file that write_batches wrote, in order, by memory map.
-
-    The map is an uncompressed copy that lies beside the file under the file's own hash, and is made where it is not
-    there; in a temporary folder where nothing can be written beside the file. key: the file's sha256, if known.
-    """
-    key = key or file_hash(path)
-    name = f".{path.stem}.{key[:16]}.arrow"
-    folder = path.parent if os.access(path.parent, os.W_OK) else Path(tempfile.gettempdir())
-    mapped = folder / name
-    if not mapped.exists():
-        with temporary_beside(mapped) as temporary:
-            source = pq.ParquetFile(path)
-            with source, ipc.new_file(str(temporary), source.schema_arrow.remove_metadata()) as table:
-                for batch in source.iter_batches(_GROUP):
-                    table.write_batch(batch)
-            os.replace(temporary, mapped)
-        for old in folder.glob(f".{glob.escape(path.stem)}.{'?' * 16}.arrow"):
-            if old != mapped:
-                old.unlink(missing_ok=True)
-    return Examples(ipc.open_file(pa.memory_map(str(mapped))).read_all())
+    """The examples of a file that write_batches wrote, in order, by memory map. key: the file's sha256, if known."""
+    return Examples(ipc.open_file(pa.memory_map(str(map_of(path, key or file_hash(path))))).read_all())
 
 
 def file_hash(path: Path) -> str:
@@ -238,17 +224,6 @@ def file_hash(path: Path) -> str:
         while block := stream.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
-
-
-@contextmanager
-def temporary_beside(path: Path) -> Iterator[Path]:
-    """A new file beside `path`, gone afterwards unless it was moved."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        yield Path(name)
-    finally:
-        Path(name).unlink(missing_ok=True)
 
 
 def _grouped(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

@@ -6,12 +6,13 @@ decides (too long, control tokens, a template that changes turns) aborts, unless
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from eaft_verl.data.accept import Taker
-from eaft_verl.data.account import describe, raise_refused
+from eaft_verl.data.account import check_rejected, describe, raise_refused
 from eaft_verl.data.encode import check_tokenizer, render, special_tokens
 from eaft_verl.data.leakage import Against, leakage_of
 from eaft_verl.data.parquet import Example, Examples, file_hash, read_examples, write_batches
@@ -32,6 +33,13 @@ __all__ = [
     "template_hash",
 ]
 SCHEMA = 1
+_ANEW = "prepare the data under another name, or delete both files, if `eaft prepare` made them, and run it again"
+_KEYS: dict[str, type | tuple[type, ...]] = {  # that others read, dotted
+    **dict.fromkeys(("spec", "counts", "tokens", "lengths", "counts.rejected"), dict),
+    **dict.fromkeys(("counts.read", "counts.kept", "counts.examples", "tokens.total", "tokens.trained"), int),
+    **dict.fromkeys(("parquet_sha256", "template_hash", "tokenizer"), str),
+    **{"rejected": list, "source_sha256": (str, list), "lengths.max": int, "lengths.edges": list},
+}
 _PROBES = (
     [{"role": "user", "content": "Wie? 3+4"}, {"role": "assistant", "content": "Sieben, 7."}],
     [{"role": "system", "content": "Kurz."}, {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ja"}],
@@ -70,16 +78,20 @@ def manifest_path(path: Path) -> Path:
     return path.with_suffix(".manifest.json")
 
 
-def prepare(spec: DataSpec, tokenizer: Any, out: Path, against: Against | None = None) -> Prepared:
+def prepare(
+    spec: DataSpec, tokenizer: Any, out: Path, against: Against | None = None, max_rejected: float = 1.0
+) -> Prepared:
     """Prepared data at `out` (NAME.parquet), made now or found there from the same source, settings and template.
 
-    against: questions that the rows must not contain; the manifest's `leakage` says which do.
-    Raises DataError if rows are refused (the first five are named) or none is left, or if `out` holds something else:
-    prepared data is never overwritten. Half of an earlier write (no manifest) is no prepared data and is redone.
+    against: questions that the rows must not contain; the manifest's `leakage` says which do. max_rejected: share of
+    the rows of a source that may be faulty and left out.
+    Raises DataError if more of them are faulty, if rows are refused (the first five are named) or none is left, or if
+    `out` holds something else:
+    nothing is ever overwritten, least of all a source. The manifest is written first, so that a file without one is
+    somebody else's; a manifest alone is half of an earlier write, which is redone.
     """
     out = Path(out)
-    if out.suffix != ".parquet":
-        raise ConfigError(f"prepared data is written as NAME.parquet, got {out.name!r}")
+    _require_free(spec, out)
     identity = _identity(spec, tokenizer, against)
     if manifest_path(out).exists() and out.exists():
         if differs := _differences(read_manifest(out), identity):
@@ -88,32 +100,70 @@ def prepare(spec: DataSpec, tokenizer: Any, out: Path, against: Against | None =
                 "output, or delete it and its manifest"
             )
         known = load_prepared(out, tokenizer)
+        check_rejected(known.manifest, max_rejected)
         prepared = check_leakage(known, against)
         if prepared is not known:
             write_json(manifest_path(out), prepared.manifest)
         return prepared
     with take_all(Taker(spec, tokenizer, against), out) as outcome:
         raise_refused(spec, outcome)
-        key = write_batches(out, outcome.batches)
-        manifest = {**identity, **describe(tokenizer, outcome), "parquet_sha256": key}
-    if against:
-        manifest["leakage"] = against.account(outcome.leaks)
-    write_json(manifest_path(out), manifest)
+        manifest = {**identity, **describe(tokenizer, outcome)}
+        check_rejected(manifest, max_rejected)
+        if against:
+            manifest["leakage"] = against.account(outcome.leaks)
+
+        def account(key: str) -> None:
+            write_json(manifest_path(out), {**manifest, "parquet_sha256": key})
+
+        key = write_batches(out, outcome.batches, account)
     return Prepared(out, read_examples(out, key), read_manifest(out))
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest beside NAME.parquet; DataError if it is missing, broken or of another version."""
-    try:
-        manifest = read_json(manifest_path(path))
-    except RunError as error:
-        raise DataError(f"{path} is not prepared data: {error}; run `eaft prepare`") from None
-    if manifest.get("schema") != SCHEMA:
+def _require_free(spec: DataSpec, out: Path) -> None:
+    """DataError unless `out` and its manifest are free or ours, and `out` is no part of what is read."""
+    if out.suffix != ".parquet":
+        raise ConfigError(f"prepared data is written as NAME.parquet, got {out.name!r}")
+    manifest = manifest_path(out)
+    if os.path.lexists(out) and not manifest.exists():
         raise DataError(
-            f"{path} has manifest schema {manifest.get('schema')!r}, this version reads {SCHEMA}; delete both files "
-            "and run `eaft prepare` again"
+            f"{out} exists and was not made by `eaft prepare` (there is no {manifest.name}); nothing is overwritten: "
+            "choose another output"
         )
+    if os.path.lexists(manifest):
+        read_manifest(out)
+    for source in spec.sources:
+        folder = Path(source.source).expanduser()
+        if folder.is_dir() and folder.resolve() in out.resolve().parents:
+            raise DataError(
+                f"{out} lies in its own source {folder}, of which it would be a part; choose another output"
+            )
+
+
+def read_manifest(path: Path, *needed: str) -> dict[str, Any]:
+    """The manifest beside NAME.parquet; DataError if it is missing, somebody else's, of another version or damaged.
+
+    needed: keys that must be there, dotted; all by default.
+    """
+    file = manifest_path(path)
+    if not file.exists():
+        raise DataError(f"{path} is not prepared data: {file} does not exist; run `eaft prepare`")
+    try:
+        manifest = read_json(file)
+    except RunError as error:
+        raise DataError(f"{str(error).partition(';')[0]}; {_ANEW}") from None
+    if not isinstance(manifest, dict) or "schema" not in manifest:
+        raise DataError(f"{file} is no manifest of `eaft prepare`; {_ANEW}")
+    if manifest["schema"] != SCHEMA:
+        raise DataError(f"{path} has manifest schema {manifest['schema']!r}, this version reads {SCHEMA}; {_ANEW}")
+    if lacking := [key for key in needed or _KEYS if not isinstance(_inside(manifest, key), _KEYS[key])]:
+        raise DataError(f"{file} is damaged or of another kind: {lacking[0]} is missing or wrong; {_ANEW}")
     return manifest
+
+
+def _inside(manifest: dict[str, Any], dotted: str) -> Any:
+    outer, _, key = dotted.rpartition(".")
+    found = manifest.get(outer) if outer else manifest
+    return found.get(key) if isinstance(found, dict) else None
 
 
 def load_prepared(path: Path, tokenizer: Any | None = None) -> Prepared:

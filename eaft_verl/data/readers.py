@@ -3,12 +3,14 @@
 import io
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from datetime import date, datetime, time
 from decimal import Decimal
 from pathlib import Path
 from typing import IO, Any, cast
 
+from eaft_verl.data.spec import why_no_json
 from eaft_verl.errors import DataError
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -24,9 +26,13 @@ def count_in_file(file: str) -> int | None:
     if not path.is_file():
         return None
     if path.suffix == ".parquet":
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        return pq.ParquetFile(path).metadata.num_rows
+        try:
+            return pq.ParquetFile(path).metadata.num_rows
+        except (pa.ArrowException, OSError):  # whoever reads it says what is wrong
+            return None
     if path.suffix != ".jsonl":
         return None
     with path.open("rb") as stream:
@@ -56,8 +62,12 @@ def read_file(file: str) -> Iterator[Any]:
     try:
         with _open(file) as stream:
             start = stream.read(64)
-    except (OSError, EOFError) as error:
+        yield from _rows(file, start)
+    except (OSError, EOFError, zlib.error) as error:  # a compressed file that is cut off or damaged anywhere
         raise DataError(f"{file} cannot be read ({error})") from None
+
+
+def _rows(file: str, start: bytes) -> Iterator[Any]:
     if start[:4] == b"PAR1":
         return _read_parquet(file)
     if wide := _wide(start):
@@ -92,7 +102,7 @@ def _is_lines(file: str) -> bool:
         more = any(line.strip() for line in iter(lambda: stream.readline(CHUNK), b""))
     try:
         value = json.loads(first.decode("utf-8", errors="surrogateescape"), strict=False)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         # A broken first line is one of a file of lines if it ends as a row does.
         return first.startswith(b"{") and more and b"}" in first
     return (more or _suffix(file) != ".json") and not _is_array(value)
@@ -123,8 +133,8 @@ def _parse_line(raw: bytes, where: str) -> Any:
             f"{where} is not valid UTF-8 (byte 0x{raw[error.start]:02x} at column {error.start + 1}); "
             "convert the file to UTF-8"
         ) from None
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where} is not valid JSON ({error}); one object per line is expected") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where} is not valid JSON ({why_no_json(error)}); one object per line is expected") from None
 
 
 def _read_array(file: str) -> Iterator[Any]:
@@ -175,6 +185,8 @@ def _next_element(
             error: ValueError = ValueError("a number at the end")
         except json.JSONDecodeError as found:
             error = found
+        except (ValueError, RecursionError) as found:
+            raise DataError(f"{file} is not valid JSON ({why_no_json(found)})") from None
         more = read(max(CHUNK, len(buffer)))
         if not more:
             cause = ", or not valid UTF-8" if _SURROGATE.search(buffer) else ""
@@ -185,8 +197,8 @@ def _next_element(
 def _parse_whole(file: str, text: str) -> Any:
     try:
         return json.loads(text, strict=False)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{file} is not valid JSON ({error})") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file} is not valid JSON ({why_no_json(error)})") from None
 
 
 def _check_raw(text: str, where: str) -> None:
@@ -215,7 +227,9 @@ def _read_parquet(file: str) -> Iterator[Any]:
                 number += len(rows)
                 for row in rows:
                     yield {key: _decoded(value, types[key]) for key, value in row.items()}
-    except (pa.ArrowInvalid, OSError, KeyError) as error:
+    except DataError:
+        raise
+    except (pa.ArrowException, ValueError, OverflowError, RecursionError, OSError, KeyError) as error:
         raise DataError(f"{file} is not a readable parquet file ({error})") from None
 
 

@@ -173,6 +173,6 @@ def _missing_tool(tools: list[dict[str, Any]], squeezed: str) -> str:
         parameters = function.get("parameters")
         properties = parameters.get("properties") if isinstance(parameters, dict) else None
         for name in (function["name"], *(properties if isinstance(properties, dict) else ())):
-            if squeeze(name) not in squeezed:
+            if squeeze(str(name)) not in squeezed:
                 return f"{name!r} of {function['name']!r}" if name != function["name"] else repr(name)
     return ""

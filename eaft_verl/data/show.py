@@ -6,6 +6,7 @@ from typing import Any, TextIO
 
 from eaft_verl.boundary import inert, masked, unguarded
 from eaft_verl.data.prepare import Prepared
+from eaft_verl.data.roles import inspect
 
 # (trained, special): style
 _STYLES = {
@@ -34,6 +35,8 @@ def show(prepared: Prepared, tokenizer: Any, count: int, stream: TextIO) -> None
             f"--- {number}/{len(prepared.examples)}  {inert(example.id)}  {tokens} tokens, {trained} trained",
             style="bold",
         )
+        for flag in inspect(tokenizer, example).flags:
+            console.print(f"! {flag}", style="yellow")
         if not console.is_terminal:
             console.print(bracketed(tokenizer, example.input_ids, example.loss_mask))
             continue
@@ -59,3 +62,8 @@ def _pieces(
         text = tokenizer.decode([index for index, _ in run], clean_up_tokenization_spaces=False)
         pieces.append((trained, is_special, inert(masked(text)).replace("\n", "⏎\n")))
     return pieces
+
+
+def visible(text: str) -> str:
+    """The text on one line, breaks as ⏎, with nothing in it that steers a terminal."""
+    return inert(masked(text)).replace("\n", "⏎")

@@ -137,9 +137,25 @@ def _hash_file(file: str) -> str:
     return digest.hexdigest()
 
 
+def names_file(source: str) -> bool:
+    """Whether the source must exist here: it looks like a path, or there is something of that name."""
+    if source.startswith(GENERATED) or "://" in source:
+        return False
+    path_like = source.startswith((".", "/", "~")) or _SUFFIX.search(source) or _GLOB.search(source)
+    return bool(path_like) or Path(source).exists()
+
+
+def at_hand(source: str) -> bool:
+    """Whether the source is read without asking a hub or a store."""
+    try:
+        return source.startswith(GENERATED) or ("://" not in source and bool(files_of(source)))
+    except DataError:
+        return False
+
+
 def _hub_id(source: str) -> str:
     """`source` if it can be a hub id; anything that looks like a path must exist and is never asked of the hub."""
-    if source.startswith((".", "/", "~")) or _SUFFIX.search(source):
+    if names_file(source):
         raise DataError(f"{source} is not a file; give an existing {', '.join(SUFFIXES)} file")
     if not _HUB_ID.fullmatch(source):
         raise DataError(

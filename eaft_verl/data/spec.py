@@ -1,5 +1,6 @@
 """What a user asks of a data set, and the error that refuses one row of it."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -166,6 +167,13 @@ def _source(entry: Any, name: str | None, key: str, common: Mapping[str, Any]) -
     source = Source(**{**common, "source": None, **given, "name": given.get("name", name)})
     source.check(key)
     return source
+
+
+def why_no_json(error: ValueError | RecursionError) -> str:
+    """What is wrong with JSON text that Python's reader refuses, in words for whoever wrote it."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return str(error) if isinstance(error, json.JSONDecodeError) else "a number of more than 4,300 digits"
 
 
 class RowError(DataError):

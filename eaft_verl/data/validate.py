@@ -3,7 +3,7 @@
 import functools
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from eaft_verl.data.spec import RowError
@@ -114,6 +114,13 @@ def _check_turns(messages: list[Message]) -> None:
     for number, message in enumerate(messages, 1):
         if message["role"] == "assistant" and not message["content"].strip() and not message.get("tool_calls"):
             raise RowError("empty_assistant", f"turn {number} (assistant) is empty")
+
+
+def check_fields(fields: Mapping[str, Any]) -> None:
+    """RowError if a text beside the messages, however deep in its field, cannot be written as UTF-8 or to a file."""
+    for name, value in fields.items():
+        for text in _strings(value):
+            _check_characters(text, name)
 
 
 def _check_characters(text: str, where: str) -> None:

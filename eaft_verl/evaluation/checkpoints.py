@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eaft_verl.errors import RunError
+from eaft_verl.evaluation.model_files import check_model_files
 from eaft_verl.evaluation.settings import EvaluateSettings, evaluation_key
 from eaft_verl.files import computed_once, write_json
 from eaft_verl.models import model_key, resolve_model
@@ -105,6 +106,8 @@ def evaluate_checkpoints(
         return
     session = _Session(run, settings, resolve_model(base_model), Path(work))
     paths = {step: resolve_model(path) for step, path in checkpoints.items() if step in pending or noisy}
+    for path in {session.base, *paths.values()}:
+        check_model_files(path)
     names = {name for missing in pending.values() for name in missing}
     _prepare(session, {*names, *_names(settings, 0, 1)} if noisy else names)
     for step, missing in pending.items():

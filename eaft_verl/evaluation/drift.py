@@ -92,9 +92,16 @@ def probe_path(
 
 @torch.inference_mode()
 def make_probe(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[dict[str, Any]], new_tokens: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[dict[str, Any]],
+    new_tokens: int,
+    **sampling: Any,
 ) -> Sequence[Example]:
-    """The base's own greedy answers of at most new_tokens tokens, its end token included where it came to an end."""
+    """The base's own answers of at most new_tokens tokens, its end token included where it came to an end.
+
+    sampling: arguments of transformers' generate; greedy without any.
+    """
     texts = [
         render(tokenizer, prompt["messages"], prompt["tools"], generate=True, kwargs=prompt.get("chat_template_kwargs"))
         for prompt in prompts
@@ -105,7 +112,7 @@ def make_probe(
     for start in range(0, len(order), PROBE_BATCH):
         batch = order[start : start + PROBE_BATCH]
         answers |= dict(
-            zip(batch, _generate(model, tokenizer, [ids[index] for index in batch], new_tokens), strict=True)
+            zip(batch, _generate(model, tokenizer, [ids[index] for index in batch], new_tokens, sampling), strict=True)
         )
     written = {index: tokenizer.decode(found, skip_special_tokens=True) for index, found in answers.items()}
     return [
@@ -115,22 +122,27 @@ def make_probe(
             input_ids=ids[index] + answers[index],
             loss_mask=[0] * len(ids[index]) + [1] * len(answers[index]),
             tools=prompt["tools"],
+            chat_template_kwargs=prompt.get("chat_template_kwargs"),
         )
         for index, prompt in enumerate(prompts)
     ]
 
 
 def _generate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[list[int]], new_tokens: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: list[list[int]],
+    new_tokens: int,
+    sampling: dict[str, Any],
 ) -> list[list[int]]:
-    """Greedy continuations of a left-padded batch, cut after the first end token."""
+    """Continuations of a left-padded batch, cut after the first end token."""
     shipped = model.generation_config.eos_token_id
     ends = shipped if isinstance(shipped, list) else [tokenizer.eos_token_id]
     batch = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt").to(model.device)
     output = cast(Any, model).generate(
         **batch,
         max_new_tokens=new_tokens,
-        do_sample=False,
+        **({"do_sample": False} | sampling),
         eos_token_id=ends,
         pad_token_id=tokenizer.pad_token_id,
     )

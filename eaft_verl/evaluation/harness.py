@@ -24,6 +24,7 @@ from transformers import (
 from eaft_verl.data.template import template_arguments
 from eaft_verl.errors import DataError
 from eaft_verl.evaluation.benchmarks import Benchmark
+from eaft_verl.evaluation.model_files import require_all
 from eaft_verl.evaluation.quiet import quiet
 from eaft_verl.evaluation.records import Fit, Sample, convert
 from eaft_verl.evaluation.settings import EvaluateSettings
@@ -52,8 +53,10 @@ def load_model(path: Path | str, settings: EvaluateSettings) -> tuple[PreTrained
     if device == "cuda" and torch.cuda.device_count() > 1:
         options["device_map"] = "auto"
     with quiet():
-        model = AutoModelForCausalLM.from_pretrained(**hub_arguments(path), **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(**hub_arguments(path), **options, output_loading_info=True)
+        model: PreTrainedModel = loaded[0]
         tokenizer = AutoTokenizer.from_pretrained(**hub_arguments(path), padding_side="left")
+    require_all(path, loaded[1])  # of a hub id that was not at hand when the evaluation began
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.generation_config = _greedy(model, tokenizer)

@@ -1,9 +1,7 @@
 """The questions that a recipe's benchmarks ask, read without lm_eval: what training data must not contain."""
 
-from pathlib import Path
-
 from eaft_verl.data.columns import PROMPT_KEYS
-from eaft_verl.data.sources import GENERATED, read_rows
+from eaft_verl.data.sources import at_hand, read_rows
 from eaft_verl.errors import ConfigError, DataError
 from eaft_verl.evaluation.settings import EvaluateSettings
 from eaft_verl.evaluation.tasks import Entry, OwnTask
@@ -35,7 +33,7 @@ def _unreadable(entry: Entry) -> str:
     if entry.own is None:
         return "lm-evaluation-harness reads its documents itself; `eaft prepare --against FILE` checks a copy of them"
     source = str(entry.data or entry.own.data)
-    if source.startswith(GENERATED) or Path(source).is_file():
+    if at_hand(source):
         return ""
     return f"its documents are on a hub; `eaft prepare --against {source}` checks them"
 

@@ -6,10 +6,9 @@ import importlib.util
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any
 
-from eaft_verl.data.sources import GENERATED, source_hash
+from eaft_verl.data.sources import at_hand, source_hash
 from eaft_verl.errors import ConfigError
 from eaft_verl.evaluation.tasks import Entry, absent, parse_entries, task_text
 
@@ -150,6 +149,6 @@ def _entry_key(entry: Entry) -> dict[str, Any]:
 
 def _source_key(source: str | None) -> str | None:
     """Hash of a local or generated source; a hub id stands for itself, because reading it may need the network."""
-    if source is None or not (source.startswith(GENERATED) or Path(source).is_file()):
+    if source is None or not at_hand(source):
         return source
     return source_hash(source)

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from eaft_verl.data.readers import SUFFIXES
+from eaft_verl.data.sources import at_hand, names_file
 from eaft_verl.errors import ConfigError
 
 TASK_FILES = Path(__file__).with_name("task_files")
@@ -172,10 +172,10 @@ def absent(entry: Entry, key: str, *, elsewhere: bool = False) -> str:
     """What the entry still needs before it can be scored, as a message; '' if it has all. `elsewhere`: see `check`."""
     if entry.task in UNBUILT:
         return f"{key}: {entry.task} {UNBUILT[entry.task]}; until then leave it out of the recipe"
-    if entry.data is None or Path(entry.data).suffix not in SUFFIXES:
+    if entry.data is None or not names_file(entry.data):
         return ""
     if elsewhere:
         return "" if Path(entry.data).is_absolute() else f"{key}.data={entry.data!r} must be an absolute path there"
-    if Path(entry.data).is_file():
+    if at_hand(entry.data):
         return ""
     return f"{key}.data={entry.data!r} does not exist; give an existing file, generate:NAME or a hub id"

@@ -52,7 +52,8 @@ def compare(
     require_same(base.run, configs[0])
     for config, pair in zip(configs, stages, strict=True):
         require_same(pair[0].run, config)
-    warn_of(dict.fromkeys(note for config in configs for note in _notes(config)))
+    if not dry_run:  # reading the model's code takes seconds; `eaft train --dry-run` and `eaft doctor` do
+        warn_of(dict.fromkeys(note for config in configs for note in _notes(config)))
     if dry_run:
         _show(configs, base, stages)
         return 0
@@ -77,7 +78,7 @@ def _show(configs: list[Config], base: Stage, stages: list[tuple[Stage, Stage]])
         print(f"{'done' if stage.done else 'todo'}  {stage.label:32} eaft {' '.join(stage.arguments)}")
     runs = " ".join(str(stage.run) for stage in (base, *(pair[0] for pair in stages)))
     print(f"todo  {'report':32} eaft report {runs}")
-    warn(list(dict.fromkeys(message for config in configs for message in pending(config))))
+    warn(list(dict.fromkeys(message for config in configs for message in pending(config, contents=True))))
 
 
 def parse_seeds(text: str | None) -> list[int] | None:

@@ -6,11 +6,12 @@ from typing import Any
 from eaft_verl.data.prepare import template_hash
 from eaft_verl.errors import ConfigError, RunError
 from eaft_verl.evaluation.checkpoints import evaluate_checkpoints
+from eaft_verl.evaluation.model_files import check_model_files
 from eaft_verl.evaluation.settings import EvaluateSettings, evaluation_key
 from eaft_verl.experiment.environment import describe
 from eaft_verl.models import check_model, load_tokenizer, model_key, resolve_model
 from eaft_verl.recipe.checks import check
-from eaft_verl.recipe.config import Config, as_yaml, configuration
+from eaft_verl.recipe.config import Config, as_yaml, stored_configuration
 from eaft_verl.recipe.datasets import prepare_data
 from eaft_verl.recipe.resolve import load_recipe, resolve
 from eaft_verl.recipe.views import evaluate_settings
@@ -41,7 +42,7 @@ def _evaluate_run(run: Run) -> Run:
     info = run.info
     if info["status"] != "finished":
         raise RunError(f"{run.path} has status {info['status']!r}; only a finished run is evaluated: train it first")
-    config = configuration(run.config)
+    config = stored_configuration(run.config)
     settings = settings_for(config, load_tokenizer(resolve_model(config.model)))
     if info["kind"] == "base":
         checkpoints: dict[int, Path | str] = {0: resolve_model(config.model)}
@@ -54,6 +55,7 @@ def _evaluate_run(run: Run) -> Run:
 
 def _evaluate_model(config: Config, out: Path | None) -> Run:
     model = resolve_model(config.model)
+    check_model_files(model)
     tokenizer = load_tokenizer(model)
     settings = settings_for(config, tokenizer)
     keys = {

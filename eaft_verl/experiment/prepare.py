@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from eaft_verl.data.account import check_rejected, rows_used
 from eaft_verl.data.leakage import Against, summary
 from eaft_verl.data.prepare import Prepared, check_leakage, load_prepared, manifest_path, prepare
 from eaft_verl.data.show import show
@@ -23,6 +24,7 @@ def prepare_command(options: argparse.Namespace) -> None:
         if not (source.suffix == ".parquet" and manifest_path(source).exists()):
             raise ConfigError(f"OUT is missing: name the .parquet file that {options.source} is to be prepared into")
         prepared = check_leakage(load_prepared(source, tokenizer), _against(options))
+        check_rejected(prepared.manifest, options.max_rejected)
     else:
         spec = DataSpec(
             source=options.source,
@@ -33,7 +35,7 @@ def prepare_command(options: argparse.Namespace) -> None:
             rows=options.rows,
             columns=_columns(options.column),
         )
-        prepared = prepare(spec, tokenizer, options.out, _against(options))
+        prepared = prepare(spec, tokenizer, options.out, _against(options), options.max_rejected)
     print(_summary(prepared))
     if options.show:
         show(prepared, tokenizer, options.show, sys.stdout)
@@ -72,7 +74,8 @@ def _summary(prepared: Prepared) -> str:
         f"{prepared.path}: {counts['examples']} examples from {counts['read']} rows, {tokens['total']:,} tokens, "
         f"{tokens['trained']:,} trained; manifest {manifest_path(prepared.path)}"
     ]
-    lines += [f"rejected row {entry['row']}: {entry['reason']}" for entry in prepared.manifest["rejected"][:5]]
+    if counts["rejected"]:
+        lines.append(rows_used(prepared.manifest))
     if counts.get("open_turns"):
         lines.append(f"{counts['open_turns']} turns train no end-of-turn token: the chat template writes none")
     if unused := prepared.manifest.get("columns_not_used"):
@@ -84,8 +87,6 @@ def _summary(prepared: Prepared) -> str:
         lines.append(
             f"{name}: {part['kept']} rows, {part['tokens']['trained']:,} tokens trained, {part['left_out']} left out"
         )
-    if (more := len(prepared.manifest["rejected"]) - 5) > 0:
-        lines.append(f"... and {more} more rejected rows, listed in the manifest")
     if leakage := prepared.manifest.get("leakage"):
         lines += summary(leakage)
     return "\n".join(lines)

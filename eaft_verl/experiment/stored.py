@@ -17,7 +17,7 @@ from eaft_verl.runs import Run, is_run
 
 # where a run lies, how it is saved, watched and resumed decide nothing of what it becomes
 FREE = (
-    *("recipe", "output", "save_minutes", "resume"),
+    *("recipe", "output", "save_minutes", "resume", "data.max_rejected"),
     *("verl.trainer.save_freq", "verl.trainer.test_freq", "verl.trainer.max_ckpt_to_keep"),
 )
 PLACES = ("verl.trainer.nnodes", "verl.trainer.n_gpus_per_node")  # free too: a state is loaded by any number of workers

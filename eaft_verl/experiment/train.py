@@ -2,6 +2,7 @@
 
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ from eaft_verl.cluster.doctor import require_machine
 from eaft_verl.data.parquet import Examples
 from eaft_verl.data.prepare import Prepared
 from eaft_verl.errors import RunError, require
+from eaft_verl.evaluation.model_files import check_model_files
 from eaft_verl.evaluation.settings import evaluation_key
 from eaft_verl.experiment.derive import Derived, derive
 from eaft_verl.experiment.environment import describe
 from eaft_verl.experiment.stored import SHOWN, changeable, forbidden, settings_that_differ
+from eaft_verl.experiment.token_stats import base_of
 from eaft_verl.models import check_same_vocabulary, load_config, load_tokenizer, model_key, resolve_model
 from eaft_verl.recipe.checks import warn_of
 from eaft_verl.recipe.config import Config, as_yaml, changed, plain
@@ -28,13 +31,15 @@ def train(config: Config, declared: list[str]) -> Run:
     """Train one arm; the returned run is finished. A failure is written into run.json and raised."""
     require_machine(config)
     model = resolve_model(config.model)
+    check_model_files(model)
     if config.objective and (anchor := objective_of(config).anchor) and anchor.reference:
+        check_model_files(resolve_model(anchor.reference))
         check_same_vocabulary(model, anchor.reference)
     tokenizer = load_tokenizer(model)
     data = prepare_data(config, tokenizer, "train")
     heldout = prepare_data(config, tokenizer, "heldout") if config.data.heldout else None
     if config.trainer == "sft":
-        check_lengths(config, data)
+        check_lengths(config, data.examples)
         check_weights(config, data)
     keys = {
         "model": model_key(config.model),
@@ -55,7 +60,8 @@ def train(config: Config, declared: list[str]) -> Run:
                 run.update(**train_grpo(config, run, data, str(model), tokenizer))
                 run.update(status="finished", finished=time.time())
             else:
-                train_sft(config, run, data, heldout.examples if heldout else [], str(model), keys)
+                base = partial(base_of, config, keys, data.examples, tokenizer)
+                train_sft(config, run, data, heldout.examples if heldout else [], str(model), keys, base)
         except BaseException as error:
             run.update(status="failed", error=cause_of(error))
             raise

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eaft_verl.errors import ConfigError
+from eaft_verl.errors import ConfigError, RunError, require
+from eaft_verl.files import read_json
 from eaft_verl.models import resolve_model
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "glm4")
@@ -96,6 +97,9 @@ KNOWN = {
 }
 
 
+SIZES = ("num_attention_heads", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+
+
 def architecture_of(model: str) -> Architecture:
     """Sizes of a local folder, a model of the table, or a hub id whose config.json can be had.
 
@@ -112,8 +116,13 @@ def architecture_of(model: str) -> Architecture:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a folder."""
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    """config.json of a folder; ConfigError for one that is damaged."""
+    try:
+        found = read_json(folder / "config.json")
+    except RunError as error:
+        raise ConfigError(f"{str(error).partition(';')[0]}; copy or download the model again") from None
+    require(isinstance(found, dict), f"{folder / 'config.json'} is no mapping; copy or download the model again")
+    return found
 
 
 def from_config(config: dict[str, Any], model: str) -> Architecture:
@@ -124,6 +133,8 @@ def from_config(config: dict[str, Any], model: str) -> Architecture:
             f"model={model!r} is of type {family!r}; `eaft plan` knows the parts of {', '.join(FAMILIES)}; "
             "plan with a model of one of these types and about the same size"
         )
+    if lacking := [key for key in SIZES if not isinstance(config.get(key), int)]:
+        raise ConfigError(f"model={model!r}: {lacking[0]} is missing in its config.json, or no number")
     heads = config["num_attention_heads"]
     return Architecture(
         family=family,

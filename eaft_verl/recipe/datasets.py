@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from eaft_verl.data.account import check_rejected, rows_used
 from eaft_verl.data.columns import PROMPT_KEYS
 from eaft_verl.data.formats import to_messages
 from eaft_verl.data.leakage import Against, summary
@@ -19,7 +20,7 @@ from eaft_verl.data.prepare import (
     read_manifest,
     source_hashes,
 )
-from eaft_verl.data.sources import GENERATED, files_of, iter_rows
+from eaft_verl.data.sources import at_hand, iter_rows
 from eaft_verl.data.spec import Columns, RowError, Source, sources_of
 from eaft_verl.errors import DataError
 from eaft_verl.evaluation.questions import benchmark_questions
@@ -33,14 +34,17 @@ def prepare_data(config: Config, tokenizer: Any, which: str) -> Prepared:
     """The recipe's 'train' or 'heldout' data, prepared in OUTPUT/data unless the source is prepared already.
 
     Training data is compared with the recipe's benchmarks and held-out data: what is found is printed to stderr and
-    stands in the manifest's `leakage`, or is refused or left out, as `data.leakage` says.
+    stands in the manifest's `leakage`, or is refused or left out, as `data.leakage` says. How many rows are used is
+    printed there too; DataError if more than `data.max_rejected` of them are faulty.
     """
     against = recipe_questions(config) if which == "train" else None
-    out = prepared_path(config, which)
+    out, limit = prepared_path(config, which), config.data.max_rejected
     if out == Path(str(source_of(config, which))).expanduser():
         prepared = check_leakage(load_prepared(out, tokenizer), against)
+        check_rejected(prepared.manifest, limit)
     else:
-        prepared = prepare(data_spec(config, which), tokenizer, out, against)
+        prepared = prepare(data_spec(config, which), tokenizer, out, against, limit)
+    print(f"data.{which}: {rows_used(prepared.manifest)}", file=sys.stderr, flush=True)
     if against and any(entry["hits"] for entry in prepared.manifest["leakage"]["against"].values()):
         print("\n".join(summary(prepared.manifest["leakage"])), file=sys.stderr)
     return prepared
@@ -89,7 +93,7 @@ def prepared_otherwise(config: Config, which: str) -> list[str]:
     """'data.key=asked (prepared with stated)' for what prepared data named as a source decides otherwise."""
     if not source_of(config, which) or prepared_path(config, which) != Path(str(source_of(config, which))).expanduser():
         return []
-    stated, asked = read_manifest(prepared_path(config, which))["spec"], asdict(data_spec(config, which))
+    stated, asked = read_manifest(prepared_path(config, which), "spec")["spec"], asdict(data_spec(config, which))
     name = {"rows": "heldout_rows"} if which == "heldout" else {}
     return [
         f"data.{name.get(key, key)}={value} (prepared with {stated.get(key)})"
@@ -105,8 +109,8 @@ def changed_content(config: Config, which: str, keys: Mapping[str, str]) -> list
         return []
     sources = [one.source for one in spec.sources]
     if sources == [str(source_of(config, which))] and prepared == Path(sources[0]).expanduser():
-        same = which != "train" or read_manifest(prepared)["parquet_sha256"] == keys["data"]
+        same = which != "train" or read_manifest(prepared, "parquet_sha256")["parquet_sha256"] == keys["data"]
     else:
-        readable = all(source.startswith(GENERATED) or files_of(source) for source in sources)
-        same = not readable or read_manifest(prepared)["source_sha256"] == source_hashes(spec)
+        readable = all(map(at_hand, sources))
+        same = not readable or read_manifest(prepared, "source_sha256")["source_sha256"] == source_hashes(spec)
     return [] if same else [f"data.{which}: {', '.join(sources)} holds other rows"]

@@ -86,6 +86,8 @@ def _read(path: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _load(path: Path, extending: Path | None) -> dict[str, Any]:
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"recipe {path} is a folder; name a YAML file")
     if not path.is_file():
         near = sorted(str(found) for found in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         by = f", which {extending} extends," if extending else ""

@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from eaft_verl.errors import ConfigError
-from eaft_verl.recipe.config import Config, configuration, plain
+from eaft_verl.recipe.config import Config, configuration, own_defaults
 from eaft_verl.recipe.file import read_recipe
 from eaft_verl.recipe.keys import (
     ENGINE_OF_GRPO,
@@ -78,8 +78,7 @@ def resolve(recipe: Recipe, arm: str, overrides: Iterable[str] = ()) -> Config:
     """The whole configuration of one arm, read-only. Cross-field checks are `checks.check(...)`."""
     if arm not in recipe.arms:
         raise ConfigError(f"{recipe.path} has no arm {arm!r}; its arms are {', '.join(recipe.arms)}")
-    defaults: dict[str, Any] = plain(OmegaConf.load(Path(__file__).with_name("defaults.yaml")))
-    defaults.pop("arms")
+    defaults = own_defaults()
     layers = [(f"{recipe.path}", recipe.shared), (f"{recipe.path}: arms.{arm}", recipe.arms[arm])]
     layers.append(("command line", _overrides(overrides)))
     trainer, device = _trainer(layers), _device(layers)
@@ -94,7 +93,7 @@ def resolve(recipe: Recipe, arm: str, overrides: Iterable[str] = ()) -> Config:
         tree["objective"] = tree["fused_head"] = None
     tree["name"] = tree["name"] or recipe.name
     _check_name(tree["name"])
-    tree["output"] = str(Path(tree["output"] or Path("runs") / tree["name"]).absolute())
+    tree["output"] = str(Path(tree["output"] or Path("runs") / tree["name"]).expanduser().absolute())
     tree |= {"recipe": str(recipe.path), "arm": arm, **_matched(recipe, arm, tree, layers[-1][1])}
     try:
         return configuration(tree)

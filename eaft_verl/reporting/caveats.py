@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from eaft_verl.pages.numbers import number
 from eaft_verl.reporting.collect import Arm
 from eaft_verl.reporting.marks import MIN_SEEDS
-from eaft_verl.reporting.wording import number
 
 SMALL = 100
 

@@ -1,5 +1,6 @@
 """Run directories read once into plain objects: runs, and arms as groups of runs that differ by seed."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from eaft_verl.errors import RunError
-from eaft_verl.runs import Run
+from eaft_verl.runs import Run, step_name
 
 BASE = "base"
 REFERENCE = "sft"
@@ -49,6 +50,10 @@ class RunData:
         """{example id: row} of one benchmark. RunError if an id occurs twice."""
         if (step, name) not in self._samples:
             rows = self.run.samples(step, name)
+            if not all(isinstance(row, dict) and "id" in row and isinstance(row.get("scores"), dict) for row in rows):
+                raise RunError(
+                    f"{self.run.path}: the samples of {name}, step {step} are damaged; {_again(self.run, step)}"
+                )
             found = {str(row["id"]): row for row in rows}
             if len(found) != len(rows):
                 raise RunError(f"{self.run.path}: benchmark {name}, step {step} has repeated example ids")
@@ -123,9 +128,35 @@ def load(paths: Sequence[Path]) -> tuple[Arm, list[Arm]]:
     return Arm(BASE, (bases[0],)), sorted(arms, key=lambda arm: (arm.control is not None, arm.name != REFERENCE))
 
 
+def _again(run: Run, step: int) -> str:
+    return f"delete eval/{step_name(step)} there and run `eaft evaluate {run.path}`"
+
+
+def _check_records(run: Run, evals: dict[int, dict[str, Any]]) -> None:
+    """RunError for a record of a benchmark that does not hold what the report reads."""
+    for step, records in evals.items():
+        for name, record in records.items():
+            metrics = record.get("metrics") if isinstance(record, dict) else None
+            sound = isinstance(metrics, dict) and all(
+                isinstance(one, dict) and _is_number(one.get("score")) and "higher_is_better" in one
+                for one in metrics.values()
+            )
+            if not sound or record["metrics"].get(record.get("metric")) is None or not {"side", "n"} <= record.keys():
+                raise RunError(f"{run.path}/eval/{step_name(step)}/{name}.json is no record; {_again(run, step)}")
+
+
+def _is_number(value: Any) -> bool:
+    """Whether the value is a number, or a text such as 'nan' that stands for one in JSON."""
+    try:
+        return value is not None and math.isfinite(float(value)) in (True, False)
+    except (TypeError, ValueError):
+        return False
+
+
 def _read(path: Path) -> RunData:
     run = Run(path)
     info, evals = run.info, run.evals()
+    _check_records(run, evals)
     if info.get("kind") not in (BASE, "arm"):
         raise RunError(f"{run.path}/run.json: kind={info.get('kind')!r}; it must be 'base' or 'arm'")
     if info.get("status") != "finished":  # the number of steps is known only once training has begun

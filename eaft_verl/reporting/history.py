@@ -37,6 +37,8 @@ def curves(arms: list[Arm], notes: list[str]) -> list[Row]:
     for arm in arms:
         for run in arm.runs:
             train, val = [_complete(row) for row in run.rows], run.run.metrics("val")
+            if not train:
+                notes.append(f"{run.label}: metrics.jsonl is missing or empty, so it has no curves and no budget")
             _note_non_finite(run, train, notes)
             logged = {name: series(train, name) for name in (*AXES, *STATISTICS, *BAND) if name != "val_nll"}
             found.append({"arm": arm.name, "seed": run.info["seed"], "train": logged, "val": _validation(train, val)})

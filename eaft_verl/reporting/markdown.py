@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from eaft_verl.boundary import STEERING
-from eaft_verl.reporting.wording import DASH
+from eaft_verl.pages.numbers import DASH
 
 ARROWS = {"better": "\u25b2", "worse": "\u25bc"}
 LINE = " \u00b7\u00a0"  # between the lines of a cell; no data can hold it, because `safe` leaves no such space

@@ -5,8 +5,8 @@ from typing import Any
 
 from eaft_verl.errors import RunError
 from eaft_verl.files import read_json
+from eaft_verl.pages.statistics import holm
 from eaft_verl.reporting.collect import Arm
-from eaft_verl.reporting.statistics import holm
 
 Row = dict[str, Any]
 MIN_SEEDS = 3  # below it nothing between arms is claimed: two runs say too little of the chance of training

@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from eaft_verl.reporting.collect import Arm, Point, RunData, shared_seeds
-from eaft_verl.reporting.statistics import (
+from eaft_verl.pages.statistics import (
     Floats,
     Interval,
     resampled_means,
     seeds_interval,
     variance_parts,
 )
+from eaft_verl.reporting.collect import Arm, Point, RunData, shared_seeds
 
 Key = tuple[str, int]  # run label, step
 SIDES = ("target", "general")

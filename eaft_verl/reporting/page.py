@@ -1,20 +1,21 @@
 """report.md from its template, and report.html from report.md."""
 
-import base64
 import re
 from html import escape
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markdown_it import MarkdownIt
 
+from eaft_verl.pages import numbers
+from eaft_verl.pages.colors import palette
+from eaft_verl.pages.shell import figure, shell
 from eaft_verl.reporting import markdown, tables, wording
-from eaft_verl.reporting.colors import palette
 
 Row = dict[str, Any]
 _FOLDER = Path(__file__).parent
+_FOOTER = "Written by eaft report from run directories only; every number is in report.json, every figure in figures/."
 _MARKS = {f"\u00a0{arrow}": name for name, arrow in markdown.ARROWS.items()}
 
 
@@ -27,7 +28,7 @@ def text(report: Row, drawn: set[str]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= vars(markdown) | vars(wording) | {"tables": tables}
+    environment.globals |= vars(markdown) | vars(numbers) | vars(wording) | {"tables": tables}
     sides = {column["side"] for column in report["columns"]}
     seeds = max(len(seeds) for seeds in report["seeds"].values())
     found = environment.get_template("report.md.j2").render(report=report, drawn=drawn, sides=sides, seeds=seeds)
@@ -44,7 +45,7 @@ def html(text: str, arms: list[str], figures: dict[str, bytes]) -> str:
     body = re.sub(r"<tr>\n<td([^>]*)>(.*?)</td>", r'<tr>\n<th scope="row"\1>\2</th>', body)
     body = body.replace("<table>", '<div class="scroll" tabindex="0"><table>').replace("</table>", "</table></div>")
     body = re.sub(r"<p>((?:<img [^>]*>\s*)+)</p>", r'<div class="figures">\1</div>', body)
-    body = re.sub(r'<img src="figures/(\w+)\.png" alt="(.*?)" />', lambda img: _figure(figures, *img.groups()), body)
+    body = re.sub(r'<img src="figures/(\w+)\.png" alt="(.*?)" />', lambda img: figure(figures[img[1]], img[2]), body)
     body = body.replace("<blockquote>\n<p><strong>", '<blockquote class="banner" role="alert">\n<p><strong>', 1)
     for arm, color in palette(arms).items():
         name = re.escape(escape(wording.arm_name(arm)))
@@ -54,12 +55,8 @@ def html(text: str, arms: list[str], figures: dict[str, bytes]) -> str:
     head, *sections = re.split(r"<h2>\d+\. ", body)
     titles = [section.partition("</h2>")[0].partition(":")[0] for section in sections]
     anchors = [re.sub(r"\W+", "-", title.lower()) for title in titles]
-    return Template((_FOLDER / "page.html").read_text(encoding="utf-8")).substitute(
-        title=re.sub(r"<.*?>", "", head.partition("</h1>")[0]),
-        head=head,
-        links="\n".join(f'<a href="#{anchor}">{title}</a>' for anchor, title in zip(anchors, titles, strict=True)),
-        content="\n".join(map(_section, anchors, range(1, len(sections) + 1), sections)),
-    )
+    parts = zip(anchors, titles, map(_section, anchors, range(1, len(sections) + 1), sections), strict=True)
+    return shell(f"{head.partition('</h1>')[0]}: report", head, list(parts), _FOOTER)
 
 
 def _cell(found: re.Match[str]) -> str:
@@ -70,11 +67,6 @@ def _cell(found: re.Match[str]) -> str:
         text = f'{text[:-2]}<span class="mark">{text[-2:]}</span>'
     first, *lines = text.split(markdown.LINE)
     return f"<{tag}{attributes}>{first}{''.join(f'<small>{line}</small>' for line in lines)}</{tag}>"
-
-
-def _figure(figures: dict[str, bytes], name: str, seen: str) -> str:
-    image = f'<img src="data:image/png;base64,{base64.b64encode(figures[name]).decode()}" alt="{seen}">'
-    return f"<figure>{image}<figcaption>{seen}</figcaption></figure>"
 
 
 def _section(anchor: str, order: int, text: str) -> str:

@@ -4,10 +4,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from eaft_verl.pages.statistics import Floats, Interval, at_positions, crossing_positions, seeds_interval
 from eaft_verl.reporting.collect import Arm, Point, RunData, shared_seeds
 from eaft_verl.reporting.measures import Board
 from eaft_verl.reporting.results import bounds
-from eaft_verl.reporting.statistics import Floats, Interval, at_positions, crossing_positions, seeds_interval
 
 Row = dict[str, Any]
 COST = "drift.kl"

@@ -1,6 +1,5 @@
 """Figures of the report as PNG bytes: pure functions of the data in report.json. The only matplotlib import."""
 
-import io
 import math
 from typing import Any
 
@@ -11,33 +10,13 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-from eaft_verl.reporting.colors import marker, palette
+from eaft_verl.pages.canvas import INK, STYLE, canvas, png
+from eaft_verl.pages.colors import marker, palette
 from eaft_verl.reporting.history import AXES, BAND, STATISTICS
 from eaft_verl.reporting.labels import Label, place
 from eaft_verl.reporting.wording import arm_name
 
 Row = dict[str, Any]
-INK = "#1f2933"
-_STYLE: Any = {
-    "font.family": "DejaVu Sans",
-    "font.size": 10.5,
-    "text.color": INK,
-    "text.parse_math": False,  # names of arms and benchmarks are no formulas
-    "axes.labelcolor": INK,
-    "axes.edgecolor": "#9aa5b1",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#eceff2",
-    "axes.axisbelow": True,
-    "xtick.color": "#52606d",
-    "ytick.color": "#52606d",
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "axes.titlesize": 10,
-}
 PANEL_TITLES = {
     "loss": "loss (weighted: do not compare)",
     "nll": "nll, nats",
@@ -57,36 +36,36 @@ PANEL_TITLES = {
     "generation_share": "generation, share of the step",
 }
 AXIS_TITLES = {"step": "step", "tokens": "tokens, trained and generated", "seconds": "training seconds"}
-NAMES = ("deltas", "path_heldout", "path_target", "pareto", *(f"curves_{axis}" for axis in AXES))
+NAMES = (
+    "deltas",
+    "path_heldout",
+    "path_target",
+    "general_step",
+    "general_kl",
+    "pareto",
+    *(f"curves_{axis}" for axis in AXES),
+)
 Point = tuple[float, float]
 
 
 def draw(report: Row) -> dict[str, bytes]:
     """{file name without suffix: PNG}. Figures without data are left out."""
     found: dict[str, bytes] = {}
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         if rows := _delta_rows(report):
-            found["deltas"] = _png(_deltas(report, rows))
+            found["deltas"] = png(_deltas(report, rows))
         for axis, name in (("heldout", "path_heldout"), ("target_mean", "path_target")):
             if report["paths"].get(axis):
-                found[name] = _png(_path(report, axis))
+                found[name] = png(_path(report, axis))
+        for name, across in (("general_step", "step"), ("general_kl", "kl")):
+            if report["general"]:
+                found[name] = png(_general(report, across))
         if report["pareto"]:
-            found["pareto"] = _png(_pareto(report))
+            found["pareto"] = png(_pareto(report))
         for axis in AXES:
             if panels := logged(report, axis):
-                found[f"curves_{axis}"] = _png(_curves(report, axis, panels))
+                found[f"curves_{axis}"] = png(_curves(report, axis, panels))
     return found
-
-
-def _canvas(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), dpi=160, layout="constrained")
-    return figure, figure.add_subplot()
-
-
-def _png(figure: Figure) -> bytes:
-    target = io.BytesIO()
-    figure.savefig(target, format="png", dpi=figure.dpi, metadata={"Software": None})
-    return target.getvalue()
 
 
 def _column(report: Row, name: str) -> Row:
@@ -118,7 +97,7 @@ def _delta_rows(report: Row) -> list[Row]:
 def _deltas(report: Row, rows: list[Row]) -> Figure:
     """Change against the base per benchmark and arm, with intervals."""
     colors, arms = palette(report["arms"]), report["arms"]
-    figure, axes = _canvas(8.6, 1.15 + len(rows) * max(0.42, 0.19 * len(arms)))
+    figure, axes = canvas(8.6, 1.15 + len(rows) * max(0.42, 0.19 * len(arms)))
     for line, column in enumerate(rows):
         if column["members"]:
             axes.axhspan(line - 0.5, line + 0.5, color="#f3f5f7", linewidth=0)
@@ -154,7 +133,7 @@ def _legend(figure: Figure, report: Row, *, lines: bool) -> None:
 def _path(report: Row, axis: str) -> Figure:
     """Every arm as a path from the base: target learning to the right, forgetting upwards."""
     colors, column = palette(report["arms"]), _column(report, axis)
-    figure, axes = _canvas(6.4, 4.9)
+    figure, axes = canvas(6.4, 4.9)
     labels, taken = [], []
     for arm, points in report["paths"][axis].items():
         color, shape = colors[arm], marker(report["arms"].index(arm))
@@ -178,6 +157,29 @@ def _path(report: Row, axis: str) -> Figure:
     unit = f", {column['unit']}" if column["unit"] else ""
     axes.set_xlabel(f"{column['name']}{unit}  ({arrow})")
     axes.set_ylabel("KL to base, nats per token  (forgetting \u2192)")
+    return _labelled(figure, axes, labels, taken)
+
+
+def _general(report: Row, across: str) -> Figure:
+    """General mean of every arm by `step` or by its distance to the base, `kl`; bars at the end."""
+    colors, column = palette(report["arms"]), _column(report, "general_mean")
+    figure, axes = canvas(6.4, 4.4)
+    labels, taken = [], []
+    for arm, points in report["general"].items():
+        color, shape = colors[arm], marker(report["arms"].index(arm))
+        line = [(point[across], point["x"] * _scale(column)) for point in points]
+        taken.append(line)
+        axes.plot(*zip(*line, strict=True), color=color, linewidth=2, linestyle=_line(report, arm))
+        axes.plot(*zip(*line[1:], strict=True), shape, color=color, markersize=6.5, markeredgecolor="white")
+        end = points[-1]
+        wide = _bars(end["kl"], end["kl_low"], end["kl_high"]) if across == "kl" else None
+        taken += _cross(axes, line[-1], wide, _bars(end["x"], end["x_low"], end["x_high"], _scale(column)), color)
+        labels.append(Label(*line[-1], arm_name(arm), color, 10.5, "bold"))
+    axes.plot(*taken[0][0], "o", color=colors["base"], markersize=8, zorder=5)
+    labels.insert(0, Label(*taken[0][0], "base", colors["base"], 10.5, "bold"))
+    axes.margins(0.09)
+    axes.set_xlabel("step" if across == "step" else "KL to base, nats per token")
+    axes.set_ylabel(f"{column['name']}{', %' if column['percent'] else ''}  (better \u2192)")
     return _labelled(figure, axes, labels, taken)
 
 
@@ -208,7 +210,7 @@ def _labelled(figure: Figure, axes: Axes, labels: list[Label], taken: list[list[
 def _pareto(report: Row) -> Figure:
     """End points on the plane (general mean, target mean) with intervals; efficient ones filled."""
     colors = palette(report["arms"])
-    figure, axes = _canvas(7.2, 5.0)
+    figure, axes = canvas(7.2, 5.0)
     horizontal, vertical = _column(report, "general_mean"), _column(report, "target_mean")
     labels, taken = [], []
     for index, point in enumerate(report["pareto"]):

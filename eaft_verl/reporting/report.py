@@ -1,12 +1,11 @@
 """Runs -> report.html, report.md, report.json and figures: reads run directories only."""
 
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eaft_verl.files import write_json, write_text
+from eaft_verl.errors import RunError
+from eaft_verl.files import read_json, write_bytes, write_json, write_text
 from eaft_verl.reporting import page
 from eaft_verl.reporting.caveats import caveats, interruptions, truncations
 from eaft_verl.reporting.collect import Arm, load
@@ -16,10 +15,11 @@ from eaft_verl.reporting.failures import lost_seeds, split
 from eaft_verl.reporting.history import curves
 from eaft_verl.reporting.marks import read_noise, set_marks, with_floors
 from eaft_verl.reporting.measures import build_board
-from eaft_verl.reporting.paths import axes, equal_gain, paths
+from eaft_verl.reporting.paths import COST, axes, equal_gain, paths
 from eaft_verl.reporting.provenance import environment, sample_answers
 from eaft_verl.reporting.results import columns, pareto, results, versus
 from eaft_verl.reporting.spending import budgets, cost
+from eaft_verl.reporting.tokens_before import analysis
 from eaft_verl.reporting.wording import headline
 
 SCHEMA = 1
@@ -40,6 +40,7 @@ def report(
     from eaft_verl.reporting import plots
 
     out = Path(out)
+    _require_free(out)
     good, broken = (list(runs), []) if force else split(runs)
     failed = [*failed, *broken]
     base, arms = load(good)
@@ -47,14 +48,23 @@ def report(
     found = measure(base, arms, out, problems=problems, seed=seed, failed=failed)
     figures = plots.draw(found)
     text = page.text(found, set(figures))
+    write_json(out / "report.json", found)  # first: by it the folder is known as ours
     for name, data in figures.items():
-        _write_bytes(out / "figures" / f"{name}.png", data)
+        write_bytes(out / "figures" / f"{name}.png", data)
     for stale in {path.stem for path in (out / "figures").glob("*.png")} & set(plots.NAMES) - set(figures):
         (out / "figures" / f"{stale}.png").unlink()
-    write_json(out / "report.json", found)
     write_text(out / "report.md", text)
     write_text(out / "report.html", page.html(text, found["arms"], figures))
     return found
+
+
+def _require_free(out: Path) -> None:
+    """RunError unless `out` is new, empty, or holds an earlier report."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    earlier = read_json(out / "report.json") if (out / "report.json").is_file() else None
+    if not isinstance(earlier, dict) or "bootstrap_seed" not in earlier:
+        raise RunError(f"{out} holds something else than a report, and nothing is overwritten; choose another --out")
 
 
 def measure(
@@ -63,13 +73,10 @@ def measure(
     """Everything the report states, as plain data; `out` only makes the run folders relative."""
     resamples = _resamples(base, arms)
     board = build_board(base, arms, resamples=resamples, seed=seed)
-    noise = read_noise(base)
-    table, tracks = results(board), {axis: paths(board, axis) for axis in axes(board)}
-    first = arms[0].runs[0].info
+    table, tracks, noise = results(board), {axis: paths(board, axis) for axis in axes(board)}, read_noise(base)
     found = {
         "schema": SCHEMA,
-        "recipe": first["recipe"],
-        "model": first["model"],
+        **{key: arms[0].runs[0].info[key] for key in ("recipe", "model")},
         "arms": [arm.name for arm in arms],
         "seeds": {arm.name: list(arm.seeds) for arm in arms},
         "problems": problems,
@@ -83,14 +90,16 @@ def measure(
         "versus": versus(board),
         "controls": controls(board),
         "paths": tracks,
+        "general": paths(board, "general_mean") if {"general_mean", COST} <= board.measures.keys() else {},
         "equal_gain": {axis: equal_gain(board, axis) for axis in tracks},
         "pareto": pareto(table),
         "curves": curves(arms, board.notes),
         "config_differences": config_differences(arms),
         "budgets": budgets(arms),
         "cost": cost(arms),
-        "sources": first.get("sources", {}),
+        "sources": arms[0].runs[0].info.get("sources", {}),
         "samples": sample_answers(base, arms),
+        "analysis": analysis(out),
         "environment": environment(base, arms, out),
     }
     set_marks(found)
@@ -102,17 +111,3 @@ def _resamples(base: Arm, arms: list[Arm]) -> int:
     """Enough that the smallest p-value, 2 / (1 + R), can pass Holm's first step, 0.05 over the marks of a table."""
     benchmarks = max((len(records) for records in base.runs[0].evals.values()), default=0)
     return max(RESAMPLES, 50 * len(arms) * (benchmarks + 5))
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    """Replace a file in one move."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from eaft_verl.pages.statistics import Interval, pareto_front
 from eaft_verl.reporting.collect import Arm, shared_seeds
 from eaft_verl.reporting.measures import Board, Measure
-from eaft_verl.reporting.statistics import Interval, pareto_front
 
 Row = dict[str, Any]
 NAMES = {

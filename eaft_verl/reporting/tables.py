@@ -2,8 +2,9 @@
 
 from typing import Any
 
+from eaft_verl.pages.numbers import DASH, number, percent
 from eaft_verl.reporting.markdown import Cell, Table
-from eaft_verl.reporting.wording import AXES_IN_WORDS, DASH, arm_name, direction, floor, number, percent, score, span
+from eaft_verl.reporting.wording import AXES_IN_WORDS, arm_name, direction, floor, score, span
 
 Row = dict[str, Any]
 SIDES = {"target": "target", "general": "general", "drift": "drift from the base"}
@@ -75,6 +76,28 @@ def _score(column: Row, cell: Row | None) -> Cell:
 def versus_table(report: Row) -> Table:
     """Paired difference of every arm to the reference arm."""
     return _differences(report, [(_name(report, arm), cells) for arm, cells in report["versus"]["arms"].items()])
+
+
+def moved_table(report: Row) -> Table:
+    """Loss of conflicts and of other tokens, by run and step; below it the change to the base."""
+    first, *rows = report["analysis"]["moved"]
+    header = [Cell("run"), Cell("step"), Cell("conflicts"), Cell("all others")]
+    lines = [[Cell(first["arm"], strong=True), Cell("0"), *(Cell(number(_nll(first, group))) for group in _MOVED)]]
+    for row in rows:
+        cells = []
+        for group in _MOVED:
+            before, after = _nll(first, group), _nll(row, group)
+            known = before is not None and after is not None
+            cells.append(Cell(number(after), (number(after - before, signed=True),) if known else ()))
+        lines.append([Cell(row["arm"], strong=True), Cell(f"{row['step']:,}"), *cells])
+    return Table(header, lines)
+
+
+_MOVED = ("conflict", "no_conflict")
+
+
+def _nll(row: Row, group: str) -> Any:
+    return row["fixed"][group]["nll"]
 
 
 def controls_table(report: Row) -> Table:

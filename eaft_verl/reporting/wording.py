@@ -1,11 +1,11 @@
 """Numbers and findings in words. Nothing is prejudged: every verdict is read off an interval."""
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
+from eaft_verl.pages.numbers import DASH, number, percent
+
 Row = dict[str, Any]
-MINUS, DASH = "\u2212", "\u2013"
 AXES_IN_WORDS = {"heldout": "held-out NLL", "target_mean": "target mean"}
 UNMARKED = {
     "interval": "no interval",
@@ -41,25 +41,6 @@ def control_wording(row: Row) -> str:
         f"to the final one of {of} ({ends}). A difference of {of} to it that excludes zero is there at an equal fit to "
         "the training data. The learning rate follows the schedule of the whole training up to there."
     )
-
-
-def number(value: float | None, decimals: int = 3, *, signed: bool = False, scale: float = 1.0) -> str:
-    """'1,234.5', with sign on request; a dash if it is not known. Never '-0.0'."""
-    if value is None or not math.isfinite(value):
-        return DASH
-    rounded = round(value * scale, decimals) + 0.0
-    text = f"{rounded:+,.{decimals}f}" if signed and rounded else f"{rounded:,.{decimals}f}"
-    return text.replace("-", MINUS)
-
-
-def plain(value: float | None) -> str:
-    """'1' or '0.667': an example's score."""
-    return number(value, 3 if value is not None and value % 1 else 0)
-
-
-def percent(share: float | None, decimals: int = 0) -> str:
-    """'75 %', or a dash if it is not known."""
-    return DASH if share is None else f"{number(share, decimals, scale=100.0)} %"
 
 
 def score(column: Row, value: float | None, *, signed: bool = False) -> str:

@@ -13,6 +13,9 @@ from torch import Tensor
 from eaft_verl.tokens.chunks import CHUNK_TOKENS
 from eaft_verl.tokens.stats import TOPK
 
+CPU_CHUNK_TOKENS = 16  # without a gradient to keep, rows that stay in a core's cache: twice as fast
+LOWEST = -1e30  # a logit below the largest one that has no probability, and is a number: 0 * LOWEST = 0
+
 
 class LogitStats(NamedTuple):
     """Per-token values that only the logits can give, shape [T]; rows outside the mask are 0."""
@@ -22,6 +25,18 @@ class LogitStats(NamedTuple):
     entropy20_T: Tensor  # top-20 entropy, nats: the yardstick logged for every objective
     correct_T: Tensor  # 1.0 where the label is the most likely token
     sum_p2_T: Tensor | None
+
+
+class Distribution(NamedTuple):
+    """What the logits say of each token beside its label, shape [T], no gradient; rows outside the mask are 0."""
+
+    nll_T: Tensor  # -log p(label), nats
+    entropy_T: Tensor  # top-K entropy, nats
+    full_entropy_T: Tensor  # over the vocabulary, nats
+    max_prob_T: Tensor
+    sum_p2_T: Tensor  # sum over the vocabulary of p^2
+    top_k_mass_T: Tensor  # probability of the K most likely tokens together
+    argmax_T: Tensor  # int64, the most likely token
 
 
 def topk_entropy(topk_TK: Tensor) -> Tensor:
@@ -63,6 +78,49 @@ def logit_stats(
     return LogitStats(nll_T, entropy_T, entropy20_T, correct_T, sum_p2_T if sum_p2 else None)
 
 
+@torch.no_grad()
+def distribution_stats(logits_TV: Tensor, labels_T: Tensor, mask_T: Tensor, *, k: int = TOPK) -> Distribution:
+    """The same numbers as `logit_stats`, and more of the distribution, for a pass that trains nothing; in chunks.
+
+    With p = softmax(z), z relative to the largest logit and S = sum_v exp(z_v): full entropy ln S - sum_v p_v z_v,
+    top-K mass sum_K exp(z_v) / S. Arguments as for `logit_stats`; float32 (float64 in, float64 out).
+    """
+    numbers_6T = torch.zeros(6, logits_TV.shape[0], dtype=accumulator(logits_TV), device=logits_TV.device)
+    argmax_T = torch.zeros_like(labels_T)
+    size = CPU_CHUNK_TOKENS if logits_TV.device.type == "cpu" else CHUNK_TOKENS
+    for rows in mask_T.nonzero().squeeze(-1).split(size):
+        numbers_6T[:, rows], argmax_T[rows] = _distribution(logits_TV[rows], labels_T[rows], k)
+    nll_T, entropy_T, full_T, max_T, sum_p2_T, mass_T = numbers_6T.unbind()
+    return Distribution(nll_T, entropy_T, full_T, max_T, sum_p2_T, mass_T, argmax_T)
+
+
+def _distribution(logits_RV: Tensor, labels_R: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Six numbers [6, R] and the most likely token [R] of some rows."""
+    best_RK, ids_RK, wide_RV, label_R = _relative(logits_RV, labels_R, k)
+    prob_RV = wide_RV.exp()
+    total_R = prob_RV.sum(dim=-1)
+    weighed_R = prob_RV.mul(wide_RV.clamp_(min=LOWEST)).sum(dim=-1)  # autocast would do vecdot in bf16
+    nll_R, entropy_R = total_R.log() - label_R, topk_entropy(best_RK[:, :k])
+    full_entropy_R = total_R.log() - weighed_R / total_R
+    sum_p2_R = (torch.linalg.vector_norm(prob_RV, dim=-1) / total_R).square()
+    mass_R = ((best_RK[:, :k] - best_RK[:, :1]).exp().sum(dim=-1) / total_R).clamp(max=1.0)
+    parts = (nll_R, entropy_R, full_entropy_R, total_R.reciprocal(), sum_p2_R, mass_R)
+    return torch.stack(parts), ids_RK[:, 0]
+
+
+def _relative(logits_RV: Tensor, labels_R: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The K best logits and their ids, [R, K], K >= TOPK where V is; all logits relative to the best; the labels'.
+
+    Uses the logits up: float32 ones are overwritten.
+    """
+    # top-K before the upcast is bit-identical to after it, and spares a float32 pass over the vocabulary
+    top = logits_RV.topk(min(max(k, TOPK), logits_RV.shape[-1]), dim=-1)
+    best_RK = top.values.to(accumulator(logits_RV))
+    # relative to the largest logit, so that a confident token's small nll is no difference of two large numbers
+    wide_RV = logits_RV.to(accumulator(logits_RV)).sub_(best_RK[:, :1])
+    return best_RK, top.indices, wide_RV, wide_RV.gather(-1, labels_R[:, None]).squeeze(-1)
+
+
 class _ChunkedStats(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -94,15 +152,10 @@ def row_statistics(logits_RV: Tensor, labels_R: Tensor, k: int, sum_p2: bool) ->
 
     Uses the logits up: float32 ones are overwritten, others are freed as soon as they are upcast.
     """
-    vocab = logits_RV.shape[-1]
-    # top-K before the upcast is bit-identical to after it, and spares a float32 pass over the vocabulary
-    best_RK = logits_RV.topk(min(max(k, TOPK), vocab), dim=-1).values.to(accumulator(logits_RV))
+    best_RK, _, wide_RV, label_R = _relative(logits_RV, labels_R, k)
+    del logits_RV
     entropy20_R = topk_entropy(best_RK[:, :TOPK])
     entropy_R = entropy20_R if k == TOPK else topk_entropy(best_RK[:, :k])
-    # relative to the largest logit, so that a confident token's small nll is no difference of two large numbers
-    wide_RV = logits_RV.to(accumulator(logits_RV)).sub_(best_RK[:, :1])
-    del logits_RV
-    label_R = wide_RV.gather(-1, labels_R[:, None]).squeeze(-1)
     exp_RV = wide_RV.exp_()
     total_R = exp_RV.sum(dim=-1)
     nll_R = total_R.log() - label_R

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TOPK = 20  # arXiv 2601.02151, Sec. 5.2: at K = 20 the top-K entropy tracks the full one with r = 0.999
+LOW_ENTROPY = 0.5  # nats; arXiv 2601.02151, Fig. 4 groups tokens by H <= 0.5 and H >= 2.0
+HIGH_ENTROPY = 2.0
+CONFLICT_PROB = 0.2  # a confident conflict: H <= 0.5 and p(label) < 0.2 (the paper draws the region without numbers)
 FULL_KINDS = ("forward_kl", "reverse_kl")  # divergences that need the reference's logits in every step
 
 

@@ -5,6 +5,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -196,10 +197,60 @@ def test_other_data_is_never_overwritten(write, make_tokenizer, tmp_path):
 
 def test_torn_write_is_redone(write, make_tokenizer, tmp_path):
     out, spec = tmp_path / "t.parquet", DataSpec(write(MIXED))
-    out.write_bytes(b"half")
     key = prepare(spec, make_tokenizer(), out).key
-    out.unlink()
+    out.unlink()  # the manifest is written first, so it alone is half a write
     assert prepare(spec, make_tokenizer(), out).key == key
+
+
+def test_what_is_not_ours_is_never_overwritten(write, make_tokenizer, tmp_path):
+    source = tmp_path / "mine.parquet"
+    pq.write_table(pa.Table.from_pylist([{"prompt": "2 + 3", "response": "5"}]), source)
+    (tmp_path / "link.parquet").symlink_to(source)
+    (tmp_path / "same.parquet").hardlink_to(source)
+    (tmp_path / "gone.parquet").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "folder.parquet").mkdir()
+    before = source.read_bytes()
+    spec = DataSpec({"a": {"source": str(source)}, "b": {"source": write(MIXED)}})
+    for name in ("mine", "link", "same", "gone", "folder", f"../{tmp_path.name}/mine"):
+        with pytest.raises(DataError, match="exists and was not made by `eaft prepare`"):
+            prepare(spec, make_tokenizer(), tmp_path / f"{name}.parquet")
+    (tmp_path / "new.manifest.json").write_text('{"name": "a web app"}')
+    with pytest.raises(DataError, match=r"new\.manifest\.json is no manifest of `eaft prepare`"):
+        prepare(spec, make_tokenizer(), tmp_path / "new.parquet")
+    with pytest.raises(DataError, match="lies in its own source"):
+        prepare(DataSpec(str(tmp_path)), make_tokenizer(), tmp_path / "sub" / "new.parquet")
+    assert source.read_bytes() == before and not (tmp_path / "new.parquet").exists()
+    assert (tmp_path / "new.manifest.json").read_text() == '{"name": "a web app"}'
+
+
+DAMAGE = {
+    "[]": "is no manifest of `eaft prepare`",
+    "{": r"t\.manifest\.json is not valid JSON",
+    "": r"t\.manifest\.json is not valid JSON",
+    '{"schema": 2}': "has manifest schema 2, this version reads 1",
+    '{"schema": 1}': "spec is missing or wrong",
+    "\udcff": r"t\.manifest\.json is not valid JSON",
+}
+
+
+@pytest.mark.parametrize(("text", "said"), DAMAGE.items())
+def test_a_damaged_manifest_is_named(write, make_tokenizer, tmp_path, text, said):
+    out, spec = tmp_path / "t.parquet", DataSpec(write(MIXED))
+    prepare(spec, make_tokenizer(), out)
+    manifest_path(out).write_text(text, encoding="utf-8", errors="surrogateescape")
+    for act in (lambda: load_prepared(out), lambda: prepare(spec, make_tokenizer(), out)):
+        with pytest.raises(DataError, match=f"{said}.*; prepare the data under another name"):
+            act()
+
+
+def test_every_key_of_the_manifest_that_others_read_is_missed(write, make_tokenizer, tmp_path):
+    out = tmp_path / "t.parquet"
+    whole = prepare(DataSpec(write(MIXED)), make_tokenizer(), out).manifest
+    for key in ("spec", "counts", "tokens", "lengths", "parquet_sha256", "template_hash", "rejected", "source_sha256"):
+        for value in (None, 5):
+            manifest_path(out).write_text(json.dumps({**whole, key: value}))
+            with pytest.raises(DataError, match=f"{key}.* is missing or wrong"):
+                load_prepared(out)
 
 
 def test_stale_or_changed_files_are_refused(write, make_tokenizer, tmp_path):

@@ -51,3 +51,22 @@ def test_character_of_several_tokens_is_shown_whole(make_tokenizer):
     ids = tokenizer("a😀", add_special_tokens=False)["input_ids"]
     assert len(ids) == 5
     assert bracketed(tokenizer, ids, [0, 1, 1, 1, 1]) == "a[[😀]]"
+
+
+def test_characters_that_steer_a_terminal_are_written_out(prepared, make_tokenizer):
+    tokenizer = make_tokenizer()
+    ids = tokenizer("a\x1b[2J\r\u202eb", add_special_tokens=False)["input_ids"]
+    assert bracketed(tokenizer, ids, [0] * len(ids)) == "a\\x1b[2J\\r\\u202eb"
+    stream = io.StringIO()
+    prepared.examples[0].id = "r1\x1b[2J"
+    show(prepared, tokenizer, 1, stream)
+    assert "r1\\x1b[2J" in stream.getvalue() and "\x1b" not in stream.getvalue()
+
+
+def test_what_is_odd_about_a_mask_is_said(prepared, make_tokenizer):
+    one = prepared.examples[0]
+    end = make_tokenizer().convert_tokens_to_ids("<|im_end|>")
+    one.loss_mask = [int(kept and token != end) for kept, token in zip(one.loss_mask, one.input_ids, strict=True)]
+    stream = io.StringIO()
+    show(prepared, make_tokenizer(), 1, stream)
+    assert "! 1 of 1 trained turns train no end of turn\n" in stream.getvalue()

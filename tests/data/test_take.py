@@ -64,6 +64,13 @@ def test_examples_are_views_of_a_map(source, tmp_path):
     mapped.unlink()  # made again from the parquet file
     assert load_prepared(tmp_path / "t.parquet").examples == examples
     assert sum(1 for _ in tmp_path.glob(".t.*.arrow")) == 1
+    (mapped,) = tmp_path.glob(".t.*.arrow")
+    whole = mapped.read_bytes()
+    for damage in (b"", whole[:-100], whole.replace(bytes(examples[0].input_ids), bytes(len(lengths)), 1), b"foreign"):
+        mapped.unlink()  # it may still be mapped
+        mapped.write_bytes(damage)
+        assert load_prepared(tmp_path / "t.parquet").examples == examples, "never used as it is"
+        assert mapped.read_bytes() == whole
     (tmp_path / "u.parquet").write_bytes((tmp_path / "t.parquet").read_bytes())
     assert np.array_equal(read_examples(tmp_path / "u.parquet").lengths, examples.lengths)
 

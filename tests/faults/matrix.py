@@ -41,6 +41,13 @@ class Seen:
         """The line a user reads last."""
         return self.said.strip().splitlines()[-1] if self.said.strip() else ""
 
+    def refused(self, *words: str) -> str:
+        """The error line of a command that exits 2 without a traceback, before Ray, and says all these words in it."""
+        assert self.code == 2 and "Traceback" not in self.said and "local Ray" not in self.said, self.said
+        error = self.said[self.said.index("eaft: error: ") :].strip()
+        assert not [word for word in words if word not in error], error
+        return error.splitlines()[0]
+
 
 @dataclass(frozen=True)
 class Outcome:

@@ -8,10 +8,10 @@ from reporting.fake_runs import make_arm, make_base, make_runs
 
 from eaft_verl.errors import RunError
 from eaft_verl.files import write_json
+from eaft_verl.pages.statistics import holm
 from eaft_verl.reporting.collect import load
 from eaft_verl.reporting.marks import set_marks, with_floors
 from eaft_verl.reporting.report import measure, report
-from eaft_verl.reporting.statistics import holm
 from eaft_verl.reporting.wording import direction
 
 NOISE = {

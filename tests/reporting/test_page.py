@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from reporting.fake_runs import HOSTILE, edit, edit_samples, make_arm, make_base, make_runs
 
+from eaft_verl.pages.numbers import number, percent
 from eaft_verl.reporting import page as pages
 from eaft_verl.reporting.collect import load
 from eaft_verl.reporting.comparability import check
 from eaft_verl.reporting.markdown import Cell, Table, safe, table, verbatim
 from eaft_verl.reporting.report import measure, report
-from eaft_verl.reporting.wording import number, percent, score, span
+from eaft_verl.reporting.wording import score, span
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -55,7 +56,7 @@ def test_the_page_asks_nobody_for_anything(made):
     assert "@import" not in text
     assert "url(" not in text
     assert "<script" not in text
-    assert text.count("data:image/png;base64,") == 7
+    assert text.count("data:image/png;base64,") == 9
 
 
 def test_a_hostile_answer_is_text(made):

@@ -11,7 +11,15 @@ from objective_fixtures import EXACT, few, random_tokens
 from torch.nn.functional import one_hot
 from torch.testing import assert_close
 
-from eaft_verl.tokens.logits import CHUNK_TOKENS, LogitStats, logit_stats, reference_stats, topk_entropy
+from eaft_verl.tokens.logits import (
+    CHUNK_TOKENS,
+    Distribution,
+    LogitStats,
+    distribution_stats,
+    logit_stats,
+    reference_stats,
+    topk_entropy,
+)
 from eaft_verl.tokens.stats import BaseStats
 
 SEEDS = st.integers(0, 2**31)
@@ -266,3 +274,77 @@ def test_quantile_is_numpys(values, q, name):
     filler = {"entropy": torch.tensor([7.0]), "prob": torch.tensor([8.0]), "mean_nll": torch.tensor([9.0])}
     base = BaseStats(**{**filler, name: torch.tensor(values)})
     assert base.quantile(name, q) == pytest.approx(np.quantile(np.array(values, dtype=np.float64), q), abs=1e-12)
+
+
+# distribution_stats
+
+
+def numpy_distribution(logits_TV: torch.Tensor, labels_T: torch.Tensor, k: int) -> Distribution:
+    """The definitions token by token in float64, with nothing of torch's."""
+    rows = []
+    for logits_V, label in zip(logits_TV.double().numpy(), labels_T.tolist(), strict=True):
+        prob_V = np.exp(logits_V - logits_V.max()) / np.exp(logits_V - logits_V.max()).sum()
+        best_K = np.sort(prob_V)[::-1][:k]
+        share_K, some_V = best_K[best_K > 0] / best_K.sum(), prob_V[prob_V > 0]
+        entropies = [-(share * np.log(share)).sum() for share in (share_K, some_V)]
+        rows.append([-np.log(prob_V[label]), *entropies, prob_V.max(), (prob_V**2).sum(), best_K.sum()])
+    argmax = torch.tensor([int(row.argmax()) for row in logits_TV.double().numpy()])
+    return Distribution(*torch.tensor(np.array(rows)).unbind(-1), argmax)
+
+
+@few
+@given(seed=SEEDS, k=st.sampled_from([2, 5, 20, 26, 27, 500]), scale=st.sampled_from([0.01, 1.0, 5.0, 100.0]))
+def test_the_distribution_is_as_float64_numpy_has_it(seed, k, scale):
+    logits_TV, labels_T, _, _ = random_tokens(seed, scale=scale)
+    truth = numpy_distribution(logits_TV, labels_T, k)
+    found = distribution_stats(logits_TV, labels_T, torch.ones(12, dtype=torch.bool), k=k)
+    for name, ours, expected in zip(Distribution._fields, found, truth, strict=True):
+        assert_close(ours, expected, **EXACT, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [0.01, 2.0, 30.0])
+def test_distribution_in_low_precision_is_float32_arithmetic(dtype, scale):
+    logits_TV, labels_T, _, _ = random_tokens(1, tokens=200, vocab=101, scale=scale)
+    low_TV = logits_TV.to(dtype)
+    truth = numpy_distribution(low_TV, labels_T, 7)
+    found = distribution_stats(low_TV, labels_T, torch.ones(200, dtype=torch.bool), k=7)
+    tolerance = 2e-6 + 2 * torch.finfo(torch.float32).eps * float(low_TV.abs().max())
+    for name, ours, expected in zip(Distribution._fields[:-1], found, truth, strict=False):
+        assert ours.dtype == torch.float32
+        assert ((ours - expected).abs() <= tolerance).all(), name
+
+
+@few
+@given(seed=SEEDS)
+def test_training_and_the_pass_say_the_same_of_a_token(seed):
+    logits_TV, labels_T, mask_T, _ = random_tokens(seed)
+    trained = logit_stats(logits_TV.float(), labels_T, mask_T, k=5, sum_p2=True)
+    seen = distribution_stats(logits_TV.float(), labels_T, mask_T, k=5)
+    assert torch.equal(trained.nll_T, seen.nll_T) and torch.equal(trained.entropy_T, seen.entropy_T)
+    assert torch.equal(trained.correct_T.bool(), (seen.argmax_T == labels_T) & mask_T)
+    assert_close(trained.sum_p2_T, seen.sum_p2_T, rtol=1e-6, atol=0)
+
+
+def test_a_padded_vocabulary_has_no_share_in_the_distribution():
+    logits_TV, labels_T, _, _ = random_tokens(5, tokens=3, vocab=30)
+    labels_T = labels_T.clamp(max=9)
+    padded_TV = logits_TV.clone()
+    padded_TV[:, 10:] = -math.inf
+    everything = torch.ones(3, dtype=torch.bool)
+    padded = distribution_stats(padded_TV, labels_T, everything)
+    cut = distribution_stats(logits_TV[:, :10], labels_T, everything)
+    for ours, expected in zip(padded, cut, strict=True):
+        assert_close(ours, expected, **EXACT)
+    impossible = distribution_stats(padded_TV, torch.full((3,), 20), everything)
+    assert impossible.nll_T.tolist() == [math.inf] * 3 and impossible.full_entropy_T.isfinite().all()
+
+
+def test_masked_tokens_cost_nothing_and_nan_is_not_hidden():
+    logits_TV, labels_T, _, _ = random_tokens(6, tokens=40)
+    logits_TV[7] = math.nan
+    mask_T = torch.arange(40) != 7
+    found = distribution_stats(logits_TV, labels_T, mask_T)
+    assert all(value[7] == 0 for value in found) and all(value.isfinite().all() for value in found)
+    seen = distribution_stats(logits_TV, labels_T, torch.ones(40, dtype=torch.bool))
+    assert all(value[7].isnan() for value in seen[:-1])

@@ -18,9 +18,8 @@ from eaft_verl.data.parquet import Example, trained_of
 from eaft_verl.errors import RunError
 from eaft_verl.files import computed_once, seconds_to_compute
 from eaft_verl.tokens.reference_kl import TopReference, top_reference
-from eaft_verl.training.sft.batches import sequential_batches
 from eaft_verl.training.sft.loss import LogitsHook
-from eaft_verl.training.sft.order import PADDING
+from eaft_verl.training.sft.order import PADDING, sequential_batches
 
 FIELDS = {"ids": np.int32, "logprob": np.float32, "tail": np.float32}
 _SHIFT = 32  # the engine's hook gives back one number per token: token id above, bits of a float32 below

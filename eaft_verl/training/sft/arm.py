@@ -1,28 +1,29 @@
 """An SFT arm on its workers: passes before the first step, the loop, what run.json says in the end."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from eaft_verl.data.parquet import Example
-from eaft_verl.files import seconds_to_compute
 from eaft_verl.objectives import Objective, Psft, Sft
 from eaft_verl.recipe.config import Config
 from eaft_verl.recipe.views import objective_of
 from eaft_verl.runs import Run, drop_checkpoints_after
+from eaft_verl.tokens.stats import BaseStats
 from eaft_verl.training import states
 from eaft_verl.training.interruption import StopRequest
 from eaft_verl.training.resume import announce
 from eaft_verl.training.sft import checkpoint
 from eaft_verl.training.sft.anchor import anchor_sources, needs_second_model, reference_model
-from eaft_verl.training.sft.base_pass import base_stats
 from eaft_verl.training.sft.loss import TokenLoss
 from eaft_verl.training.sft.old_policy import OldPolicy
 from eaft_verl.training.sft.self_check import self_check
+from eaft_verl.training.sft.token_pass import EmitDistribution, Infer
 from eaft_verl.training.sft.trainer import Trainer, total_steps
 from eaft_verl.training.sft.workers import start_workers, stop_workers
+
+BaseOf = Callable[[Infer], tuple[BaseStats, float]]  # what the base says of the training data, seconds of its pass
 
 
 def train_arm(
@@ -32,6 +33,7 @@ def train_arm(
     heldout: Sequence[Example],
     model: str,
     keys: dict[str, str],
+    base_of: BaseOf,
     stop: StopRequest,
     saved: states.Saved | None,
 ) -> None:
@@ -43,7 +45,7 @@ def train_arm(
     try:
         trainer = Trainer(config, run, group, examples, heldout, model)
         run.update(self_check=self_check(config, group, examples, model))
-        objective = _complete(config, trainer, objective, keys, saved)
+        objective = _complete(config, trainer, objective, keys, base_of, saved)
         _say_whether_fused(config, run, objective, group)
         started = time.monotonic()
         trainer.fit(objective, stop)
@@ -74,10 +76,15 @@ def _say_whether_fused(config: Config, run: Run, objective: Objective, group: An
 
 
 def _complete(
-    config: Config, trainer: Trainer, objective: Objective, keys: dict[str, str], saved: states.Saved | None
+    config: Config,
+    trainer: Trainer,
+    objective: Objective,
+    keys: dict[str, str],
+    base_of: BaseOf,
+    saved: states.Saved | None,
 ) -> Objective:
     """The objective with what it takes from the base model, its sources, and the state of an earlier attempt."""
-    objective = _calibrate(config, trainer, objective, keys)
+    objective = _calibrate(trainer, objective, base_of)
     trainer.sources.extend(anchor_sources(config, trainer, objective, keys))
     trainer.group.set_loss_fn(TokenLoss(objective))
     if saved:
@@ -93,20 +100,15 @@ def _complete(
     return objective
 
 
-def _calibrate(config: Config, trainer: Trainer, objective: Objective, keys: dict[str, str]) -> Objective:
+def _calibrate(trainer: Trainer, objective: Objective, base_of: BaseOf) -> Objective:
     """Thresholds and sample weights from the base model's pass over the data, where the objective takes them there."""
     if "base" not in objective.needs:
         return objective
-    path = Path(config.output) / "data" / f"base_stats_k{objective.k}"
-    key = "/".join(keys[name] for name in ("model", "data", "template"))
-    size = config.verl.data.train_batch_size
-    base = base_stats(
-        path, key, trainer.examples, objective.k, lambda rows: trainer.infer(trainer.examples, rows), size
-    )
+    trainer.group.set_loss_fn(EmitDistribution(objective.k))
+    base, seconds = base_of(lambda rows: trainer.infer(trainer.examples, rows))
     weights = objective.sample_weights(base)
     trainer.sample_weights = None if weights is None else weights.tolist()
     calibrated = objective.calibrate(base)
-    seconds = seconds_to_compute(path)
     trainer.state["seconds"] += seconds
     trainer.run.update(calibrated=asdict(calibrated), base_pass={"seconds": seconds})  # anchors included
     return calibrated

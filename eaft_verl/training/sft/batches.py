@@ -1,7 +1,7 @@
 """Examples -> the TensorDicts verl's workers take."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,13 +13,6 @@ from verl.utils.seqlen_balancing import calculate_workload, get_seqlen_balanced_
 
 from eaft_verl.data.parquet import Example
 from eaft_verl.training.sft.order import PADDING
-
-
-def sequential_batches(examples: int, batch_size: int) -> Iterator[list[int]]:
-    """All rows once, in order, the last batch padded: validation covers every row."""
-    for start in range(0, examples, batch_size):
-        chosen = list(range(start, min(start + batch_size, examples)))
-        yield chosen + [PADDING] * (batch_size - len(chosen))
 
 
 def balanced(indices: list[int], lengths: Sequence[int] | Mapping[int, int], ranks: int) -> list[int]:

@@ -1,6 +1,7 @@
 """Which rows a step trains on: a pure function of seed and epoch. Imports no engine."""
 
 import functools
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -10,6 +11,13 @@ PADDING = -1  # index of a row that only fills a batch: its loss mask is all zer
 def steps_per_epoch(examples: int, batch_size: int) -> int:
     """Every example is seen in every epoch; the last batch may hold padding rows."""
     return -(-examples // batch_size)
+
+
+def sequential_batches(examples: int, batch_size: int) -> Iterator[list[int]]:
+    """All rows once, in order, the last batch padded: validation covers every row."""
+    for start in range(0, examples, batch_size):
+        chosen = list(range(start, min(start + batch_size, examples)))
+        yield chosen + [PADDING] * (batch_size - len(chosen))
 
 
 def batch_indices(step: int, examples: int, batch_size: int, seed: int) -> list[int]:

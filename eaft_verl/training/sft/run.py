@@ -1,8 +1,9 @@
 """Where an SFT arm starts: nothing of verl is imported before Ray's session has chosen its platform."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from eaft_verl.data.parquet import Example
+from eaft_verl.data.parquet import Example, lengths_of
 from eaft_verl.data.prepare import Prepared
 from eaft_verl.errors import ConfigError
 from eaft_verl.objectives import Psft
@@ -11,12 +12,15 @@ from eaft_verl.recipe.views import objective_of, world_size
 from eaft_verl.runs import Run
 from eaft_verl.training.resume import starting_point
 
+if TYPE_CHECKING:
+    from eaft_verl.training.sft.arm import BaseOf
 
-def check_lengths(config: Config, data: Prepared) -> None:
+
+def check_lengths(config: Config, examples: Sequence[Example]) -> None:
     """A packed micro-batch must hold the longest example: verl would fail at the step that meets it."""
     batch = config.verl.data
     limit = batch.max_token_len_per_gpu * config.verl.engine.ulysses_sequence_parallel_size
-    longest = int(data.examples.lengths.max())
+    longest = int(lengths_of(examples).max())
     if batch.use_dynamic_bsz and longest > limit:
         raise ConfigError(
             f"the longest example has {longest} tokens and verl.data.max_token_len_per_gpu allows {limit}"
@@ -33,9 +37,18 @@ def check_weights(config: Config, data: Prepared) -> None:
 
 
 def train_sft(
-    config: Config, run: Run, data: Prepared, heldout: Sequence[Example], model: str, keys: dict[str, str]
+    config: Config,
+    run: Run,
+    data: Prepared,
+    heldout: Sequence[Example],
+    model: str,
+    keys: dict[str, str],
+    base_of: "BaseOf",
 ) -> None:
-    """Train the arm in its open, locked run directory and mark it finished; what stopped it is raised."""
+    """Train the arm in its open, locked run directory and mark it finished; what stopped it is raised.
+
+    base_of: from a forward pass over the training data's rows to what the base model says of it.
+    """
     from eaft_verl.cluster.preflight import require_cluster
     from eaft_verl.cluster.session import ray_session
     from eaft_verl.training.interruption import sigterm_as_request
@@ -47,4 +60,4 @@ def train_sft(
         require_cluster(config)
         from eaft_verl.training.sft.arm import train_arm
 
-        train_arm(config, run, data.examples, heldout, model, keys, stop, saved)
+        train_arm(config, run, data.examples, heldout, model, keys, base_of, stop, saved)

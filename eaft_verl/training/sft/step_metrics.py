@@ -7,9 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-LOW_ENTROPY = 0.5  # nats; arXiv 2601.02151, Fig. 4 groups tokens by H <= 0.5 and H >= 2.0
-HIGH_ENTROPY = 2.0
-CONFLICT_PROB = 0.2  # a confident conflict: H <= 0.5 and p(label) < 0.2 (the paper draws the region without numbers)
+from eaft_verl.tokens.stats import CONFLICT_PROB, HIGH_ENTROPY, LOW_ENTROPY
+
 COLUMNS = ("nll", "entropy20", "correct", "weight", "example", "anchor_kl")
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from eaft_verl.files import read_json, write_json
+from eaft_verl.training.sft.inference import rendezvous
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
 _CLEAR_PEAK = "5"  # proc(5): resets VmHWM of the process to its current resident size
@@ -25,7 +26,7 @@ _CLEAR_PEAK = "5"  # proc(5): resets VmHWM of the process to its current residen
 def main(job_path: str) -> None:
     """Run the job of a file and write its result."""
     job = read_json(Path(job_path))
-    os.environ.update(_rendezvous(job["folder"]))
+    os.environ.update(rendezvous(job["folder"]))
     import verl  # noqa: F401 - first of all: its entry points must bring the platform
     from omegaconf import OmegaConf
 
@@ -163,12 +164,6 @@ def _status(name: str) -> int:
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"/proc/self/status has no {name}: the probe needs Linux")
-
-
-def _rendezvous(folder: str) -> dict[str, str]:
-    """A world of one process that needs no port."""
-    world = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-    return {**world, "DIST_INIT_METHOD": f"file://{folder}/rendezvous"}
 
 
 if __name__ == "__main__":

@@ -18,12 +18,12 @@ from eaft_verl.training.interruption import StopRequest
 from eaft_verl.training.progress import Progress
 from eaft_verl.training.schedule import MAX_NONFINITE_STEPS, SaveClock, training_plan
 from eaft_verl.training.sft import checkpoint
-from eaft_verl.training.sft.base_pass import metrics_of
-from eaft_verl.training.sft.batches import TokenSource, balanced, make_batch, sequential_batches
+from eaft_verl.training.sft.batches import TokenSource, balanced, make_batch
 from eaft_verl.training.sft.loss import BATCH_FLAGS
 from eaft_verl.training.sft.old_policy import OldPolicy
-from eaft_verl.training.sft.order import PADDING, batch_indices, steps_per_epoch
+from eaft_verl.training.sft.order import PADDING, batch_indices, sequential_batches, steps_per_epoch
 from eaft_verl.training.sft.self_check import check_export
+from eaft_verl.training.sft.token_pass import metrics_of
 
 LOGGED = (
     *("loss", "nll", "token_accuracy", "entropy", "weight_mean", "weight_p10", "weight_p50", "weight_p90", "ess"),

@@ -1,8 +1,4 @@
-"""Order of the data, batches, schedule and the base pass: no engine, no Ray."""
-
-import math
-from pathlib import Path
-from typing import Any
+"""Order of the data, batches and schedule: no engine, no Ray."""
 
 import pytest
 import torch
@@ -11,11 +7,9 @@ from omegaconf import OmegaConf
 from verl.utils import tensordict_utils as tu
 
 from eaft_verl.data.prepare import Example
-from eaft_verl.errors import RunError
-from eaft_verl.training.sft.base_pass import base_stats
-from eaft_verl.training.sft.batches import balanced, make_batch, sequential_batches
+from eaft_verl.training.sft.batches import balanced, make_batch
 from eaft_verl.training.sft.loss import BATCH_FLAGS, shifted
-from eaft_verl.training.sft.order import PADDING, batch_indices, steps_per_epoch
+from eaft_verl.training.sft.order import PADDING, batch_indices, sequential_batches, steps_per_epoch
 from eaft_verl.training.sft.trainer import total_steps
 
 # order
@@ -120,57 +114,3 @@ def test_shifted_masks_the_last_position_of_every_sequence() -> None:
     ids = batch["input_ids"].values()
     assert all(labels[t] == ids[t + 1] for t in range(10) if t not in ends)
     assert mask.tolist() == [True, True, False, False, True, False, True, True, True, False]
-
-
-# base pass
-
-
-def fake_infer(logits: dict[int, torch.Tensor], asked: list[list[int]], k: int) -> Any:
-    """What the workers would answer, from [T, V] logits of each example; padding rows answer for the shortest."""
-
-    def infer(rows: list[int]) -> dict[str, torch.Tensor]:
-        asked.append(rows)
-        nlls, entropies, vocab = [], [], []
-        for row in rows:
-            index = 1 if row == PADDING else row
-            ids = torch.tensor(EXAMPLES[index].input_ids)
-            table = logits[index].log_softmax(-1)
-            nll = torch.zeros(len(ids))
-            nll[:-1] = -table[torch.arange(len(ids) - 1), ids[1:]]
-            best = logits[index].topk(k).values.softmax(-1)
-            nlls.append(nll)
-            entropies.append(-(best * best.log()).sum(-1))
-            vocab.append(torch.full((len(ids),), float(table.shape[-1])))
-        named = {"nll": nlls, "entropy": entropies, "vocab": vocab}
-        return {name: torch.nested.as_nested_tensor(part, layout=torch.jagged) for name, part in named.items()}
-
-    return infer
-
-
-def test_base_stats_are_those_of_the_trained_tokens_and_are_kept(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    logits = {n: torch.randn(len(item.input_ids), 50) * 3 for n, item in enumerate(EXAMPLES)}
-    asked: list[list[int]] = []
-    path = tmp_path / "data" / "base"
-    stats = base_stats(path, "key", EXAMPLES, 20, fake_infer(logits, asked, 20), batch_size=3)
-    assert asked == [[0, 1, 2], [3, PADDING, PADDING]]
-    probs, entropies, means = [], [], []
-    for number, item in enumerate(EXAMPLES):
-        own = []
-        for t in range(len(item.input_ids) - 1):
-            if item.loss_mask[t + 1]:
-                p = logits[number][t].double().softmax(-1)[item.input_ids[t + 1]].item()
-                q = sorted(logits[number][t].double().exp().tolist())[-20:]
-                entropies.append(-sum(x / sum(q) * math.log(x / sum(q)) for x in q) / math.log(20))
-                own.append(p)
-        probs += own
-        means.append(sum(-math.log(p) for p in own) / len(own))
-    assert stats.prob.tolist() == pytest.approx(probs, rel=1e-5)
-    assert stats.entropy.tolist() == pytest.approx(entropies, rel=1e-5)
-    assert stats.mean_nll.tolist() == pytest.approx(means, rel=1e-5)
-    again = base_stats(path, "key", EXAMPLES, 20, fake_infer({}, asked, 20), batch_size=3)
-    assert len(asked) == 2
-    assert all(torch.equal(vars(again)[name], vars(stats)[name]) for name in vars(stats))
-    with pytest.raises(RunError, match=r"computed for another model.*key key, now other.*delete it"):
-        base_stats(path, "other", EXAMPLES, 20, fake_infer({}, asked, 20), batch_size=3)
-    assert sorted(file.name for file in path.parent.iterdir()) == [".base.lock", "base"]

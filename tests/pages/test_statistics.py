@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from eaft_verl.reporting.statistics import (
+from eaft_verl.pages.statistics import (
     Interval,
     at_positions,
     crossing_positions,
@@ -87,7 +87,7 @@ def test_the_interval_agrees_with_the_normal_one_for_many_examples():
 
 def test_blocks_do_not_change_the_law_and_seeds_make_it_repeatable(monkeypatch):
     values, weights = np.array([[0.0], [1.0]]), np.ones(2)
-    monkeypatch.setattr("eaft_verl.reporting.statistics._DRAWS_IN_MEMORY", 6)
+    monkeypatch.setattr("eaft_verl.pages.statistics._DRAWS_IN_MEMORY", 6)
     small = resampled_means(values, weights, 20_000, rng())
     assert small.mean() == pytest.approx(0.5, abs=0.02)
     assert np.array_equal(small, resampled_means(values, weights, 20_000, rng()))

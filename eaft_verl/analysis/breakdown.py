@@ -1,0 +1,138 @@
+"""Where conflicts are and of what kind: by source, role and place, by label, and by (label, what was expected).
+
+Kinds of a confident conflict, the first that holds:
+template  inserted by the chat template (role `template`), or a special token
+noise     in a sample most of whose tokens the model finds implausible (`Survey.implausible_S`)
+habit     the first token of a turn, or a label that is a conflict in many samples and is no number: format, style
+content   the rest: single tokens the model is sure of otherwise, in text that it finds plausible: facts, names, numbers
+"""
+
+from typing import Any
+
+import numpy as np
+
+from eaft_verl.analysis.blocks import BRANCHING, CONFLICT, REGIMES, SETTLED, Array, Block
+from eaft_verl.analysis.survey import Survey
+
+KINDS = ("template", "noise", "habit", "content")
+PLACES = ("1st", "2nd", "3rd-4th", "5th-8th", "9th-16th", "17th-32nd", "33rd-64th", "65th-128th", "later")
+CLOUDS = (BRANCHING, SETTLED, CONFLICT)  # Fig. 7 a, b, c
+TEXTS = ("source", "role")
+_WAITING, _KEPT = 1 << 22, 1 << 20  # conflicts counted at once; pairs kept, the rarest forgotten
+Row = dict[str, Any]
+
+
+class Breakdown:
+    """Sums over blocks; `numeric_V`: labels whose text is a number; `special_V`: control tokens of the tokenizer."""
+
+    def __init__(self, survey: Survey, numeric_V: Array, special_V: Array) -> None:
+        self._survey, self._special_V = survey, special_V
+        self._habit_V = survey.repeated_V & ~numeric_V
+        self.texts: dict[str, dict[str, int]] = {name: {} for name in TEXTS}
+        self._tallies = {name: np.zeros((4, 0)) for name in (*TEXTS, "place")}
+        self._kinds = np.zeros((3, len(KINDS)))
+        self._content_S = np.zeros(len(survey.tokens_S))
+        self._labels_CV = np.zeros((3, len(CLOUDS) * survey.vocab))
+        self._places = np.full(len(REGIMES), -1)
+        self._places[list(CLOUDS)] = range(len(CLOUDS))
+        self._pairs, self._waiting = (np.zeros(0, np.int64), np.zeros(0, np.int64)), [np.zeros(0, np.int64)]
+
+    def add(self, block: Block) -> None:
+        """Count a block."""
+        conflict_T = (block.regime_T == CONFLICT).astype(np.float32)
+        place_T = np.minimum(np.ceil(np.log2(block.place_T + 1)), len(PLACES) - 1).astype(np.int64)
+        for name in (*TEXTS, "place"):
+            codes_T = place_T if name == "place" else block.codes(name)
+            columns = (None, conflict_T, -block["logprob"], block.error_T)
+            found = np.array([np.bincount(codes_T, weight_T) for weight_T in columns])
+            self._tallies[name] = _sum(self._tallies[name], found)
+        self._add_labels(block)
+        self._add_conflicts(block)
+
+    def _add_labels(self, block: Block) -> None:
+        place_T = self._places[block.regime_T]
+        chosen = np.flatnonzero(place_T >= 0)
+        index = place_T[chosen] * self._survey.vocab + block["token"][chosen]
+        for sums, weight in zip(self._labels_CV, (None, block["entropy"], block.prob_T), strict=True):
+            sums += np.bincount(index, weight if weight is None else weight[chosen], minlength=len(sums))
+
+    def _add_conflicts(self, block: Block) -> None:
+        rows = block.conflicts
+        sample, token = block["sample"][rows], block["token"][rows]
+        template = self._special_V[token]
+        if "template" in self.texts["role"]:
+            template = template | (block.codes("role")[rows] == self.texts["role"]["template"])
+        rules = (template, self._survey.implausible_S[sample], self._habit_V[token] | (block.place_T[rows] == 0))
+        kind = np.select(rules, range(len(rules)), len(rules))
+        for sums, weight in zip(self._kinds, (None, block.error_T, block["max_prob"]), strict=True):
+            sums += np.bincount(kind, weight if weight is None else weight[rows], minlength=len(KINDS))
+        content = sample[kind == KINDS.index("content")]
+        self._content_S += np.bincount(content, minlength=len(self._content_S))
+        self._waiting.append(token.astype(np.int64) * self._survey.vocab + block["argmax"][rows])
+        if sum(map(len, self._waiting)) > _WAITING:
+            self._merge()
+
+    def _merge(self) -> None:
+        keys, counts = np.unique(np.concatenate(self._waiting), return_counts=True)
+        both, index = np.unique(np.concatenate([self._pairs[0], keys]), return_inverse=True)
+        total = np.bincount(index, np.concatenate([self._pairs[1], counts])).astype(np.int64)
+        kept = np.argsort(-total, kind="stable")[:_KEPT]
+        self._pairs, self._waiting = (both[kept], total[kept]), [np.zeros(0, np.int64)]
+
+    def clouds(self) -> dict[str, dict[str, Array]]:
+        """{regime: {count, mean_entropy, mean_prob: [V]}}."""
+        found = self._labels_CV.reshape(3, len(CLOUDS), self._survey.vocab)
+        return {
+            REGIMES[regime]: {
+                "count": found[0, i].astype(np.int64),
+                "mean_entropy": found[1, i] / np.maximum(found[0, i], 1),
+                "mean_prob": found[2, i] / np.maximum(found[0, i], 1),
+            }
+            for i, regime in enumerate(CLOUDS)
+        }
+
+    def pairs(self, count: int) -> list[tuple[int, int, int]]:
+        """The most frequent conflicts: (label, the token expected instead, how often)."""
+        self._merge()
+        keys, counts = (part[:count].tolist() for part in self._pairs)
+        return [(*divmod(key, self._survey.vocab), times) for key, times in zip(keys, counts, strict=True)]
+
+    def result(self) -> Row:
+        """Tables by source, role and place; of every kind its share of the conflicts and of their gradient."""
+        conflicts, survey = self._kinds[0].sum(), self._survey
+        repeated = np.sort(self.clouds()[REGIMES[CONFLICT]]["count"])[::-1]
+        return {
+            **{f"by_{name}": self._table(name) for name in (*TEXTS, "place")},
+            "kinds": {
+                kind: {
+                    "tokens": int(self._kinds[0, i]),
+                    "share": float(self._kinds[0, i] / max(conflicts, 1)),
+                    "error": float(self._kinds[1, i]),
+                    "mean_max_prob": float(self._kinds[2, i] / max(self._kinds[0, i], 1)),
+                }
+                for i, kind in enumerate(KINDS)
+            },
+            "samples": survey.samples,
+            "samples_with_conflict": int((survey.conflicts_S > 0).sum()),
+            "samples_with_content": int((self._content_S > 0).sum()),
+            "samples_implausible": int(survey.implausible_S.sum()),
+            "tokens_implausible": int(survey.tokens_S[survey.implausible_S].sum()),
+            "conflicts_implausible": int(survey.conflicts_S[survey.implausible_S].sum()),
+            "labels_in_conflict": int((repeated > 0).sum()),
+            "top10_labels_share": float(repeated[:10].sum() / max(conflicts, 1)),
+        }
+
+    def _table(self, name: str) -> list[Row]:
+        words = PLACES if name == "place" else tuple(self.texts[name])
+        rows = []
+        for word, (tokens, conflicts, nll, error) in zip(words, self._tallies[name].T.tolist(), strict=False):
+            if tokens:
+                means = {"nll": nll / tokens, "error": error / tokens}
+                rows.append({name: word, "tokens": int(tokens), "conflicts": int(conflicts), **means})
+        return rows
+
+
+def _sum(left: Array, right: Array) -> Array:
+    """Sum of two tables [4, C] whose number of codes differs."""
+    wide = max(left.shape[1], right.shape[1])
+    return np.pad(left, ((0, 0), (0, wide - left.shape[1]))) + np.pad(right, ((0, 0), (0, wide - right.shape[1])))

@@ -1,0 +1,37 @@
+"""The memory map of a prepared file: an uncompressed copy that training and evaluation open instead of reading it."""
+
+import glob
+import os
+import tempfile
+from pathlib import Path
+
+import pyarrow.ipc as ipc
+import pyarrow.parquet as pq
+
+from eaft_verl.files import bytes_hash, content_hash, temporary_beside
+
+_BATCH = 4096  # rows
+
+
+def map_of(path: Path, key: str) -> Path:
+    """The Arrow file of a parquet file whose sha256 is `key`, made where there is none that is whole.
+
+    It lies beside the file, in a temporary folder where nothing can be written there, and is named after the hashes of
+    the file and of itself.
+    """
+    folder = path.parent if os.access(path.parent, os.W_OK) else Path(tempfile.gettempdir())
+    maps = list(folder.glob(f".{glob.escape(path.stem)}.{'?' * 16}.{'?' * 16}.arrow"))
+    for found in maps:
+        if found.name.endswith(f".{key[:16]}.{content_hash(found)[:16]}.arrow"):
+            return found
+    with temporary_beside(folder / path.name) as temporary:
+        with pq.ParquetFile(path) as source:
+            schema = source.schema_arrow.remove_metadata()
+            with ipc.new_file(str(temporary), schema) as table:
+                for batch in source.iter_batches(_BATCH):
+                    table.write_batch(batch)
+        made = folder / f".{path.stem}.{key[:16]}.{bytes_hash(temporary)[:16]}.arrow"
+        os.replace(temporary, made)
+    for old in set(maps) - {made}:
+        old.unlink(missing_ok=True)
+    return made

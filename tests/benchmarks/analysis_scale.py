@@ -1,0 +1,93 @@
+"""Time and memory of an analysis by rows of its store: `python -m tests.benchmarks.analysis_scale 1e4 1e5 1e6`.
+
+Every size runs in a process of its own, whose largest resident memory is printed; 300 tokens a sample, a vocabulary of
+50,000. The wall clock means something on an idle machine only. `page`: all passes of the page without its figures;
+`gates`: the gate lab with its usual gates.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from eaft_verl.analysis.store import COLUMNS, GROUP, META, TokenStore
+
+VOCAB, LENGTH = 50_000, 300
+
+
+def main(sizes: list[str]) -> None:
+    """Make, measure and remove a store of each size."""
+    for size in map(int, map(float, sizes)):
+        with tempfile.TemporaryDirectory() as folder:
+            write(Path(folder), size)
+            for what in ("page", "gates"):
+                command = [sys.executable, "-m", "tests.benchmarks.analysis_scale", f"--{what}", folder]
+                print(subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip(), flush=True)
+
+
+def write(folder: Path, size: int) -> None:
+    """Rows whose statistics are independent draws; row groups repeat one of them under other sample numbers."""
+    rng, rows = np.random.default_rng(0), min(size, GROUP)
+    prob = rng.beta(0.5, 0.25, rows)
+    floats = {"logprob": np.log(prob), "entropy": rng.random(rows) ** 2 * np.log(20), "max_prob": np.maximum(prob, 0.4)}
+    floats |= {"full_entropy": floats["entropy"] * 1.1, "sum_p2": prob**2, "top_k_mass": rng.uniform(0.9, 1, rows)}
+    token = (rng.zipf(1.3, rows) % VOCAB).astype(np.int32)
+    texts = {name: pa.array(["one"] * rows).dictionary_encode() for name in ("role", "source")}
+    meta = {"schema": 1, "model": "m", "keys": {"model": "m", "data": "d", "template": "t"}, "k": 20, "vocab": VOCAB}
+    meta |= {"origin": "data", "sampling": None, "samples": -(-size // LENGTH), "tokens": size}
+    schema = COLUMNS.with_metadata({META: json.dumps(meta)})
+    with pq.ParquetWriter(folder / "tokens.parquet", schema, compression="zstd", compression_level=1) as writer:
+        for start in range(0, size, rows):
+            index = np.arange(start, min(start + rows, size))
+            columns = {"sample": index // LENGTH, "position": index % LENGTH, "token": token, "argmax": token}
+            columns |= floats | texts
+            table = pa.table({name: columns[name][: len(index)] for name in COLUMNS.names}).cast(COLUMNS)
+            writer.write_table(table.replace_schema_metadata(schema.metadata), row_group_size=GROUP)
+
+
+def measured(what: str, folder: Path) -> None:
+    """Print seconds, nanoseconds a row and the largest resident memory of this process."""
+    import torch
+
+    from eaft_verl.analysis.aggregate import analyse
+    from eaft_verl.analysis.gates import WORDS, sweep
+
+    class Words:
+        """A tokenizer's place."""
+
+        size = VOCAB
+
+        def __call__(self, token: int) -> str:
+            return str(token)
+
+        def mask(self, vocab: int, which: str) -> object:
+            return np.zeros(vocab, bool)
+
+    store = TokenStore(folder)
+    torch.ones(1 << 16).exp()  # its first use takes half a second
+    before, started, spent = (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        time.perf_counter(),
+        time.process_time(),
+    )
+    sweep(store, WORDS) if what == "gates" else analyse(store, Words(), WORDS)  # type: ignore[arg-type]
+    seconds, spent, tokens = time.perf_counter() - started, time.process_time() - spent, store.meta["tokens"]
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(
+        f"{what:5} {tokens:>11,} rows  {seconds:8.2f} s  {seconds / tokens * 1e9:9.0f} ns/row  {spent:7.2f} s of CPU  "
+        f"{memory / 1024:7.0f} MiB, {(memory - before) / 1024:.0f} of them for the analysis"
+    )
+
+
+if __name__ == "__main__":
+    if sys.argv[1].startswith("--"):
+        measured(sys.argv[1][2:], Path(sys.argv[2]))
+    else:
+        main(sys.argv[1:])
