@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_doctor(verbs)
     _add_launch(verbs)
     _add_plan(verbs)
+    _add_checkpoints(verbs)
     _add_analyze(verbs)
     return parser
 
@@ -163,6 +164,14 @@ def _add_plan(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument("--probe", action="store_true", help="run the longest micro-batch here and compare; minutes")
     verb.add_argument("--json", action="store_true", help="bytes and seconds for programs")
     verb.set_defaults(run=_plan)
+
+
+def _add_checkpoints(verbs: argparse._SubParsersAction) -> None:
+    verb = verbs.add_parser("checkpoints", help="a run's states to resume, each verified; export a model from one")
+    verb.add_argument("folder", metavar="RUN", type=Path, help="a run directory")
+    verb.add_argument("--export", type=int, metavar="STEP", help="write a Hugging Face folder from this state")
+    verb.add_argument("--out", type=Path, metavar="FOLDER", help="of the export (default: RUN/exports/step_N)")
+    verb.set_defaults(run=_checkpoints)
 
 
 def _add_analyze(verbs: argparse._SubParsersAction) -> None:
@@ -271,6 +280,17 @@ def _doctor(options: argparse.Namespace) -> int:
     config = resolve(recipe, options.arm or next(iter(recipe.arms)), overrides)
     check(config, dry_run=True)  # what is still missing is one of the findings
     return doctor(config, wait_s=options.wait)
+
+
+def _checkpoints(options: argparse.Namespace) -> None:
+    from eaft_verl.experiment.checkpoints import export_step, listing
+    from eaft_verl.runs import Run
+
+    run = Run(options.folder)
+    if options.export is None:
+        print("\n".join(listing(run)))
+    else:
+        print(f"wrote {export_step(run, options.export, options.out)}")
 
 
 def _plan(options: argparse.Namespace) -> int:

@@ -55,8 +55,13 @@ def write_json(path: Path, value: Any, *, exact: bool = False) -> None:
 
     `exact`: for state that only we read back; they stay the numbers they are, as Python writes and reads them.
     """
+    write_text(path, json_text(value, exact=exact))
+
+
+def json_text(value: Any, *, exact: bool = False) -> str:
+    """What `write_json` writes."""
     chosen = value if exact else masked(_finite(value))
-    write_text(path, json.dumps(chosen, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    return json.dumps(chosen, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -83,18 +88,26 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """All complete rows; a torn last line (the process was killed while writing) is left out."""
     if not path.exists():
         return []
-    rows = []
-    lines = path.read_text(encoding="utf-8").split("\n")
+    rows, damaged = scan_jsonl(path)
+    if damaged:
+        raise RunError(f"{path}:{damaged[0]} is not valid JSON; remove that line, or put the file back from a backup")
+    return list(rows.values())
+
+
+def scan_jsonl(path: Path) -> tuple[dict[int, dict[str, Any]], list[int]]:
+    """{number: row} of a file's lines, from 1, and the numbers of damaged ones; a torn last line is neither."""
+    rows, damaged = {}, []
+    lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
-        if not line:
-            continue
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number == len(lines):  # no newline after it: torn by a kill
-                break
-            raise RunError(f"{path}:{number} is not valid JSON") from None
-    return rows
+            row = json.loads(line) if line else None
+        except ValueError:  # no JSON, or no UTF-8
+            row = ...
+        if isinstance(row, dict):
+            rows[number] = row
+        elif row is not None and number < len(lines):  # with no newline after it: torn by a kill
+            damaged.append(number)
+    return rows, damaged
 
 
 def _finite(value: Any) -> Any:

@@ -3,6 +3,7 @@
 RUN/run.json                      what it is, its status and the keys that decide comparability
 RUN/config.yaml                   the resolved configuration
 RUN/env.json                      versions, hardware, commit, uncommitted diff
+RUN/.run.json, .config.yaml, .env.json  second copies of these three, read where the first is damaged
 RUN/metrics.jsonl                 one row per logged step, append only
 RUN/checkpoints/step_000016/      Hugging Face export of the model at that step
 RUN/eval/step_000016/NAME.json    one record per benchmark
@@ -10,15 +11,27 @@ RUN/samples/step_000016/NAME.jsonl  one row per example of that benchmark
 """
 
 import contextlib
+import json
 import re
 import shutil
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from eaft_verl.errors import RunError
-from eaft_verl.files import json_line, locked, read_json, read_jsonl, write_json, write_jsonl, write_text
+from eaft_verl.files import (
+    json_line,
+    json_text,
+    locked,
+    read_json,
+    read_jsonl,
+    scan_jsonl,
+    write_json,
+    write_jsonl,
+    write_text,
+)
 
 SCHEMA = 1
 _STEP_DIR = re.compile(r"^step_(\d{6,})$")
@@ -57,7 +70,7 @@ class Run:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path).resolve()
-        if not (self.path / "run.json").exists():
+        if not is_run(self.path):
             raise RunError(f"{self.path} is not a run directory: it has no run.json")
 
     @classmethod
@@ -68,35 +81,42 @@ class Run:
         env: versions and hardware. Raises RunError if the directory holds anything already.
         """
         path = Path(path).resolve()
-        if path.exists() and any(path.iterdir()):
+        if path.exists() and any(not entry.name.startswith(".") for entry in path.iterdir()):
             raise RunError(f"{path} is not empty and a run is never overwritten; choose another output or remove it")
         path.mkdir(parents=True, exist_ok=True)
-        write_text(path / "config.yaml", config)
-        write_json(path / "env.json", env)
-        write_json(path / "run.json", {"schema": SCHEMA, "status": "created", "created": time.time(), **info})
+        _write_twice(path / "config.yaml", config)
+        _write_twice(path / "env.json", json_text(env))
+        return cls.describe(path, **{"status": "created", **info})
+
+    @classmethod
+    def describe(cls, path: Path | str, **info: Any) -> "Run":
+        """Write run.json anew, of a new run or of one that has lost it."""
+        text = json_text({"schema": SCHEMA, "created": time.time(), **info})
+        _write_twice(Path(path).resolve() / "run.json", text)
         return cls(path)
 
     @property
     def info(self) -> dict[str, Any]:
         """run.json."""
-        return read_json(self.path / "run.json")
+        return _read_either(self.path / "run.json", json.loads)
 
     @property
     def env(self) -> dict[str, Any]:
         """env.json."""
-        return read_json(self.path / "env.json")
+        return _read_either(self.path / "env.json", json.loads)
 
     @property
     def config(self) -> dict[str, Any]:
         """The resolved configuration as plain containers; secrets are references to variables, see `masked`."""
-        from omegaconf import OmegaConf
+        return _read_either(self.path / "config.yaml", _parse_config)
 
-        tree: Any = OmegaConf.to_container(OmegaConf.load(self.path / "config.yaml"), resolve=False)
-        return dict(tree)
+    def change_config(self, text: str) -> None:
+        """Put another resolved configuration in the place of the first: what the run is gone on with."""
+        _write_twice(self.path / "config.yaml", text)
 
     def update(self, **fields: Any) -> None:
         """Change fields of run.json, e.g. status='finished'."""
-        write_json(self.path / "run.json", {**self.info, **fields})
+        _write_twice(self.path / "run.json", json_text({**self.info, **fields}))
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -113,6 +133,18 @@ class Run:
     def metrics(self, split: str = "train") -> list[dict[str, Any]]:
         """Logged rows of one split ('train' or 'val'), in order of step."""
         return [row for row in read_jsonl(self.path / "metrics.jsonl") if row.get("split") == split]
+
+    def mend_metrics(self) -> list[int]:
+        """Leave damaged lines of metrics.jsonl out, the file as it was kept beside it; their numbers, from 1."""
+        path = self.path / "metrics.jsonl"
+        if not path.exists():
+            return []
+        rows, damaged = scan_jsonl(path)
+        damaged += [number for number, row in rows.items() if not isinstance(row.get("step"), int)]
+        if damaged:
+            shutil.copyfile(path, path.with_name("metrics.jsonl.damaged"))
+            write_jsonl(path, [row for number, row in rows.items() if number not in damaged])
+        return sorted(damaged)
 
     def rewind_metrics(self, step: int) -> None:
         """Drop rows after `step` (and a torn line): the history must be that of the resumed run."""
@@ -139,6 +171,55 @@ class Run:
     def checkpoints(self) -> dict[int, Path]:
         """{step: folder} of complete Hugging Face exports (they carry a config.json), steps ascending."""
         return steps_in(self.path / "checkpoints", "config.json")
+
+
+def is_run(folder: Path) -> bool:
+    """Whether the folder holds a run: its run.json, or the copy of it."""
+    return any((folder / name).exists() for name in ("run.json", ".run.json"))
+
+
+def infos_in(output: Path) -> Iterator[dict[str, Any]]:
+    """run.json of every run in an output folder whose own can be read."""
+    for folder in sorted(path for path in output.glob("*/") if is_run(path)):
+        with contextlib.suppress(RunError):
+            yield Run(folder).info
+
+
+def _write_twice(path: Path, text: str) -> None:
+    for place in (path, path.with_name(f".{path.name}")):
+        write_text(place, text)
+
+
+def _read_either(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+    """A file that describes a run; where it is damaged or gone, its copy, which takes its place with a warning."""
+    copy = path.with_name(f".{path.name}")
+    for place in (path, copy):
+        try:
+            text = place.read_text(encoding="utf-8")
+            found = parse(text)
+        except (OSError, ValueError) as error:
+            found = error
+        if isinstance(found, dict):
+            if place == copy:
+                print(f"eaft: warning: {path} was damaged or missing; its copy is used", file=sys.stderr)
+                with contextlib.suppress(OSError):  # a report may be made of a folder that cannot be written
+                    write_text(path, text)
+            return found
+    raise RunError(
+        f"{path} is damaged or missing, and its copy {copy.name} too; put one of them back from a backup; "
+        "states in resume/ and exports in checkpoints/ stay as they are"
+    )
+
+
+def _parse_config(text: str) -> Any:
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        return OmegaConf.to_container(OmegaConf.create(text), resolve=False) if text.strip() else None
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ValueError(str(error)) from None
 
 
 def drop_checkpoints_after(run: Run, step: int) -> None:

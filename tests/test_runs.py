@@ -6,7 +6,7 @@ import pytest
 
 from eaft_verl.errors import RunError
 from eaft_verl.files import read_json, read_jsonl, write_json, write_jsonl
-from eaft_verl.runs import Run, cause_of
+from eaft_verl.runs import Run, cause_of, infos_in
 
 
 @pytest.fixture
@@ -49,6 +49,42 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         write_jsonl(tmp_path / "b.jsonl", [{"a": object()}])
     assert read_json(tmp_path / "a.json") == {"a": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize("damage", ["", "[]", '{"a": ', "\x00\x00", "a: [", None])
+@pytest.mark.parametrize("name", ["run.json", "env.json", "config.yaml"])
+def test_a_damaged_description_is_read_from_its_copy(
+    run: Run, capsys: pytest.CaptureFixture[str], name: str, damage: str | None
+) -> None:
+    run.update(status="running")
+    before = (run.path / name).read_text()
+    if damage is None:
+        (run.path / name).unlink()
+    else:
+        (run.path / name).write_text(damage)
+    found = Run(run.path)  # a run by its copy alone
+    assert found.info["status"] == "running" and found.env == {"python": "3"} and found.config == {"a": 1}
+    assert f"{name} was damaged or missing; its copy is used" in capsys.readouterr().err
+    assert (run.path / name).read_text() == before, "and it is whole again"
+    assert found.info and not capsys.readouterr().err
+
+
+def test_a_description_without_a_sound_copy_is_an_error_that_says_what_to_do(run: Run) -> None:
+    for name in ("config.yaml", ".config.yaml"):
+        (run.path / name).write_text("")
+    with pytest.raises(RunError, match=r"config.yaml is damaged or missing, and its copy .config.yaml too; put one"):
+        _ = run.config
+    assert list(infos_in(run.path.parent)) == [run.info]
+    for name in ("run.json", ".run.json"):
+        (run.path / name).write_text("[")
+    assert list(infos_in(run.path.parent)) == []
+    assert Run.describe(run.path, status="failed", rebuilt=True).info["rebuilt"]
+
+
+def test_what_a_kill_left_of_a_creation_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".config.yaml.x8d2").write_text("half")
+    assert Run.create(tmp_path / "run", info={}, config="a: 1", env={}).info["status"] == "created"
 
 
 def test_evaluations_and_checkpoints_are_found_by_step(run: Run) -> None:

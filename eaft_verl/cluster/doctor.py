@@ -13,14 +13,13 @@ from eaft_verl.cluster.demand import Offer, demand_of
 from eaft_verl.cluster.findings import Finding, node_findings, token_finding, verdict
 from eaft_verl.cluster.node_probe import NodeProbe, probe_node, reachable
 from eaft_verl.errors import ConfigError
-from eaft_verl.files import read_json
 from eaft_verl.models import load_config, load_tokenizer, resolve_model
 from eaft_verl.planning.amount import amount_of
 from eaft_verl.planning.arm_plan import disk_at_once
 from eaft_verl.recipe.checks import pending
 from eaft_verl.recipe.config import Config
 from eaft_verl.recipe.model_fit import check_model_fits
-from eaft_verl.runs import run_name
+from eaft_verl.runs import infos_in, run_name
 
 CONNECT_TIMEOUT_S = 5.0
 LOCAL_ADDRESSES = ("", "auto", "local")
@@ -107,7 +106,7 @@ def local_findings(config: Config, probe: NodeProbe) -> list[Finding]:
 def output_finding(config: Config) -> Finding:
     """Whether `output` outlives the job and belongs to this recipe."""
     output, problem, remedy = Path(config.output), None, "choose another output="
-    others = {str(read_json(file).get("recipe")) for file in sorted(output.glob("*/run.json"))} - {config.name}
+    others = {str(info.get("recipe")) for info in infos_in(output)} - {config.name}
     if output.exists() and not (output.is_dir() and os.access(output, os.W_OK)):
         problem = f"{output} is not a folder that can be written"
     elif "runtime_resources" in output.parts:

@@ -21,7 +21,7 @@ from eaft_verl.recipe.config import Config
 from eaft_verl.recipe.model_fit import notes_at_hand
 from eaft_verl.recipe.resolve import Recipe, load_recipe, resolve
 from eaft_verl.reporting.report import report
-from eaft_verl.runs import Run, run_name
+from eaft_verl.runs import Run, is_run, run_name
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Stage:
     def done(self) -> bool:
         """Whether an earlier call finished it."""
         field, value = self.done_when
-        return (self.run / "run.json").exists() and Run(self.run).info.get(field) == value
+        return is_run(self.run) and Run(self.run).info.get(field) == value
 
 
 def compare(
@@ -122,7 +122,7 @@ def needed_runs(config: Config) -> set[str]:
 
 
 def _finished(run: Path) -> bool:
-    return (run / "run.json").exists() and Run(run).info["status"] == "finished"
+    return is_run(run) and Run(run).info["status"] == "finished"
 
 
 def _run_arms(configs: list[Config], stages: list[tuple[Stage, Stage]], restarts: int) -> list[dict[str, Any]]:
@@ -219,7 +219,7 @@ def _run(stage: Stage, restarts: int) -> str | None:
 
 def _cause(stage: Stage, code: int) -> str:
     """What a stage that left no cause wrote into run.json before it ended, else all that is known from outside."""
-    info = Run(stage.run).info if (stage.run / "run.json").exists() else {}
+    info = Run(stage.run).info if is_run(stage.run) else {}
     if info.get("error"):
         return str(info["error"])
     where = f"with status {info['status']!r}" if info else "before it had a run directory"

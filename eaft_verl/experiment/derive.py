@@ -10,7 +10,7 @@ from eaft_verl.errors import RunError
 from eaft_verl.recipe import budgets
 from eaft_verl.recipe.config import Config, Control, changed, value_of
 from eaft_verl.recipe.matching import GRPO
-from eaft_verl.runs import Run, run_name
+from eaft_verl.runs import Run, is_run, run_name
 from eaft_verl.training.grpo.config import updates_per_step
 from eaft_verl.training.sft.order import PADDING, batch_indices
 
@@ -87,7 +87,7 @@ def _control(config: Config, control: Control, keys: dict[str, str], changes: di
 
 def _finished(config: Config, arm: str, why: str) -> Run:
     folder = Path(config.output) / run_name(arm, config.seed)
-    status = Run(folder).info["status"] if (folder / "run.json").exists() else None
+    status = Run(folder).info["status"] if is_run(folder) else None
     if status != "finished":
         found = "does not exist" if status is None else f"has status {status!r}"
         raise RunError(

@@ -15,12 +15,12 @@ from eaft_verl.recipe.config import Config, as_yaml, stored_configuration
 from eaft_verl.recipe.datasets import prepare_data
 from eaft_verl.recipe.resolve import load_recipe, resolve
 from eaft_verl.recipe.views import evaluate_settings
-from eaft_verl.runs import Run, cause_of
+from eaft_verl.runs import Run, cause_of, is_run
 
 
 def evaluate_command(what: str, recipe: str, out: Path | None, overrides: list[str]) -> Run:
     """Evaluate a run directory with its own settings, or a model with a recipe's; finished benchmarks are kept."""
-    if (Path(what) / "run.json").exists():
+    if is_run(Path(what)):
         if overrides or out:
             raise ConfigError("a run is evaluated by its own configuration; --out and key=value are for a MODEL")
         return _evaluate_run(Run(what))
@@ -64,7 +64,7 @@ def _evaluate_model(config: Config, out: Path | None) -> Run:
         "evaluation": evaluation_key(settings),
     }
     folder = out or Path(config.output) / "base"
-    if not (folder / "run.json").exists():
+    if not is_run(folder):
         info = {"kind": "base", "recipe": config.name, "arm": "base", "seed": config.seed, "model": config.model}
         info |= {"keys": keys, "declared": [], "total_steps": 0, "train_seconds": 0.0}
         Run.create(folder, info=info, config=as_yaml(config), env=describe())

@@ -13,28 +13,27 @@ from eaft_verl.recipe.config import Config, plain
 from eaft_verl.recipe.datasets import changed_content, prepared_path
 from eaft_verl.recipe.views import evaluate_settings, source_of
 from eaft_verl.reporting.comparability import ABSENT, flatten
-from eaft_verl.runs import Run
+from eaft_verl.runs import Run, is_run
 
-# where a run lies, how often it is saved and how its memory is used decide nothing of what it becomes
+# where a run lies, how it is saved, watched, resumed and fitted into memory decide nothing of what it becomes
 FREE = (
-    *("recipe", "output", "verl.trainer.save_freq", "verl.trainer.max_ckpt_to_keep", "data.max_rejected"),
-    *(
-        "verl.data.use_dynamic_bsz",
-        "verl.data.micro_batch_size_per_gpu",
-        "verl.data.max_token_len_per_gpu",
-        "verl.engine.offload_policy",
-    ),
+    *("recipe", "output", "save_minutes", "resume", "data.max_rejected"),
+    *("verl.trainer.save_freq", "verl.trainer.test_freq", "verl.trainer.max_ckpt_to_keep"),
+    *("verl.data.use_dynamic_bsz", "verl.data.micro_batch_size_per_gpu", "verl.data.max_token_len_per_gpu"),
+    "verl.engine.offload_policy",
 )
+PLACES = ("verl.trainer.nnodes", "verl.trainer.n_gpus_per_node")  # free too: a state is loaded by any number of workers
+CHANGEABLE = ("verl.optim",)  # in an unfinished run, where that is asked for
 OF_BASE = ("model", "evaluate", "data.heldout", "data.heldout_rows", "data.max_length")  # all that its scores rest on
 SHOWN = 5
 
 
 def require_same(folder: Path, config: Config) -> None:
     """RunError that names every key in which the run in `folder`, where there is one, is not this configuration's."""
-    if not (folder / "run.json").exists():
+    if not is_run(folder):
         return
     run = Run(folder)
-    if found := differences(run, config):
+    if found := forbidden(run, config, differences(run, config)):
         more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
         raise RunError(
             f"{folder} (status {run.info['status']}) was made with other settings: {'; '.join(found[:SHOWN])}{more}. "
@@ -65,11 +64,25 @@ def differences(run: Run, config: Config) -> list[str]:
 def settings_that_differ(stored: Any, asked: Any) -> list[str]:
     """'key=stored (now asked)', sorted by key."""
     before, now = flatten(masked(stored)), flatten(masked(asked))
+    spent_in_devices = now.get("compare.match") == '"device_seconds"'
+    free = FREE if spent_in_devices else FREE + PLACES
     return [
         f"{key}={before.get(key, ABSENT)} (now {now.get(key, ABSENT)})"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key, ABSENT) != now.get(key, ABSENT) and not _under(key, FREE)
+        if before.get(key, ABSENT) != now.get(key, ABSENT) and not _under(key, free)
     ]
+
+
+def forbidden(run: Run, config: Config, found: list[str]) -> list[str]:
+    """Of these differences those that an unfinished run cannot be gone on with, as `resume` says."""
+    if config.resume != "changed" or run.info["status"] == "finished":
+        return found
+    return [line for line in found if not changeable(line)]
+
+
+def changeable(line: str) -> bool:
+    """Whether `resume=changed` allows this difference."""
+    return _under(line.partition("=")[0], CHANGEABLE)
 
 
 def asked_of(run: Run) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from eaft_verl.cluster.demand import WAIT
 from eaft_verl.cluster.ray_logs import write_details
 from eaft_verl.errors import EXIT_CODES, HUNG, LOST, Interrupted, RunError
 from eaft_verl.runs import Run
-from eaft_verl.training.grpo import states
+from eaft_verl.training import states
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 300.0  # before a restart; doubled every time
 NODES_S = 900  # that a restarted training waits for nodes to come back
@@ -49,11 +49,7 @@ def supervised(attempt: Callable[[], int], folder: Path, restarts: int) -> int:
 
 def saved_step(folder: Path) -> int:
     """Step of the newest state that a run of any trainer can be gone on from; 0 where there is none."""
-    if not (folder / "run.json").exists():
-        return 0
-    from eaft_verl.training.sft import checkpoint
-
-    return max(checkpoint.newest(Run(folder)) or 0, states.newest(folder / "resume"))
+    return max(states.whole(folder), default=0)
 
 
 def _restart(folder: Path, what: str, step: int, code: int) -> None:

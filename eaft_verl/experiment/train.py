@@ -1,6 +1,7 @@
 """`eaft train`: a resolved configuration -> a finished run directory, resumed where an earlier attempt stopped."""
 
 import contextlib
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from eaft_verl.evaluation.model_files import check_model_files
 from eaft_verl.evaluation.settings import evaluation_key
 from eaft_verl.experiment.derive import Derived, derive
 from eaft_verl.experiment.environment import describe
-from eaft_verl.experiment.stored import SHOWN, settings_that_differ
+from eaft_verl.experiment.stored import SHOWN, changeable, forbidden, settings_that_differ
 from eaft_verl.experiment.token_stats import base_of
 from eaft_verl.models import check_same_vocabulary, load_config, load_tokenizer, model_key, resolve_model
 from eaft_verl.recipe.checks import warn_of
@@ -22,7 +23,7 @@ from eaft_verl.recipe.config import Config, as_yaml, changed, plain
 from eaft_verl.recipe.datasets import prepare_data
 from eaft_verl.recipe.model_fit import PACKING, check_model_fits, unpackable
 from eaft_verl.recipe.views import evaluate_settings, objective_of
-from eaft_verl.runs import Run, cause_of, run_name
+from eaft_verl.runs import Run, cause_of, is_run, run_name
 from eaft_verl.training.grpo.run import train_grpo
 from eaft_verl.training.sft.run import check_lengths, check_weights, train_sft
 
@@ -116,12 +117,11 @@ def _largest_id(examples: Examples) -> int:
 def _open(config: Config, declared: list[str], keys: dict[str, str], derived: dict[str, Any]) -> Run:
     """A new run directory, or the unfinished one of the same configuration, data and model."""
     folder = Path(config.output) / run_name(config.arm, config.seed)
-    if not (folder / "run.json").exists():
-        info = {"kind": "arm", "recipe": config.name, "arm": config.arm, "seed": config.seed, "model": config.model}
-        objective = plain(config.objective)
-        info |= {"keys": keys, "declared": declared, "objective": objective, "derived": derived}
+    info = {"kind": "arm", "recipe": config.name, "arm": config.arm, "seed": config.seed, "model": config.model}
+    info |= {"keys": keys, "declared": declared, "objective": plain(config.objective), "derived": derived}
+    if not (is_run(folder) or (folder / "config.yaml").exists()):
         return Run.create(folder, info=info, config=as_yaml(config), env=describe())
-    run = Run(folder)
+    run = Run.describe(folder, status="failed", rebuilt=True, **info) if not _described(folder) else Run(folder)
     if run.info["status"] == "finished":
         raise RunError(
             f"{folder} holds a finished run, which is never overwritten; choose another output= or remove it"
@@ -129,9 +129,26 @@ def _open(config: Config, declared: list[str], keys: dict[str, str], derived: di
     changed = [
         f"{name} ({run.info['keys'][name]}, now {keys[name]})" for name in keys if run.info["keys"][name] != keys[name]
     ]
-    if found := settings_that_differ(run.config, plain(config)) + changed:
+    found = settings_that_differ(run.config, plain(config))
+    if forbidden(run, config, found) or changed:
+        ways = "choose another output= or remove it"
+        if not changed and all(map(changeable, found)):
+            ways += "; or add resume=changed to go on with this from the newest state, which run.json will say"
         raise RunError(
             f"{folder} holds an unfinished run of another configuration, model or data set: "
-            f"{'; '.join(found[:SHOWN])}; choose another output= or remove it"
+            f"{'; '.join((found + changed)[:SHOWN])}; {ways}"
         )
+    if found:
+        run.change_config(as_yaml(config))
+        before = run.info.get("changes", [])
+        run.update(changes=[*before, {"attempt": run.info.get("attempt", 0) + 1, "settings": found}])
     return run
+
+
+def _described(folder: Path) -> bool:
+    """Whether the folder's run.json can be read; where it cannot, all that it said is known from what is asked for."""
+    try:
+        return bool(Run(folder).info["keys"])
+    except (RunError, KeyError, TypeError):
+        print(f"eaft: warning: {folder}/run.json is damaged or missing and is written anew", file=sys.stderr)
+        return False

@@ -118,12 +118,11 @@ def _disk(arm: Arm) -> dict[str, float]:
     """Bytes of one of each, and of all that are on disk at once."""
     trainer, setup = arm.config.verl.trainer, arm.setup
     one, export = checkpoint_bytes(setup), export_bytes(setup.model, EXPORT_BYTES)
-    never = trainer.save_freq == -1 and arm.config.trainer != "grpo"  # which also saves by time
-    kept = 0 if never else (trainer.max_ckpt_to_keep or arm.updates or 1) + 1
+    kept = (trainer.max_ckpt_to_keep or arm.updates or 1) + 1  # with the one being written
     cache = cache_bytes(arm.reference_tokens, setup.cache_k)
     exports = len(evaluation_points(arm.updates or UNKNOWN_UPDATES))
     parts = {"resumable checkpoint": one, "export": export, "reference cache": cache}
-    return {**parts, "at once": one * max(kept, 1) + export * exports + cache}
+    return {**parts, "at once": one * kept + export * exports + cache}
 
 
 def disk_at_once(config: Config) -> float:

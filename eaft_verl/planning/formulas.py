@@ -283,8 +283,8 @@ def cache_bytes(tokens: float, k: int) -> float:
 
 
 def checkpoint_bytes(setup: Setup) -> float:
-    """A resumable checkpoint: weights and optimizer state of all ranks."""
-    return setup.stored["parameters"] + setup.stored["optimizer"]
+    """A state to resume: the trained weights and their optimizer state, of all ranks; frozen ones are the base's."""
+    return setup.master * setup.trained + setup.stored["optimizer"]
 
 
 def export_bytes(model: Architecture, dtype: int) -> float:

@@ -1,5 +1,6 @@
 """Every cross-field check of a resolved configuration, made without torch: fail before the GPU."""
 
+import math
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,6 +21,7 @@ from eaft_verl.recipe.views import data_spec, evaluate_settings, objective_of, s
 TRAINERS = ("sft", "grpo")
 PRECISIONS = ("fp32", "bf16", "fp16", "float32", "bfloat16", "float16")
 SCHEDULES = ("constant", "cosine")
+RESUME = ("fallback", "strict", "changed", "restart")
 
 
 def check(config: Config, *, elsewhere: bool = False, dry_run: bool = False, trains: bool = True) -> None:
@@ -203,6 +205,12 @@ def _check_schedule(config: Config) -> None:
         steps is None or (type(steps) is int and steps >= 1),
         f"verl.trainer.total_training_steps={steps!r} must be null or a whole number of at least 1",
     )
+    minutes = config.save_minutes
+    require(
+        isinstance(minutes, int | float) and 0 < minutes < math.inf,
+        f"save_minutes={minutes!r} must be a number of minutes above 0",
+    )
+    _choice("resume", config.resume, RESUME)
     keep = trainer.max_ckpt_to_keep
     require(
         keep is None or (type(keep) is int and keep >= 2),

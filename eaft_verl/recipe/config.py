@@ -194,6 +194,8 @@ class Config:
     device: str
     seed: int
     output: str
+    save_minutes: float
+    resume: str
     trainer: str
     fused_head: bool | None
     objective: Any

@@ -35,6 +35,20 @@ def truncations(base: Arm, arms: list[Arm]) -> list[str]:
     return [f"{what}: {', '.join(counts)}" for what, counts in sorted(found.items())]
 
 
+def interruptions(arms: list[Arm]) -> list[str]:
+    """One line per run that was not trained in one way from beginning to end: settings changed, metrics lost."""
+    lines = []
+    for run in (run for arm in arms for run in arm.runs):
+        changed = [
+            f"{line} from attempt {row['attempt']} on"
+            for row in run.info.get("changes", [])
+            for line in row["settings"]
+        ]
+        if told := changed + run.info.get("lost_metrics", []):
+            lines.append(f"{run.label} was interrupted and gone on with: {'; '.join(told)}")
+    return lines
+
+
 def _small(report: dict[str, Any]) -> list[str]:
     small = [f"{item['name']} ({item['n']:,})" for item in report["columns"] if item["n"] and item["n"] < SMALL]
     names = ", ".join(dict.fromkeys(small))

@@ -12,7 +12,9 @@ from eaft_verl.reporting.spending import unequal
 Row = dict[str, Any]
 RUN_KEYS = ("model", "data", "template", "evaluation")
 BENCHMARK_KEYS = ("side", "metric", "prompt_hash", "task_version", "data_hash", "n")
-IGNORED_CONFIG = frozenset({"arm", "seed", "output", "output_dir", "out", "run", "run_dir", "recipe", "budget"})
+IGNORED_CONFIG = frozenset(
+    {"arm", "seed", "output", "output_dir", "out", "run", "run_dir", "recipe", "budget"} | {"save_minutes", "resume"}
+)
 CHOSEN_WHOLE = {
     "objective.name": "objective",  # a named objective drops the parameters of another one
     "control.of": "control",

@@ -7,7 +7,7 @@ from typing import Any
 from eaft_verl.errors import RunError
 from eaft_verl.files import read_json, write_bytes, write_json, write_text
 from eaft_verl.reporting import page
-from eaft_verl.reporting.caveats import caveats, truncations
+from eaft_verl.reporting.caveats import caveats, interruptions, truncations
 from eaft_verl.reporting.collect import Arm, load
 from eaft_verl.reporting.comparability import check, config_differences
 from eaft_verl.reporting.controls import control_notes, controls
@@ -103,7 +103,7 @@ def measure(
         "environment": environment(base, arms, out),
     }
     set_marks(found)
-    notes = [*control_notes(arms), *truncations(base, arms), *board.notes]
+    notes = [*control_notes(arms), *interruptions(arms), *truncations(base, arms), *board.notes]
     return found | {"headline": headline(found), "caveats": caveats(found, notes)}
 
 

@@ -15,9 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from eaft_verl.errors import ConfigError, RunError
-from eaft_verl.runs import step_name
 
-HF_FOLDER = "actor/huggingface"  # in verl's checkpoints
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -55,13 +53,6 @@ def export_weights(
     write_companions(partial, base_model, dtype, ends)
     _read_back(partial, state)
     os.replace(partial, folder)
-
-
-def export_state(state: Path, run: Path, step: int, base_model: str, dtype: str, ends: Sequence[str]) -> None:
-    """Export the weights that verl left beside a state, if they are there and `run` has no export of the step yet."""
-    target = run / "checkpoints" / step_name(step)
-    if (state / HF_FOLDER).exists() and not (target / "config.json").exists():
-        export_weights(stored_weights(state / HF_FOLDER), target, base_model, dtype, write=True, ends=ends)
 
 
 def stored_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:

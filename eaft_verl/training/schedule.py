@@ -1,5 +1,6 @@
 """When an arm is evaluated and when its training ends."""
 
+import time
 from collections import deque
 from typing import NamedTuple
 
@@ -7,6 +8,22 @@ from eaft_verl.recipe.budgets import Row, is_evaluated, smoothed_nll
 from eaft_verl.recipe.config import Config
 
 MAX_NONFINITE_STEPS = 5  # in a row; verl skips such an update and goes on for ever
+
+
+class SaveClock:
+    """When a state is to be saved because of the time: whenever another step would make the last one too old."""
+
+    def __init__(self, minutes: float) -> None:
+        self.seconds = 60 * minutes
+        self.restart()
+
+    def restart(self) -> None:
+        """A state has been saved."""
+        self.saved = time.monotonic()
+
+    def due(self, step_s: float) -> bool:
+        """Whether the last state would be too old after another step of `step_s` seconds."""
+        return time.monotonic() - self.saved + step_s >= self.seconds
 
 
 class Moment(NamedTuple):

@@ -11,8 +11,9 @@ from eaft_verl.cli import main
 from eaft_verl.data.prepare import SCHEMA
 from eaft_verl.data.sources import source_hash
 from eaft_verl.data.synthesis import generate
+from eaft_verl.errors import RunError
 from eaft_verl.evaluation.settings import evaluation_key
-from eaft_verl.experiment.stored import differences
+from eaft_verl.experiment.stored import differences, require_same
 from eaft_verl.files import write_json, write_jsonl
 from eaft_verl.models import model_key
 from eaft_verl.recipe.resolve import load_recipe, resolve
@@ -135,3 +136,81 @@ def test_compare_refuses_before_it_starts_and_says_the_ways_out(recipe: Path, ca
         assert "sft-seed0 (status finished) was made with other settings: data.rows=null (now 8);" in said.err
         assert "verl.optim.lr=1e-05 (now 0.001). Ask for those again, choose another output=, or remove" in said.err
         assert "done already" not in said.out
+
+
+# what an unfinished run may be gone on with
+
+
+def opened(recipe: Path, run: Run, *overrides: str) -> Run:
+    from eaft_verl.experiment.train import _open
+
+    return _open(asked(recipe, "sft", *overrides), [], run.info["keys"], {})
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["verl.trainer.save_freq=5", "verl.trainer.test_freq=3", "verl.trainer.max_ckpt_to_keep=4"],
+        ["save_minutes=1", "resume=strict"],
+        ["verl.trainer.n_gpus_per_node=2", "verl.trainer.nnodes=2"],
+    ],
+)
+def test_what_decides_nothing_may_be_asked_for_otherwise(recipe: Path, overrides: list[str]) -> None:
+    run = finished(recipe, "sft", status="failed")
+    before = run.config
+    assert opened(recipe, run, *overrides).path == run.path
+    assert run.config == before and "changes" not in run.info
+    require_same(run.path, asked(recipe, "sft", *overrides))
+
+
+def test_the_number_of_devices_decides_where_their_seconds_are_the_budget(recipe: Path) -> None:
+    chosen = ["compare.match=device_seconds", "verl.optim.lr_scheduler_type=constant"]
+    run = finished(recipe, "sft", *chosen, status="failed")
+    with pytest.raises(RunError, match=r"verl.trainer.n_gpus_per_node=1 \(now 2\)"):
+        opened(recipe, run, *chosen, "verl.trainer.n_gpus_per_node=2")
+
+
+def test_another_rate_needs_a_word_and_is_noted(recipe: Path) -> None:
+    run = finished(recipe, "sft", status="failed", attempt=1)
+    lower = "verl.optim.lr=1e-6"
+    with pytest.raises(
+        RunError, match=r"verl.optim.lr=1e-05 \(now 1e-06\); .*or add resume=changed to go on"
+    ) as refused:
+        opened(recipe, run, lower)
+    for other in (["data.rows=8"], [lower, "data.rows=8"], ["verl.data.train_batch_size=8"]):
+        with pytest.raises(RunError, match="another configuration") as told:
+            opened(recipe, run, "resume=changed", *other)
+        assert "add resume=changed" not in str(told.value)
+    assert "changes" not in run.info and run.config["verl"]["optim"]["lr"] == 1e-5 and "resume" in str(refused.value)
+    again = opened(recipe, run, lower, "resume=changed")
+    require_same(run.path, asked(recipe, "sft", lower, "resume=changed"))
+    assert again.info["changes"] == [{"attempt": 2, "settings": ["verl.optim.lr=1e-05 (now 1e-06)"]}]
+    assert again.config["verl"]["optim"]["lr"] == 1e-6
+    assert opened(recipe, run, lower).info["changes"] == again.info["changes"], "from then on it is the run's rate"
+
+
+def test_a_finished_run_is_not_changed(recipe: Path) -> None:
+    run = finished(recipe, "sft")
+    with pytest.raises(RunError, match="holds a finished run"):
+        opened(recipe, run, "resume=changed", "verl.optim.lr=1e-6")
+    with pytest.raises(RunError, match="made with other settings: verl.optim.lr"):
+        require_same(run.path, asked(recipe, "sft", "resume=changed", "verl.optim.lr=1e-6"))
+
+
+@pytest.mark.parametrize("text", [None, "", "[]", "{}", '{"status": "fai'])
+def test_a_lost_run_json_is_written_anew_and_the_configuration_still_compared(
+    recipe: Path, capsys: Any, text: str | None
+) -> None:
+    run = finished(recipe, "sft", status="failed")
+    keys = run.info["keys"]
+    for name in ("run.json", ".run.json"):
+        (run.path / name).unlink()
+        if text is not None:
+            (run.path / name).write_text(text)
+    from eaft_verl.experiment.train import _open
+
+    again = _open(asked(recipe, "sft"), [], keys, {})
+    assert "is damaged or missing and is written anew" in capsys.readouterr().err
+    assert again.info["rebuilt"] and again.info["keys"] == keys and again.info["arm"] == "sft"
+    with pytest.raises(RunError, match="verl.optim.lr"):
+        _open(asked(recipe, "sft", "verl.optim.lr=1e-3"), [], keys, {})

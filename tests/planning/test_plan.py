@@ -79,7 +79,8 @@ def test_disk_holds_an_export_after_1_2_4_8_updates_and_at_the_end(recipe: Path)
     steps = "verl.trainer.total_training_steps="
     two, three = (plan_arm(config(recipe, "sft", steps + count), A100).disk for count in ("20", "24"))
     assert three["at once"] - two["at once"] == two["export"] == 2 * QWEN_32B.parameters  # 16 is too near to 20
-    assert two["at once"] == two["resumable checkpoint"] + 5 * two["export"]  # 1, 2, 4, 8, 20
+    # two states are kept and a third is written beside them; exports after 1, 2, 4, 8, 20
+    assert two["at once"] == 3 * two["resumable checkpoint"] + 5 * two["export"]
 
 
 def test_grpo_wakes_vllm_beside_what_is_parked(tmp_path: Path) -> None:

@@ -145,6 +145,9 @@ WRONG = [
     (["verl.trainer.test_freq=0"], "verl.trainer.test_freq=0 must be"),
     (["verl.trainer.total_epochs=0"], "verl.trainer.total_epochs=0 must be at least 1"),
     (["verl.trainer.total_training_steps=0"], "verl.trainer.total_training_steps=0 must be null or a whole number"),
+    (["save_minutes=0"], "save_minutes=0.0 must be a number of minutes above 0"),
+    (["save_minutes=.inf"], "save_minutes=inf must be a number of minutes above 0"),
+    (["resume=newest"], "resume='newest' is not one of fallback, strict, changed, restart"),
     (["verl.trainer.max_ckpt_to_keep=1"], "verl.trainer.max_ckpt_to_keep=1 must be null or at least 2"),
     # batches
     (["verl.data.train_batch_size=0"], "verl.data.train_batch_size=0 must be a positive multiple of 1"),

@@ -120,7 +120,9 @@ def test_what_is_accepted(recipe: Any, overrides: list[str]) -> None:
 def built(recipe: Any, *overrides: str) -> Any:
     config = resolve(recipe, "grpo", overrides)
     files = RunFiles("/run/prompts.parquet", "/model", "/run")
-    return ppo_config(config, files, Schedule(10, [5, 10], [3, 6, 9]), [2], "float32")
+    return ppo_config(
+        config, files, Schedule(10, [5, 10], [3, 6, 9], save_seconds=60 * config.save_minutes), [2], "float32"
+    )
 
 
 def test_shared_keys_mean_the_same_to_main_ppo(recipe: Any) -> None:
@@ -135,7 +137,7 @@ def test_shared_keys_mean_the_same_to_main_ppo(recipe: Any) -> None:
     assert {tree.data.seed, rollout.seed, actor.data_loader_seed, tree.trainer.eaft.seed} == {3}
     assert tree.trainer.total_training_steps == 10 and tree.trainer.save_freq == -1
     ours = tree.trainer.eaft
-    assert (ours.points, ours.saves, ours.steps, ours.save_seconds) == ([5, 10], [3, 6, 9], 10, 1800)
+    assert (ours.points, ours.saves, ours.steps, ours.save_seconds) == ([5, 10], [3, 6, 9], 10, 900)
     assert tree.reward.custom_reward_function.path == "pkg://eaft_verl.training.grpo.reward"
     assert tree.data.train_files == "/run/prompts.parquet" and tree.actor_rollout_ref.model.path == "/model"
     assert not OmegaConf.missing_keys(tree) - {key for key in OmegaConf.missing_keys(tree) if "reward_model" in key}

@@ -353,3 +353,13 @@ def test_sources_table_counts_rows_and_trained_tokens() -> None:
     rows = [[cell.text for cell in row] for row in table.rows]
     assert rows[0][:6] == ["own", "1,200", "0", "2", "1,200", "3,000"] and rows[0][6].startswith("75")
     assert rows[1][:6] == ["replay", "40", "7", "2", "40", "1,000"] and rows[1][6].startswith("25")
+
+
+def test_a_run_that_was_gone_on_with_otherwise_says_so(tmp_path):
+    runs = make_runs(tmp_path)
+    changes = [{"attempt": 2, "settings": ["verl.optim.lr=0.001 (now 0.0001)"]}]
+    lost = ["metrics.jsonl lacks 2 of the steps up to 8 (from step 3); they are lost"]
+    edit(runs[-1] / "run.json", lambda info: info | {"changes": changes, "lost_metrics": lost})
+    told = report(runs, tmp_path / "report")["caveats"]
+    line = f"eaft seed 0 was interrupted and gone on with: {changes[0]['settings'][0]} from attempt 2 on; {lost[0]}"
+    assert line in told

@@ -49,6 +49,8 @@ READ_ELSEWHERE = {
     "data.leakage": "recipe/datasets.py",
     "evaluate.backend": "evaluation/settings.py",
     "output": "experiment/train.py",
+    "save_minutes": "training/sft/trainer.py",
+    "resume": "training/sft/run.py",
     "evaluate.points": "experiment/evaluate.py",
 }
 OTHER = {  # values that another rule of the same key allows
@@ -58,6 +60,7 @@ OTHER = {  # values that another rule of the same key allows
     "verl.trainer.test_freq": 7,
     "verl.trainer.max_ckpt_to_keep": 5,
     "data.over_long": "drop",
+    "resume": "strict",
     "data.control_tokens": "escape",
     "data.turns": "last",
     "data.leakage": "drop",

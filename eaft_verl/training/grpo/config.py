@@ -18,7 +18,6 @@ from eaft_verl.training.grpo.states import TRAINER, server_name
 OURS = "eaft_verl.training"
 FLOAT32 = ("fp32", "float32")
 KEPT_ROLLOUTS = 16  # per step in rollouts.jsonl
-SAVE_SECONDS = 1800.0  # at most this and one step is lost, whatever save_freq says
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Schedule:
     points: list[int]
     saves: list[int]
     start: int = 0
-    save_seconds: float = SAVE_SECONDS
+    save_seconds: float = math.inf
 
 
 def updates_per_step(config: Config) -> int:
@@ -100,7 +99,7 @@ def ppo_config(
 
 def _set_model(tree: DictConfig, verl: dict[str, Any], files: RunFiles) -> None:
     own = verl["model"]["external_lib"]
-    libraries = [f"{OURS}.grpo.agent_loop"]
+    libraries = [f"{OURS}.grpo.agent_loop", f"{OURS}.engine"]
     if verl["actor_rollout_ref"]["rollout"]["name"] == "hf":
         libraries += [f"{OURS}.grpo.rollout_server", f"{OURS}.verl_cpu.engine"]
     tree.model.path = tree.model.hf_config_path = tree.model.tokenizer_path = files.model
@@ -127,8 +126,6 @@ def _set_actor(actor: DictConfig, config: Config, verl: dict[str, Any]) -> None:
         calculate_entropy=True,
         rollout_n=config.verl.actor_rollout_ref.rollout.n,
     )
-    state = ["model", "optimizer", "extra"]
-    actor.checkpoint.update(save_contents=[*state, "hf_model"], load_contents=state)
 
 
 def _set_rollout(rollout: DictConfig, config: Config) -> None:
@@ -197,6 +194,7 @@ def _set_trainer(trainer: DictConfig, config: Config, files: RunFiles, schedule:
             "seed": config.seed,
             "updates": updates_per_step(config),
             "keep": shared.max_ckpt_to_keep,
+            "world_size": world_size(config),
         },
     )
 

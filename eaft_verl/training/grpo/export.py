@@ -6,9 +6,11 @@ from typing import Any
 
 from verl.trainer.ppo.checkpoint_callback import CheckpointCallback
 
-from eaft_verl.files import write_json
-from eaft_verl.training.export import HF_FOLDER, export_state
-from eaft_verl.training.grpo.states import COMPLETE, tidy
+from eaft_verl.errors import RunError
+from eaft_verl.runs import Run, step_name
+from eaft_verl.training import states
+from eaft_verl.training.grpo.states import mark_newest
+from eaft_verl.training.saved_model import export_saved
 
 
 class ExportCallback(CheckpointCallback):
@@ -17,16 +19,26 @@ class ExportCallback(CheckpointCallback):
     def on_save(
         self, trainer: Any, global_step: int, checkpoint_dir: str, async_save: bool = False, **kwargs: Any
     ) -> None:
-        """Move the exported model to the run; the rest is a state to resume, except of the last step.
+        """Seal the state and export the model at a point; that of the last step goes then, because nothing follows it.
 
-        Where the export fails the state stays, with the weights that it failed on: `export_state` at the next start.
+        Where the export fails the state stays, and the next start exports from it.
         """
         ours, folder = self.config.trainer.eaft, Path(checkpoint_dir)
-        write_json(folder / COMPLETE, {"step": global_step})  # a state to go on from, whatever becomes of the export
+        run, step = Run(ours.run), global_step * ours.updates
+        bad = states.nonfinite_in(folder)
+        if bad and global_step in ours.points:
+            raise RunError(f"step {step}: {bad} is not finite, so there is no model to export; lower verl.optim.lr")
+        if not bad:
+            states.seal(folder, run, global_step, step, {}, ours.world_size)  # whatever becomes of the export
         if global_step in ours.points:
-            export_state(folder, Path(ours.run), global_step * ours.updates, ours.model, ours.dtype, list(ours.ends))
-        if global_step < ours.steps:
-            shutil.rmtree(folder / HF_FOLDER)
-        else:
+            target = run.path / "checkpoints" / step_name(step)
+            if not (target / "config.json").exists():
+                export_saved(folder / "actor", target, ours.model, self._settings(), ours.dtype, list(ours.ends))
+        if bad or global_step == ours.steps:
             shutil.rmtree(folder)
-        tidy(folder.parent, ours.keep)
+        states.retain(run.path, ours.keep)
+        mark_newest(run.path)
+
+    def _settings(self) -> dict[str, Any]:
+        shared = self.config.actor_rollout_ref
+        return {**shared.model, "model_dtype": shared.actor.fsdp_config.model_dtype}

@@ -2,7 +2,6 @@
 
 import importlib
 import math
-import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -16,9 +15,10 @@ from eaft_verl.data.prompts import write_prompts
 from eaft_verl.errors import Diverged, RunError
 from eaft_verl.models import check_no_code
 from eaft_verl.recipe.budgets import evaluation_points
-from eaft_verl.recipe.config import Config
+from eaft_verl.recipe.config import Config, plain
 from eaft_verl.recipe.views import world_size
-from eaft_verl.runs import Run
+from eaft_verl.runs import Run, step_name
+from eaft_verl.training import states
 from eaft_verl.training.grpo.config import (
     RunFiles,
     Schedule,
@@ -30,8 +30,9 @@ from eaft_verl.training.grpo.config import (
     updates_per_step,
 )
 from eaft_verl.training.grpo.metrics import VERL_FILE, Follower, Watch, no_signal, rewind
-from eaft_verl.training.grpo.states import CAUSE_FILE, STOP_FILE, tidy
+from eaft_verl.training.grpo.states import CAUSE_FILE, STOP_FILE, mark_newest
 from eaft_verl.training.interruption import StopRequest, stop_request
+from eaft_verl.training.resume import announce, starting_point
 
 if TYPE_CHECKING:
     from eaft_verl.training.watchdog import Watchdog
@@ -57,15 +58,18 @@ def train_grpo(config: Config, run: Run, data: Prepared, model: str, tokenizer: 
     stop, the step in progress is finished and saved; then Interrupted.
     """
     plan = _plan(config, run, data, model, tokenizer)
-    _export_newest(run, plan)
+    _export_newest(config, run, plan)
     metrics_file = run.path / ".verl_metrics.jsonl"
     started = time.monotonic()
     if plan.schedule.start < plan.schedule.steps:
         _run_steps(config, run, plan, metrics_file)
     rows = run.metrics()
     if not math.isfinite(rows[-1]["grad_norm"]):
-        raise Diverged("the last step had no finite gradient; lower verl.optim.lr and choose another output=")
-    shutil.rmtree(plan.files.resume, ignore_errors=True)
+        raise Diverged(
+            "the last step had no finite gradient; go on with resume=changed and a lower verl.optim.lr, or choose "
+            "another output="
+        )
+    states.remove(run.path)
     metrics_file.unlink(missing_ok=True)
     return _fields(config, rows) | {"wall_seconds": time.monotonic() - started}
 
@@ -111,19 +115,22 @@ def _run_steps(config: Config, run: Run, plan: Plan, metrics_file: Path) -> None
         raise _stopped(config, run, plan, stop)
 
 
-def _export_newest(run: Run, plan: Plan) -> None:
-    """The export that an earlier attempt ended in, where it left the weights of its state."""
-    from eaft_verl.training.export import export_dtype, export_state
+def _export_newest(config: Config, run: Run, plan: Plan) -> None:
+    """The export that an earlier attempt ended in, from its state."""
+    from eaft_verl.training.export import export_dtype
+    from eaft_verl.training.saved_model import export_saved
 
     start, model = plan.schedule.start, plan.files.model
-    if start in plan.schedule.points:
-        state = plan.files.resume / f"global_step_{start}"
-        export_state(state, run.path, start * plan.updates, model, export_dtype(model), plan.ends)
+    target = run.path / "checkpoints" / step_name(start * plan.updates)
+    if start in plan.schedule.points and not (target / "config.json").exists():
+        settings = {**plain(config.verl.model), "model_dtype": config.verl.engine.model_dtype}
+        state = states.folders(run.path)[start] / "actor"
+        export_saved(state, target, model, settings, export_dtype(model), plan.ends)
 
 
 def _stopped(config: Config, run: Run, plan: Plan, stop: StopRequest) -> RunError:
     """What a stop request ends with: whether there is something to go on from."""
-    saved = tidy(plan.files.resume, config.verl.trainer.max_ckpt_to_keep) * plan.updates
+    saved = mark_newest(run.path) * plan.updates
     total = plan.schedule.steps * plan.updates
     return stop.outcome(f"step {saved} of {total}" if saved else None, str(run.path))
 
@@ -147,17 +154,19 @@ def _plan(config: Config, run: Run, data: Prepared, model: str, tokenizer: Any) 
     steps = total_ppo_steps(config, count)
     if steps < 1:
         raise RunError(f"{count} prompts do not fill one batch of verl.data.train_batch_size; lower it")
-    start = tidy(files.resume, config.verl.trainer.max_ckpt_to_keep)
-    if (rows := run.metrics()) and rows[-1]["step"] > start * updates:
-        lost = rows[-1]["step"] - start * updates
-        print(f"eaft: warning: goes on from step {start * updates}; {lost} later steps are repeated", file=sys.stderr)
+    saved = starting_point(run, config.resume, updates)
+    start = saved.number if saved else 0
+    mark_newest(run.path)
+    announce(saved, steps * updates)
     run.rewind_metrics(start * updates)
     rewind(run.path / VERL_FILE, start)
     rewind(run.path / "rollouts.jsonl", start * updates)
     drop_checkpoints_after(run, start * updates)
     for leftover in (CAUSE_FILE, STOP_FILE):
         (run.path / leftover).unlink(missing_ok=True)
-    schedule = Schedule(steps, evaluation_points(steps), save_steps(config, steps, count), start)
+    schedule = Schedule(
+        steps, evaluation_points(steps), save_steps(config, steps, count), start, 60 * config.save_minutes
+    )
     ends = sorted(data.manifest.get("end_of_turn", {}))
     return Plan(files, schedule, max(1, count // config.verl.data.train_batch_size), updates, ends)
 

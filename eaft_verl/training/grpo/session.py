@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator, Mapping
 
 from eaft_verl.cluster.session import ray_session, worker_environment
+from eaft_verl.training.grpo.states import MAKER
 from eaft_verl.training.verl_cpu.private import SLOT_VARIABLE, require_version
 
 
@@ -14,6 +15,8 @@ def environment(device: str, workers: int, metrics_file: str) -> dict[str, str]:
         **worker_environment(device, workers),
         "VERL_FILE_LOGGER_PATH": metrics_file,
         "TRANSFER_QUEUE_ENABLE": "1",
+        "VERL_ENGINE_VENDOR": MAKER,
+        "TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1",  # verl reads a state's data.pt as a pickle that may run anything
         "VERL_LOGGING_LEVEL": os.environ.get("VERL_LOGGING_LEVEL", "WARNING"),
     }
     if device == "cpu":

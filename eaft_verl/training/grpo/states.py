@@ -1,14 +1,14 @@
-"""verl's checkpoints of a GRPO run on disk: which are whole, which is the newest."""
+"""verl's word for where a GRPO run goes on: a file beside the states, which this project's manifests decide."""
 
-import shutil
 from pathlib import Path
 
 from eaft_verl.files import write_text
+from eaft_verl.training import states
 
 LATEST = "latest_checkpointed_iteration.txt"
-COMPLETE = "complete.json"
 CAUSE_FILE = "rollout_error.txt"  # in the run: why a response could not be made
 TRAINER = "eaft_sync"  # what verl's registry calls trainer.SavingTrainer
+MAKER = "eaft"  # of devices, for which verl's registry gives engine.SavingEngine
 STOP_FILE = ".stop"  # in the run: the trainer saves after the step it is in, and ends
 
 
@@ -17,25 +17,12 @@ def server_name(rank: int) -> str:
     return f"hf_server_{rank}_0"
 
 
-def newest(folder: Path) -> int:
-    """verl's step of the newest whole state; 0 where there is none."""
-    whole = [path for path in folder.glob("global_step_*") if (path / COMPLETE).exists()]
-    return max((int(path.name.rpartition("_")[2]) for path in whole), default=0)
-
-
-def tidy(folder: Path, keep: int | None) -> int:
-    """Remove incomplete and surplus states, let verl's marker name the newest; its step, 0 where none is left."""
-    found: dict[int, Path] = {}
-    for path in folder.glob("global_step_*"):
-        if (path / COMPLETE).exists():
-            found[int(path.name.rpartition("_")[2])] = path
-        else:
-            shutil.rmtree(path)
-    for step in sorted(found)[: -keep if keep else 0]:
-        shutil.rmtree(found.pop(step))
-    newest = max(found, default=0)
+def mark_newest(run: Path) -> int:
+    """Let verl's marker name the newest whole state; its number, 0 where there is none."""
+    newest = max(states.whole(run), default=0)
+    marker = run / states.FOLDER / LATEST
     if newest:
-        write_text(folder / LATEST, str(newest))
+        write_text(marker, str(newest))
     else:
-        (folder / LATEST).unlink(missing_ok=True)
+        marker.unlink(missing_ok=True)
     return newest

@@ -12,7 +12,9 @@ from eaft_verl.recipe.config import Config
 from eaft_verl.recipe.views import objective_of
 from eaft_verl.runs import Run, drop_checkpoints_after
 from eaft_verl.tokens.stats import BaseStats
+from eaft_verl.training import states
 from eaft_verl.training.interruption import StopRequest
+from eaft_verl.training.resume import announce
 from eaft_verl.training.sft import checkpoint
 from eaft_verl.training.sft.anchor import anchor_sources, needs_second_model, reference_model
 from eaft_verl.training.sft.loss import TokenLoss
@@ -35,8 +37,9 @@ def train_arm(
     keys: dict[str, str],
     base_of: BaseOf,
     stop: StopRequest,
+    saved: states.Saved | None,
 ) -> None:
-    """Start the workers, train to the end, and mark the run finished."""
+    """Start the workers, train from what is saved to the end, and mark the run finished."""
     objective = objective_of(config)
     reference = (reference_model(objective) or model) if needs_second_model(config, objective) else None
     plain = Sft(k=objective.k)  # for passes before the objective is complete
@@ -48,7 +51,7 @@ def train_arm(
             trainer = Trainer(config, run, group, examples, heldout, model)
             trainer.beat = _leaving(stop, watch, run, steps)
             run.update(self_check=self_check(config, group, examples, model))
-            objective = _complete(config, trainer, objective, keys, base_of)
+            objective = _complete(config, trainer, objective, keys, base_of, saved)
             _say_whether_fused(config, run, objective, group)
             trainer.beat = watch.beat
             _fit(trainer, objective, stop)
@@ -61,7 +64,7 @@ def _fit(trainer: Trainer, objective: Objective, stop: StopRequest) -> None:
     started = time.monotonic()
     trainer.fit(objective, stop)
     trainer.require_finite()
-    checkpoint.remove(trainer.run)
+    states.remove(trainer.run.path)
     trainer.run.update(
         status="finished",
         finished=time.time(),
@@ -108,14 +111,22 @@ def _require_finite(config: Config, group: Any) -> None:
 
 
 def _complete(
-    config: Config, trainer: Trainer, objective: Objective, keys: dict[str, str], base_of: BaseOf
+    config: Config,
+    trainer: Trainer,
+    objective: Objective,
+    keys: dict[str, str],
+    base_of: BaseOf,
+    saved: states.Saved | None,
 ) -> Objective:
     """The objective with what it takes from the base model, its sources, and the state of an earlier attempt."""
     objective = _calibrate(trainer, objective, base_of)
     trainer.sources.extend(anchor_sources(config, trainer, objective, keys))
     trainer.group.set_loss_fn(TokenLoss(objective))
-    if state := checkpoint.load(trainer.run, trainer.group):
-        trainer.state.update(state)
+    if saved:
+        info = trainer.run.info
+        now = info.get("calibrated", info.get("objective"))
+        trainer.state.update(checkpoint.restore(saved, trainer.group, now))
+        announce(saved, trainer.plan.expected)
     if isinstance(objective, Psft):
         trainer.old_policy = OldPolicy(objective.updates_per_refresh, trainer.state)
         trainer.sources.append(trainer.old_policy)

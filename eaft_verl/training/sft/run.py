@@ -10,6 +10,7 @@ from eaft_verl.objectives import Psft
 from eaft_verl.recipe.config import Config
 from eaft_verl.recipe.views import objective_of, world_size
 from eaft_verl.runs import Run
+from eaft_verl.training.resume import starting_point
 
 if TYPE_CHECKING:
     from eaft_verl.training.sft.arm import BaseOf
@@ -55,9 +56,10 @@ def train_sft(
     from eaft_verl.training.verl_cpu.private import require_version
 
     require_version()
+    saved = starting_point(run, config.resume)
     with ray_session(config.device, world_size(config)), stop_request() as stop:
         run.update(ray_logs=logs_folder())
         require_cluster(config)
         from eaft_verl.training.sft.arm import train_arm
 
-        train_arm(config, run, data.examples, heldout, model, keys, base_of, stop)
+        train_arm(config, run, data.examples, heldout, model, keys, base_of, stop, saved)

@@ -18,7 +18,7 @@ from eaft_verl.runs import Run, step_name
 from eaft_verl.training.export import export_dtype
 from eaft_verl.training.interruption import StopRequest
 from eaft_verl.training.progress import Progress
-from eaft_verl.training.schedule import MAX_NONFINITE_STEPS, training_plan
+from eaft_verl.training.schedule import MAX_NONFINITE_STEPS, SaveClock, training_plan
 from eaft_verl.training.sft import checkpoint
 from eaft_verl.training.sft.batches import TokenSource, balanced, make_batch
 from eaft_verl.training.sft.loss import BATCH_FLAGS
@@ -95,6 +95,7 @@ class Trainer:
             evaluate, last = self.plan.after(row)
         self.board = SummaryWriter(str(self.run.path / "tensorboard"), purge_step=self.state["step"] + 1)
         progress = Progress(f"{self.config.arm}", self.plan.expected, self.state["step"])
+        clock = SaveClock(self.config.save_minutes)
         try:
             if evaluate:
                 self.export(self.state["step"])  # where an earlier attempt could not
@@ -109,8 +110,9 @@ class Trainer:
                     self.validate(step)
                 if evaluate:
                     self.export(step)
-                if step % save_every == 0 and not last:
-                    checkpoint.save(self.run, self.group, step, self.state, trainer.max_ckpt_to_keep)
+                if not last and (step % save_every == 0 or clock.due(row["step_s"])):
+                    self._save(step)
+                    clock.restart()
         finally:
             progress.close()
             self.board.close()
@@ -121,9 +123,13 @@ class Trainer:
             return
         step = self.state["step"]
         if step and checkpoint.newest(self.run) != step:
-            checkpoint.save(self.run, self.group, step, self.state, self.config.verl.trainer.max_ckpt_to_keep)
+            self._save(step)
         saved = checkpoint.newest(self.run)
         raise stop.outcome(f"step {saved} of {self.steps}" if saved else None, str(self.run.path))
+
+    def _save(self, step: int) -> bool:
+        state = {**self.state, "epoch": step / self.per_epoch}
+        return checkpoint.save(self.run, self.group, step, state, self.config.verl.trainer.max_ckpt_to_keep)
 
     def _step(self, step: int, objective: Objective) -> dict[str, Any]:
         started = time.monotonic()
@@ -198,8 +204,8 @@ class Trainer:
         count = self.state["nonfinite"]
         if count >= MAX_NONFINITE_STEPS:
             raise Diverged(
-                f"{what}: not finite for {count} steps in a row; their rows are listed in {file.parent}. Lower "
-                "verl.optim.lr or mend those rows, and choose another output=: this run would go on as it was"
+                f"{what}: not finite for {count} steps in a row; their rows are listed in {file.parent}. Go on "
+                "with resume=changed and a lower verl.optim.lr, or mend those rows and choose another output="
             )
         print(
             f"eaft: warning: {what}: update skipped ({count} of at most {MAX_NONFINITE_STEPS} in a row); its rows "
@@ -213,8 +219,8 @@ class Trainer:
         if self.state["nonfinite"]:
             raise Diverged(
                 f"the last {self.state['nonfinite']} step(s) had no finite loss or gradient and changed nothing; their "
-                f"rows are listed in {self.run.path / 'nonfinite'}. Lower verl.optim.lr or mend those rows, and choose "
-                "another output="
+                f"rows are listed in {self.run.path / 'nonfinite'}. Go on with resume=changed and a lower verl.optim.lr, "
+                "or mend those rows and choose another output="
             )
 
     def validate(self, step: int) -> None:

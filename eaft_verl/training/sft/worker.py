@@ -15,6 +15,7 @@ from verl.utils.distributed import initialize_global_process_group_ray
 from verl.utils.fsdp_utils import merged_lora_context, normalize_peft_param_name
 from verl.workers.engine_workers import TrainingWorker, TrainingWorkerConfig
 
+from eaft_verl.training.dcp import DcpCheckpoints
 from eaft_verl.training.export import export_weights
 from eaft_verl.training.sft.anchor_model import AdapterOff, Reference
 from eaft_verl.training.sft.fused_head import FusedHeadEngine, fuse
@@ -42,7 +43,9 @@ class EaftWorker(TrainingWorker):
         torch.manual_seed(self.config.extra_context["seed"])  # same adapter initialisation on every rank
         super().reset()
         self.unfused = fuse(self.engine) if self.config.extra_context["fused_head"] else "fused_head=false"
-        if optimizer := self.engine.optimizer:
+        engine = self.engine
+        engine.checkpoint_manager = DcpCheckpoints(engine.module, engine.optimizer, engine.lr_scheduler)
+        if optimizer := engine.optimizer:
             optimizer.register_step_post_hook(self._has_updated)
 
     def _has_updated(self, *_: Any) -> None:

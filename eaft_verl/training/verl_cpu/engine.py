@@ -3,13 +3,13 @@
 from typing import Any
 
 from verl.workers.engine import EngineRegistry
-from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
+from eaft_verl.training.engine import SavingEngine
 from eaft_verl.training.verl_cpu.private import unpinned_offload
 
 
 @EngineRegistry.register(model_type="language_model", backend=["fsdp2"], device=["cpu"])
-class CpuEngine(FSDPEngineWithLMHead):
+class CpuEngine(SavingEngine):
     """Chosen with VERL_ENGINE_DEVICE=cpu."""
 
     def _build_fsdp_module(self, module: Any) -> Any:

@@ -154,3 +154,22 @@ def test_the_choices_are_verl_s_own() -> None:
         core_algos.get_kl_controller(OmegaConf.create({"type": name, "kl_coef": 0.1, "target_kl": 0.1, "horizon": 9}))
     assert 'valid_is_levels = {"token", "sequence"}' in source(rollout_corr_helper)
     assert source(core_algos.get_kl_controller).count("if kl_ctrl.type ==") == 2
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_every_grpo_worker_gets_the_engine_that_saves(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """Beside the engine of SFT arms, which is registered for the same devices."""
+    from verl.workers.engine import EngineRegistry
+
+    from eaft_verl.training.engine import SavingEngine
+    from eaft_verl.training.grpo.session import environment
+    from eaft_verl.training.sft.fused_head import FusedHeadEngine
+    from eaft_verl.training.verl_cpu.engine import CpuEngine
+
+    for name, value in environment(device, 1, "metrics").items():
+        if name.startswith("VERL_ENGINE_"):
+            monkeypatch.setenv(name, value)
+    if device == "cuda":
+        monkeypatch.setenv("VERL_ENGINE_DEVICE", "cuda")  # which this machine has not
+    found = EngineRegistry.get_engine_cls("language_model", "fsdp2")
+    assert found is {"cuda": SavingEngine, "cpu": CpuEngine}[device] and not issubclass(found, FusedHeadEngine)

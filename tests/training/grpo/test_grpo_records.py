@@ -2,6 +2,7 @@
 
 import json
 import math
+import pickle
 import shutil
 import time
 from dataclasses import asdict
@@ -9,17 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from omegaconf import OmegaConf
+from safetensors.torch import save_file
 
 from eaft_verl.errors import RunError
 from eaft_verl.files import read_jsonl
 from eaft_verl.runs import Run
+from eaft_verl.training import export, states
 from eaft_verl.training.grpo.agent_loop import response_seed
 from eaft_verl.training.grpo.config import Schedule, stop_ids
 from eaft_verl.training.grpo.export import ExportCallback
 from eaft_verl.training.grpo.metrics import Follower, Watch, no_signal, rewind
 from eaft_verl.training.grpo.sampler import finish_of, step_metrics
-from eaft_verl.training.grpo.states import COMPLETE, LATEST, STOP_FILE, tidy
+from eaft_verl.training.grpo.session import environment
+from eaft_verl.training.grpo.states import LATEST, STOP_FILE, mark_newest
+from eaft_verl.training.resume import starting_point
 
 
 def rollout(group: str, reward: float, length: int, finish: str = "stop", **faults: float) -> dict[str, Any]:
@@ -142,19 +148,36 @@ def test_gradients_that_stay_non_finite_end_the_run() -> None:
         watch.see(row(10, grad=math.nan))
 
 
-def test_only_complete_states_are_resumed(tmp_path: Path) -> None:
+def state(folder: Path, weights: dict[str, Any], nonfinite: str | None = None) -> Path:
+    """What verl has written when it calls the callback: one worker's shard, and its own data.pt."""
+    actor = folder / "actor"
+    actor.mkdir(parents=True)
+    save_file({f"model.{name}": value for name, value in weights.items()}, actor / "shard-00001.safetensors")
+    files = {file.name: states.describe(file) for file in actor.iterdir()}
+    (actor / states.SHARDS).write_text(json.dumps({"files": files, "nonfinite": nonfinite}), encoding="utf-8")
+    torch.save({"position": 3}, folder / "data.pt")
+    return folder
+
+
+def test_only_whole_states_are_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Run.create(tmp_path / "run", info={"kind": "arm", "keys": {}}, config="a: 1", env={})
+    place = run.path / "resume"
     for step in (2, 4, 6, 8):
-        (tmp_path / f"global_step_{step}").mkdir()
+        folder = state(place / f"global_step_{step}", {"w": torch.ones(2) * step})
         if step != 8:
-            (tmp_path / f"global_step_{step}" / COMPLETE).write_text("{}", encoding="utf-8")
-    (tmp_path / LATEST).write_text("8", encoding="utf-8")
-    assert tidy(tmp_path, 2) == 6
-    assert sorted(path.name for path in tmp_path.glob("global_step_*")) == ["global_step_4", "global_step_6"]
-    assert (tmp_path / LATEST).read_text(encoding="utf-8") == "6"
-    for path in tmp_path.glob(f"*/{COMPLETE}"):
-        path.unlink()
-    assert tidy(tmp_path, None) == 0
-    assert list(tmp_path.iterdir()) == []
+            states.seal(folder, run, step, step * 10, {}, 1)
+    (place / LATEST).write_text("8", encoding="utf-8")
+    (place / "global_step_6" / "data.pt").write_bytes(b"another")
+    assert mark_newest(run.path) == 6
+    found = starting_point(run, "fallback", updates=10)
+    assert found is not None and (found.number, found.step) == (4, 40)
+    told = capsys.readouterr().err
+    assert "global_step_8 is damaged: manifest.json is missing" in told
+    assert "global_step_6 is damaged: data.pt is not as it was written" in told
+    assert mark_newest(run.path) == 4 and (place / LATEST).read_text(encoding="utf-8") == "4"
+    for path in place.glob("global_step_?"):
+        (path / states.MANIFEST).unlink()
+    assert mark_newest(run.path) == 0 and not (place / LATEST).exists()
 
 
 def test_seeds_differ_in_whatever_makes_a_response_another_one() -> None:
@@ -191,7 +214,7 @@ def test_when_the_trainer_saves(
 
     done: list[str] = []
     trainer = object.__new__(SavingTrainer)
-    ours = {**asdict(Schedule(6, [3, 6], [2])), "run": str(tmp_path)}
+    ours = {**asdict(Schedule(6, [3, 6], [2], save_seconds=1800.0)), "run": str(tmp_path)}
     trainer.config = OmegaConf.create({"trainer": {"eaft": ours}})
     trainer.global_steps, trainer.total_training_steps, trainer.timing_raw = step, 6, {}
     trainer.saved = time.monotonic() - 60 * minutes
@@ -205,42 +228,63 @@ def test_when_the_trainer_saves(
     assert ("save_checkpoint" in trainer.timing_raw) == saves
 
 
-def test_a_save_becomes_an_export_a_state_or_both(tmp_path: Path) -> None:
+def test_a_save_becomes_an_export_a_state_or_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Step 2 is a state, step 3 a point and a state, step 6 the last: nothing follows it that a state would serve."""
     import grpo_fixtures
+    from transformers import AutoModelForCausalLM
 
     model = grpo_fixtures.character_model(tmp_path / "model")
-    ours = {**asdict(Schedule(6, [3, 6], [2])), "run": str(tmp_path / "run")}
+    run = Run.create(tmp_path / "run", info={"kind": "arm", "keys": {}}, config="a: 1", env={})
+    ours = {**asdict(Schedule(6, [3, 6], [2])), "run": str(run.path), "world_size": 2}
     ours |= {"model": str(model), "dtype": "float32", "updates": 10, "keep": 2, "ends": []}
-    callback = ExportCallback(OmegaConf.create({"trainer": {"eaft": ours}}))
+    settings = {"model": {"lora_rank": 0}, "actor": {"fsdp_config": {"model_dtype": "fp32"}}}
+    callback = ExportCallback(OmegaConf.create({"trainer": {"eaft": ours}, "actor_rollout_ref": settings}))
+    trained = {name: value + 1 for name, value in AutoModelForCausalLM.from_pretrained(model).named_parameters()}
     for step in (2, 3, 6):
-        folder = tmp_path / "resume" / f"global_step_{step}"
-        shutil.copytree(model, folder / "actor" / "huggingface")
-        (folder / "actor" / "optimizer.pt").touch()
+        folder = state(run.path / "resume" / f"global_step_{step}", trained)
         callback.on_save(None, step, str(folder))
-    exported = sorted((tmp_path / "run" / "checkpoints").iterdir())
-    assert [path.name for path in exported] == ["step_000030", "step_000060"]
-    assert all((path / "config.json").exists() for path in exported)
-    states = sorted(path.name for path in (tmp_path / "resume").glob("global_step_*"))
-    assert states == ["global_step_2", "global_step_3"] and tidy(tmp_path / "resume", 2) == 3
-    assert not (tmp_path / "resume" / "global_step_3" / "actor" / "huggingface").exists()
-
-
-def test_a_failed_export_leaves_the_last_state_and_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Step 6 is the last: without its state the arm would have to be trained again."""
-    import grpo_fixtures
-
-    from eaft_verl.training import export
-
-    model = grpo_fixtures.character_model(tmp_path / "model")
-    ours = {**asdict(Schedule(6, [6], [])), "run": str(tmp_path / "run"), "model": str(model), "dtype": "float32"}
-    callback = ExportCallback(OmegaConf.create({"trainer": {"eaft": {**ours, "updates": 10, "keep": 2, "ends": []}}}))
-    folder = tmp_path / "resume" / "global_step_6"
-    shutil.copytree(model, folder / "actor" / "huggingface")
-    with monkeypatch.context() as broken:
-        broken.setattr(export, "save_torch_state_dict", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
+    assert list(run.checkpoints()) == [30, 60]
+    exported = AutoModelForCausalLM.from_pretrained(run.checkpoints()[60]).state_dict()
+    for name, value in trained.items():
+        assert torch.equal(exported[name], value)
+    kept = states.whole(run.path)
+    assert list(kept) == [2, 3] and not any(map(states.problem, kept.values())) and mark_newest(run.path) == 3
+    assert json.loads((kept[3] / states.MANIFEST).read_text())["step"] == 30
+    broken = state(run.path / "resume" / "global_step_4", trained, nonfinite="model.w")
+    callback.on_save(None, 4, str(broken))
+    assert list(states.whole(run.path)) == [2, 3] and not broken.exists()
+    with monkeypatch.context() as full:
+        full.setattr(export, "save_torch_state_dict", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
+        shutil.rmtree(run.checkpoints()[60])
         with pytest.raises(OSError, match="disk full"):
-            callback.on_save(None, 6, str(folder))
-    assert tidy(tmp_path / "resume", 2) == 6 and not (tmp_path / "run" / "checkpoints" / "step_000060").exists()
-    export.export_state(folder, tmp_path / "run", 60, str(model), "float32", [])  # what the next start does
-    assert (tmp_path / "run" / "checkpoints" / "step_000060" / "model.safetensors").exists()
+            callback.on_save(None, 6, str(state(run.path / "resume" / "global_step_6", trained)))
+    assert max(states.whole(run.path)) == 6, "the state stays: the next start exports from it"
+
+
+def test_verls_own_pickle_in_a_state_cannot_run_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """verl reads data.pt with weights_only=False; what a GRPO run sets in every process makes torch refuse that."""
+    from torch.utils.data import RandomSampler
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    class Bomb:
+        def __reduce__(self) -> Any:
+            return Path.touch, (tmp_path / "ran",)
+
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    monkeypatch.setenv(name, environment("cpu", 1, "metrics")[name])
+    torch.save({"position": Bomb()}, tmp_path / "bomb.pt")
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(tmp_path / "bomb.pt", weights_only=False)
+    assert not (tmp_path / "ran").exists()
+
+    def loader() -> Any:
+        return StatefulDataLoader(
+            range(20), batch_size=4, sampler=RandomSampler(range(20), generator=torch.Generator())
+        )
+
+    first, second = loader(), loader()
+    batches = iter(first)
+    next(batches)
+    torch.save(first.state_dict(), tmp_path / "data.pt")
+    second.load_state_dict(torch.load(tmp_path / "data.pt", weights_only=False))
+    assert [batch.tolist() for batch in batches] == [batch.tolist() for batch in second]
