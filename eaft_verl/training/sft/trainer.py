@@ -219,8 +219,8 @@ class Trainer:
         if self.state["nonfinite"]:
             raise Diverged(
                 f"the last {self.state['nonfinite']} step(s) had no finite loss or gradient and changed nothing; their "
-                f"rows are listed in {self.run.path / 'nonfinite'}. Go on with resume=changed and a lower verl.optim.lr, "
-                "or mend those rows and choose another output="
+                f"rows are listed in {self.run.path / 'nonfinite'}. Go on with resume=changed and a lower "
+                "verl.optim.lr, or mend those rows and choose another output="
             )
 
     def validate(self, step: int) -> None:
