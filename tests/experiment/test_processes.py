@@ -16,6 +16,7 @@ from eaft_verl.experiment import supervision
 from eaft_verl.experiment.supervision import supervised
 from eaft_verl.launch.request import Launch
 from eaft_verl.runs import Run
+from eaft_verl.training.states import MANIFEST
 
 # a stage that says what reached it, and ends one second after the first signal with the code it was given
 STAGE = """
@@ -120,7 +121,7 @@ class Attempts:
         Run(self.folder).update(status="failed" if code else "finished", error=f"end {code}")
         state = self.folder / "resume" / f"global_step_{saved}"
         state.mkdir(parents=True, exist_ok=True)
-        (state / "complete.json").write_text("{}")
+        (state / MANIFEST).write_text("{}")
         return code
 
 

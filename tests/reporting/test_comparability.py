@@ -77,7 +77,12 @@ def test_a_key_that_nobody_recorded_proves_nothing(folder):
 )
 @pytest.mark.parametrize("step", ["step_000012", "step_000003"])
 def test_a_differing_benchmark_is_refused(folder, key, value, step):
-    edit(folder / "eaft" / "eval" / step / "gsm8k.json", lambda record: {**record, key: value})
+    def differ(record):
+        if key == "metric":
+            record["metrics"][value] = record["metrics"][record["metric"]]
+        return {**record, key: value}
+
+    edit(folder / "eaft" / "eval" / step / "gsm8k.json", differ)
     refused(folder, f"benchmark gsm8k, {key}", repr(value), str(folder / "base"), str(folder / "eaft"))
 
 

@@ -198,6 +198,8 @@ def test_figures_are_png_files(made):
             "deltas",
             "path_heldout",
             "path_target",
+            "general_step",
+            "general_kl",
             "pareto",
             "curves_step",
             "curves_tokens",
