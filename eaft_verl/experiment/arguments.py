@@ -11,6 +11,7 @@ DEFAULT_RECIPE = "recipes/quickstart.yaml"
 
 
 def parser() -> argparse.ArgumentParser:
+    """Every verb with its options; `options.verb` says which."""
     codes = "\n".join(f"  {code:>3}  {meaning}" for code, meaning in EXIT_CODES.items())
     about = "Fine-tune a language model without making it forget, and prove it."
     shape = argparse.RawDescriptionHelpFormatter
