@@ -133,7 +133,7 @@ def _flags(
     cut = whole > len(ids)
     if cut:
         yield f"the answer is truncated: {len(ids)} of {whole} tokens"
-    if open_turns := int((~special[last]).sum()) - cut:
+    if (open_turns := int((~special[last]).sum()) - cut) > 0:
         yield f"{open_turns} of {len(last)} trained turns train no end of turn"
     if found := _EMPTY_THOUGHT.findall(text):
         yield f"{len(found)} empty <{found[0]}> blocks"
