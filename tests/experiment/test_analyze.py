@@ -216,7 +216,7 @@ def test_what_is_not_a_recipe_or_a_model_and_data(place: Path, tiny_model_path: 
 
 def test_k_over_the_vocabulary(place: Path) -> None:
     line = refused(eaft("analyze", place / "r.yaml", "objective.k=385", "--out", place / "k", cwd=place))
-    assert "objective.k=385 is more than the 384 tokens" in line and not (place / "k").exists()
+    assert "objective.k=385: the vocabulary of" in line and "has 384 tokens" in line and not (place / "k").exists()
 
 
 def test_empty_data_and_data_where_nothing_is_trained(place: Path, tiny_model_path: Path) -> None:

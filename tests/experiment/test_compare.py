@@ -37,6 +37,12 @@ arms:
 """
 
 
+@pytest.fixture(autouse=True)
+def any_model_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipes' model is a folder with an empty config.json."""
+    monkeypatch.setattr("eaft_verl.experiment.compare.notes_at_hand", lambda config: [])
+
+
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
     (tmp_path / "model").mkdir()
