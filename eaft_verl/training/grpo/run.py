@@ -30,7 +30,7 @@ from eaft_verl.training.grpo.config import (
     updates_per_step,
 )
 from eaft_verl.training.grpo.metrics import VERL_FILE, Follower, Watch, no_signal, rewind
-from eaft_verl.training.grpo.states import CAUSE_FILE, STOP_FILE, mark_newest
+from eaft_verl.training.grpo.states import CAUSE_FILE, STOP_FILE, mark_newest, require_inert
 from eaft_verl.training.interruption import StopRequest, stop_request
 from eaft_verl.training.resume import announce, starting_point
 
@@ -155,6 +155,8 @@ def _plan(config: Config, run: Run, data: Prepared, model: str, tokenizer: Any) 
     if steps < 1:
         raise RunError(f"{count} prompts do not fill one batch of verl.data.train_batch_size; lower it")
     saved = starting_point(run, config.resume, updates)
+    if saved:
+        require_inert(saved.folder)
     start = saved.number if saved else 0
     mark_newest(run.path)
     announce(saved, steps * updates)

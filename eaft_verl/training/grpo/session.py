@@ -16,7 +16,6 @@ def environment(device: str, workers: int, metrics_file: str) -> dict[str, str]:
         "VERL_FILE_LOGGER_PATH": metrics_file,
         "TRANSFER_QUEUE_ENABLE": "1",
         "VERL_ENGINE_VENDOR": MAKER,
-        "TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1",  # verl reads a state's data.pt as a pickle that may run anything
         "VERL_LOGGING_LEVEL": os.environ.get("VERL_LOGGING_LEVEL", "WARNING"),
     }
     if device == "cpu":

@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+import torch
+
+from eaft_verl.errors import RunError
 from eaft_verl.files import write_text
 from eaft_verl.training import states
 
@@ -26,3 +29,18 @@ def mark_newest(run: Path) -> int:
     else:
         marker.unlink(missing_ok=True)
     return newest
+
+
+def require_inert(state: Path) -> None:
+    """RunError for a pickle in a state that would run code: verl reads its own data.pt without asking.
+
+    torch's switch for all of a process will not do: Ray's workers exchange tensors as pickles of other classes.
+    """
+    for file in sorted(state.rglob("*.pt")):
+        try:
+            torch.load(file, weights_only=True, map_location="cpu")
+        except Exception as error:  # whatever its bytes lead to
+            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            raise RunError(
+                f"{file} is not read, because it holds more than numbers: {reason}; delete {state}"
+            ) from None

@@ -2,7 +2,6 @@
 
 import json
 import math
-import pickle
 import shutil
 import time
 from dataclasses import asdict
@@ -23,8 +22,7 @@ from eaft_verl.training.grpo.config import Schedule, stop_ids
 from eaft_verl.training.grpo.export import ExportCallback
 from eaft_verl.training.grpo.metrics import Follower, Watch, no_signal, rewind
 from eaft_verl.training.grpo.sampler import finish_of, step_metrics
-from eaft_verl.training.grpo.session import environment
-from eaft_verl.training.grpo.states import LATEST, STOP_FILE, mark_newest
+from eaft_verl.training.grpo.states import LATEST, STOP_FILE, mark_newest, require_inert
 from eaft_verl.training.resume import starting_point
 
 
@@ -261,8 +259,8 @@ def test_a_save_becomes_an_export_a_state_or_both(tmp_path: Path, monkeypatch: p
     assert max(states.whole(run.path)) == 6, "the state stays: the next start exports from it"
 
 
-def test_verls_own_pickle_in_a_state_cannot_run_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """verl reads data.pt with weights_only=False; what a GRPO run sets in every process makes torch refuse that."""
+def test_a_pickle_in_a_state_cannot_run_code(tmp_path: Path) -> None:
+    """verl reads data.pt with weights_only=False; a state that holds more than a loader's numbers is refused before."""
     from torch.utils.data import RandomSampler
     from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -270,21 +268,14 @@ def test_verls_own_pickle_in_a_state_cannot_run_code(tmp_path: Path, monkeypatch
         def __reduce__(self) -> Any:
             return Path.touch, (tmp_path / "ran",)
 
-    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    monkeypatch.setenv(name, environment("cpu", 1, "metrics")[name])
-    torch.save({"position": Bomb()}, tmp_path / "bomb.pt")
-    with pytest.raises(pickle.UnpicklingError):
-        torch.load(tmp_path / "bomb.pt", weights_only=False)
+    torch.save({"position": Bomb()}, tmp_path / "data.pt")
+    with pytest.raises(RunError, match="data.pt is not read, because it holds more than numbers"):
+        require_inert(tmp_path)
     assert not (tmp_path / "ran").exists()
-
-    def loader() -> Any:
-        return StatefulDataLoader(
-            range(20), batch_size=4, sampler=RandomSampler(range(20), generator=torch.Generator())
-        )
-
-    first, second = loader(), loader()
-    batches = iter(first)
-    next(batches)
-    torch.save(first.state_dict(), tmp_path / "data.pt")
-    second.load_state_dict(torch.load(tmp_path / "data.pt", weights_only=False))
-    assert [batch.tolist() for batch in batches] == [batch.tolist() for batch in second]
+    loader = StatefulDataLoader(range(20), batch_size=4, sampler=RandomSampler(range(20), generator=torch.Generator()))
+    next(iter(loader))
+    torch.save(loader.state_dict(), tmp_path / "data.pt")
+    require_inert(tmp_path)
+    (tmp_path / "data.pt").write_bytes(b"not one")
+    with pytest.raises(RunError, match="data.pt is not read"):
+        require_inert(tmp_path)
