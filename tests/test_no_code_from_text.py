@@ -154,10 +154,14 @@ def of_call(node: ast.Call, called: str, *, by_name: bool) -> Iterator[str]:
         yield f"line {node.lineno}: pickles over a pipe"
 
 
+BOMBS = (ROOT / "tests/faults/checkpoints.py", ROOT / "tests/faults/models.py")
+
+
 @pytest.mark.parametrize("path", [*FILES, *HELPERS], ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_text_becomes_code(path: Path) -> None:
     found = faults(path.read_text(encoding="utf-8"), by_name=str(path.relative_to(ROOT)) in BY_NAME)
-    assert list(found) == []
+    bombs = path in BOMBS  # they write a pickle, to see that nobody reads it
+    assert [fault for fault in found if not (bombs and "pickle" in fault)] == []
 
 
 @pytest.mark.parametrize("path", SHELL, ids=lambda path: str(path.relative_to(ROOT)))

@@ -41,12 +41,16 @@ def check_row(
         escaped = {where: _escape(part, pattern) for where, part in parts.items()}
         count = sum(number for _, number in escaped.values())
         parts = {where: part for where, (part, _) in escaped.items()}
-    for where, part in parts.items():
-        for text in _strings(part):
-            if found := pattern.search(text) or pattern.search(normal(text)):
-                raise RowError("control_token", _refusal(where, found, policy))
+    _require_no_token(parts, lambda text: pattern.search(text) or pattern.search(normal(text)), policy)
     kept = list(parts.values())
     return kept[: len(messages)], dict(zip(beside, kept[len(messages) :], strict=True)), count
+
+
+def _require_no_token(parts: dict[str, Any], found_in: Callable[[str], re.Match[str] | None], policy: str) -> None:
+    for where, part in parts.items():
+        for text in _strings(part):
+            if found := found_in(text):
+                raise RowError("control_token", _refusal(where, found, policy))
 
 
 def _refusal(where: str, found: re.Match[str], policy: str) -> str:

@@ -49,7 +49,7 @@ def _flip(path: Path) -> None:
 def _bomb(path: Path) -> None:
     class Bomb:
         def __reduce__(self) -> Any:
-            return os.system, (f"touch {path.parents[3]}/ran",)
+            return Path.touch, (path.parents[3] / "ran",)
 
     path.write_bytes(pickle.dumps(Bomb()))
 

@@ -146,7 +146,7 @@ WRONG = [
     (["verl.trainer.total_epochs=0"], "verl.trainer.total_epochs=0 must be at least 1"),
     (["verl.trainer.total_training_steps=0"], "verl.trainer.total_training_steps=0 must be null or a whole number"),
     (["save_minutes=0"], "save_minutes=0.0 must be a number of minutes above 0"),
-    (["save_minutes=.inf"], "save_minutes=inf must be a number of minutes above 0"),
+    (["save_minutes=.inf"], "save_minutes=inf must be a finite number"),
     (["resume=newest"], "resume='newest' is not one of fallback, strict, changed, restart"),
     (["verl.trainer.max_ckpt_to_keep=1"], "verl.trainer.max_ckpt_to_keep=1 must be null or at least 2"),
     # batches

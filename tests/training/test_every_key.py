@@ -47,6 +47,7 @@ READ_ELSEWHERE = {
     "verl.trainer.balance_batch": "training/sft/trainer.py",
     "verl.data.train_batch_size": "training/sft/trainer.py",
     "data.leakage": "recipe/datasets.py",
+    "data.max_rejected": "recipe/datasets.py",
     "evaluate.backend": "evaluation/settings.py",
     "output": "experiment/train.py",
     "save_minutes": "training/sft/trainer.py",

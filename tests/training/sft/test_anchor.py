@@ -113,8 +113,11 @@ def test_another_reference_diverges_from_the_start(recipe: Any) -> None:
 def test_another_vocabulary_is_refused_before_work_starts(recipe: Any) -> None:
     folder = recipe.path.parent
     shutil.copytree(folder / "other", folder / "foreign", dirs_exist_ok=True)
-    settings = read_json(folder / "foreign" / "config.json")
-    write_json(folder / "foreign" / "config.json", {**settings, "vocab_size": 400})
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "other")
+    model.resize_token_embeddings(400)
+    model.save_pretrained(folder / "foreign")
     with pytest.raises(ConfigError, match="400 logits per token and the model 384"):
         trained(recipe, "foreign")
     assert not (Path(resolve(recipe, "foreign").output) / "foreign-seed0").exists()
