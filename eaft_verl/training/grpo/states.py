@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import torch
-
 from eaft_verl.errors import RunError
 from eaft_verl.files import write_text
 from eaft_verl.training import states
@@ -36,6 +34,8 @@ def require_inert(state: Path) -> None:
 
     torch's switch for all of a process will not do: Ray's workers exchange tensors as pickles of other classes.
     """
+    import torch
+
     for file in sorted(state.rglob("*.pt")):
         try:
             torch.load(file, weights_only=True, map_location="cpu")
