@@ -192,15 +192,19 @@ def cache_dir() -> Path:
     return Path(os.environ.get("EAFT_CACHE") or Path.home() / ".cache" / "eaft-verl").expanduser().resolve()
 
 
+def digest_of(file: Path, digest: Any) -> str:
+    """Hexadecimal digest of every byte of a file by a new hash object, of hashlib or xxhash."""
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 24):
+            digest.update(block)
+    return str(digest.hexdigest())
+
+
 def bytes_hash(file: Path) -> str:
     """xxh3 (128 bits) of every byte of a file."""
     import xxhash
 
-    digest = xxhash.xxh3_128()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
+    return digest_of(file, xxhash.xxh3_128())
 
 
 def content_hash(file: Path) -> str:

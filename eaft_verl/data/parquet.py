@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from eaft_verl.data.memory_map import map_of
-from eaft_verl.files import temporary_beside
+from eaft_verl.files import digest_of, temporary_beside
 
 _TURN = pa.struct(
     [
@@ -219,11 +219,7 @@ def read_examples(path: Path, key: str | None = None) -> Examples:
 
 def file_hash(path: Path) -> str:
     """sha256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+    return digest_of(path, hashlib.sha256())
 
 
 def _grouped(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

@@ -39,12 +39,11 @@ def explained(error: BaseException, config: Config, run: Run) -> BaseException:
         return OutOfMemory(f"a worker ran out of memory{' on its GPU' * device}: {advice}{where}")
     if NO_SPACE_SAID.search(said):
         return _disk_full(cause, run)
-    return _of_worker(cause, text, where, pids)
+    return _of_worker(cause, said, text, where, pids)
 
 
-def _of_worker(cause: BaseException, text: str, where: str, pids: list[int]) -> RunError:
+def _of_worker(cause: BaseException, said: str, text: str, where: str, pids: list[int]) -> RunError:
     """A worker's end that no number of the recipe explains; `text`: all that Ray says of it."""
-    said = " ".join(str(cause).split())
     if isinstance(cause, FloatingPointError):
         return Diverged(f"{said}; lower verl.optim.lr and choose another output={where}")
     if isinstance(cause, RayActorError | WorkerCrashedError | NodeDiedError):
