@@ -18,6 +18,7 @@ from eaft_verl.analysis.store import TokenStore
 from eaft_verl.data.parquet import Example, file_hash
 from eaft_verl.data.prepare import Prepared
 from eaft_verl.errors import ConfigError, DataError, require
+from eaft_verl.evaluation.model_files import check_model_files
 from eaft_verl.experiment.answers import ROLLOUTS, own_answers, rollouts_of
 from eaft_verl.experiment.gate_lab import gate_lab, is_store
 from eaft_verl.experiment.token_dynamics import token_dynamics
@@ -56,6 +57,7 @@ def analyze_command(options: argparse.Namespace) -> None:
     _check_options(options)
     out = options.out or (Path(config.output) / "analysis" if is_recipe(options.what) else Path(config.output))
     model = resolve_model(config.model)
+    check_model_files(model)
     k, vocab = objective_of(config).k, vocabulary_size(model)
     require(k <= vocab, f"objective.k={k} is more than the {vocab} tokens that {config.model} knows; lower it")
     tokenizer = load_tokenizer(model)

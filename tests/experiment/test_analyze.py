@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 
 from eaft_verl.analysis.store import TokenStore
 from eaft_verl.data.parquet import read_examples
@@ -217,6 +219,15 @@ def test_what_is_not_a_recipe_or_a_model_and_data(place: Path, tiny_model_path: 
 def test_k_over_the_vocabulary(place: Path) -> None:
     line = refused(eaft("analyze", place / "r.yaml", "objective.k=385", "--out", place / "k", cwd=place))
     assert "objective.k=385: the vocabulary of" in line and "has 384 tokens" in line and not (place / "k").exists()
+
+
+def test_a_model_that_lacks_a_weight(place: Path, tiny_model_path: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model_path, tmp_path / "m")
+    weights = load_file(tmp_path / "m/model.safetensors")
+    weights.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(weights, tmp_path / "m/model.safetensors", metadata={"format": "pt"})
+    line = refused(eaft("analyze", tmp_path / "m", place / "train.jsonl", "--out", tmp_path / "o", cwd=place))
+    assert "model.layers.1.mlp.up_proj.weight" in line and not (tmp_path / "o").exists()
 
 
 def test_empty_data_and_data_where_nothing_is_trained(place: Path, tiny_model_path: Path) -> None:
