@@ -105,7 +105,7 @@ def _report(options: argparse.Namespace) -> None:
     from eaft_verl.reporting.report import report
 
     out = options.out or options.runs[0].resolve().parent / "report"
-    report(options.runs, out, force=options.force)
+    report(options.runs, out, force=options.force, paper=options.paper)
     print(f"wrote {out / 'report.html'}")
 
 

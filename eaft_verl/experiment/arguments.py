@@ -89,6 +89,7 @@ def _add_report(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories, the base among them")
     verb.add_argument("--out", type=Path, help="folder to write (default: report beside the first run)")
     verb.add_argument("--force", action="store_true", help="report runs that are not comparable, with a banner")
+    verb.add_argument("--paper", metavar="TABLE", help="set the scores beside a table of the paper: 1, 2 or 3")
 
 
 def _add_doctor(verbs: argparse._SubParsersAction) -> None:
