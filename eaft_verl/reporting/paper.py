@@ -85,9 +85,8 @@ def _alike(table: Row) -> list[str]:
     single = sum(abs(score - round(score * 0.3) / 0.3) <= HALF + 1e-9 for score in scores)
     if not scores:
         return []
-    return [
-        f"{single} of {len(scores)} AIME scores are multiples of 1/{QUESTIONS}, as of single runs; of three, a third would be by chance"
-    ]
+    what = f"{single} of {len(scores)} AIME scores are multiples of 1/{QUESTIONS}"
+    return [f"{what}, as of single runs; of means of three, a third would be by chance"]
 
 
 def beside(report: Row, name: str) -> Row:
