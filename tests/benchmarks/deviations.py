@@ -4,7 +4,7 @@
 
 DATA: any source of `eaft prepare`, e.g. GSM8K's train.jsonl, or generate:two_shot_sums_train. Nothing is trained to an
 end: statistics are those of the base model on all trained tokens of the first ROWS rows (float32); a gradient is the
-whole parameter gradient of the loss over the GRADED shortest of them, compared by cosine and norm; the two directions of
+whole parameter gradient of the loss over the GRADED shortest of them, compared by cosine and norm; both directions of
 KL are taken after STEPS AdamW updates of plain SFT on those, because both are zero before. --write keeps the lines.
 """
 
@@ -189,8 +189,8 @@ SAYS = {
     "over_long.share": ("%", "with {value:.1f} % of rows over-long"),
     "over_long.cosine": ("", "cutting them gives a gradient of cosine {value:.3f}"),
     "over_long.norm": ("times", "of cosine… and {value:.3f} times the norm"),
-    "kl.forward_kl": ("nats per token", "updates KL(base || model) is {value:.2e} nats"),
-    "kl.reverse_kl": ("nats per token", "the other direction {value:.2e};"),
+    "kl.forward_kl": ("nats per token", "updates KL(base \\|\\| model) is {value:.2g} nats"),
+    "kl.reverse_kl": ("nats per token", "the other direction {value:.2g};"),
     "kl.cosine": ("", "their gradients: cosine {value:.4f}"),
     "kl.norm": ("times", "their gradients: cosine… norm {value:.3f} times"),
     "kl.whole": ("%", "changes the whole step's gradient by {value:.2f} %"),
