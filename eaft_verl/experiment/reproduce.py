@@ -16,7 +16,7 @@ from eaft_verl.experiment.environment import describe, environment_differences
 from eaft_verl.experiment.evaluate import evaluate_model
 from eaft_verl.experiment.processes import run_stage
 from eaft_verl.experiment.same_inputs import Again, other_inputs, other_model
-from eaft_verl.experiment.same_numbers import DIFFERENT, compared, summary, table
+from eaft_verl.experiment.same_numbers import BIT_EQUAL, DIFFERENT, compared, summary, table
 from eaft_verl.experiment.stored import require_same, settings_that_differ
 from eaft_verl.experiment.train import train
 from eaft_verl.files import write_json
@@ -122,7 +122,7 @@ def _outcome(run: Run, made: Run, asked: list[str], environment: dict[str, list[
     otherwise = [*asked, *inputs, *(line for lines in environment.values() for line in lines)]
     found = {"run": str(run.path), "made": str(made.path), "otherwise": otherwise, "numbers": rows}
     write_json(made.path / "reproduction.json", found | {"summary": summary(rows)})
-    print("\n".join(table(rows)))
+    print(*table(rows), sep="\n", end="\n" * any(row["verdict"] != BIT_EQUAL for row in rows))
     print("made otherwise: " + ("; ".join(otherwise) or "nothing: same code, versions, hardware, settings and inputs"))
     print(f"{made.path}: {summary(rows)}")
     return CAME_OUT_DIFFERENT if any(row["verdict"] == DIFFERENT for row in rows) else 0

@@ -20,7 +20,8 @@ def compared(first: Run, second: Run) -> list[Row]:
     first, second: the last value. difference: absolute, the largest over steps or of the score. floor: what the base
     differs from itself by, None where that is not known or not of this metric. changed: 'k of n' values or answers.
     verdict: 'bit-equal' if no value differs; 'rounding' within RELATIVE of each value; 'noise floor' if the difference
-    is no larger; else 'different', also for what is missing.
+    of the score, and the share of answers that became right or wrong, is no larger; else 'different', also for what is
+    missing.
     """
     rows = [row for split in ("train", "val") for row in _logged(first, second, split)]
     return rows + _scored(first, second)
@@ -110,12 +111,14 @@ def _row(metric: str, pairs: list[tuple[Any, Any]], first: Any, second: Any, flo
     row = {"metric": metric, "first": first, "second": second, "floor": floor, "changed": f"{changed} of {len(pairs)}"}
     sizes = [_distance(one, other) for one, other in pairs]
     gap = _distance(first, second) if floor is not None else max(sizes, default=0.0)
+    if floor is not None and all(value in (0.0, 1.0) for pair in pairs[:-1] for value in pair):
+        gap = max(gap, sum(sizes[:-1]) / max(len(pairs) - 1, 1))  # right and wrong may change places
     if not changed:
         verdict = BIT_EQUAL
     elif all(size <= ABSOLUTE + RELATIVE * _size(one) for size, (one, _) in zip(sizes, pairs, strict=True)):
         verdict = ROUNDING
     else:
-        verdict = FLOOR if floor is not None and gap <= floor else DIFFERENT
+        verdict = FLOOR if floor and gap <= floor else DIFFERENT  # a floor of 0 excuses nothing
     return {**row, "difference": gap, "verdict": verdict}
 
 
