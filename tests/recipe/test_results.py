@@ -91,7 +91,7 @@ def test_every_result_is_said_and_has_its_source() -> None:
         ("It forgets 4 % less.", False),
         ("KL is 2e-9 there.", False),
         ("0.5 [0.4, 0.6]", False),
-        ("3 seeds of Qwen2.5-32B, `lr=1e-5`, [1.5](http://x/2.5)", True),
+        ("3 seeds of Qwen2.5-32B, `lr=1e-5`, [link](http://x/2.5)", True),
         ("One step took 1.29 times one of SFT", True),
         ("One step took 1.30 times one of SFT", True),  # held; the rebuilt text is another one
     ],
