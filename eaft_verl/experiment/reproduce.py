@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from eaft_verl.boundary import python_command
 from eaft_verl.errors import ConfigError, RunError, require
@@ -21,13 +23,14 @@ from eaft_verl.experiment.stored import require_same, settings_that_differ
 from eaft_verl.experiment.train import train
 from eaft_verl.files import write_json
 from eaft_verl.recipe.checks import check
-from eaft_verl.recipe.config import Config, changed, plain, stored_configuration
+from eaft_verl.recipe.config import Config, changed, plain, stored_configuration, value_of
 from eaft_verl.reporting.comparability import flatten
 from eaft_verl.runs import Run, is_run, run_name
 from eaft_verl.training.interruption import is_stage
 
 CAME_OUT_DIFFERENT = 3  # exit code
 FILES = ("model", "data.train", "data.heldout")  # may lie elsewhere: their contents are compared
+_KINDS: dict[type, tuple[type, ...]] = {float: (float, int), int: (float, int), str: (str, dict, list)}
 DECIDING = ("code", "versions")  # kinds of difference of the environment that need --force
 
 
@@ -68,18 +71,32 @@ def _configuration(run: Run, out: Path | None, overrides: list[str]) -> Config:
     if place == run.path.parent:
         raise RunError(f"--output {place} holds the run itself; give another folder")
     config = stored_configuration(run.config)
-    known = flatten(plain(config))
+    settings = {f"{key}={value}" for key, value in flatten(plain(config)).items()}
     changes: dict[str, Any] = {"output": str(place), "resume": "fallback"}
     for key in FILES:
-        changes |= _where_it_was(key, OmegaConf.select(OmegaConf.create(plain(config)), key), run.env.get("folder"))
+        changes |= _where_it_was(key, value_of(config, key), run.env.get("folder"))
     for item in overrides:
-        key = item.partition("=")[0]
-        if not any(one == key or one.startswith(f"{key}.") for one in known):
+        key, value = _override(item)
+        known = value_of(config, key)
+        if known is None and f"{key}=null" not in settings:
             raise ConfigError(f"{item!r}: {run.path} has no setting {key}; see its config.yaml")
-        changes[key] = OmegaConf.select(OmegaConf.from_dotlist([item]), key)
+        if known is not None and value is not None and not isinstance(value, _KINDS.get(type(known), type(known))):
+            raise ConfigError(f"{item!r}: the run has {key}={known!r}; give a value of the same kind")
+        changes[key] = value
     config = changed(config, changes)
     check(config)
     return config
+
+
+def _override(item: str) -> tuple[str, Any]:
+    """Key and value of `key=value`, read as in a recipe."""
+    key, equals, _ = item.partition("=")
+    try:
+        value = OmegaConf.select(OmegaConf.from_dotlist([item]), key) if key and equals else None
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError(f"override {item!r}: {str(error).splitlines()[0]}") from None
+    require(key and equals, f"override {item!r} must be key=value, for example data.train=/new/place/train.jsonl")
+    return key, plain(value)
 
 
 def _where_it_was(key: str, value: Any, folder: str | None) -> dict[str, str]:

@@ -73,8 +73,8 @@ def _scored(first: Run, second: Run) -> list[Row]:
             for metric, entry in record["metrics"].items():
                 score, again = entry["score"], other["metrics"].get(metric, {}).get("score")
                 ids = sorted(answers[0].keys() | answers[1].keys())
-                pairs = [tuple(side.get(key, {}).get(metric) for side in answers) for key in ids]
-                pairs = [pair for pair in pairs if pair != (None, None)]
+                both = ((answers[0].get(key, {}).get(metric), answers[1].get(key, {}).get(metric)) for key in ids)
+                pairs = [pair for pair in both if pair != (None, None)]
                 floor = floors.get(f"{benchmark}.{metric}", floors.get(benchmark))
                 found.append(_row(f"step {step} {benchmark} {metric}", [*pairs, (score, again)], score, again, floor))
     return found

@@ -101,7 +101,7 @@ def beside(report: Row, name: str) -> Row:
     shared = {one: found for one in columns if (found := _benchmark(report, one))}
     model = Path(str(report["model"]).partition("@")[0]).name.lower()
     rows = [row for row in table["rows"] if row["model"].lower() == model.replace("glm-4-", "glm4-")]
-    found = [
+    found: list[Row] = [
         {"model": row["model"], "method": row["method"], "theirs": row["scores"], "arm": None, "ours": {}}
         for row in rows or table["rows"]
     ]
