@@ -98,7 +98,7 @@ def beside(report: Row, name: str) -> Row:
     """
     table = published()["tables"][name]
     columns = [*table["target"], *table["general"]]
-    shared = {one: found for one in columns if (found := _benchmark(report, one))}
+    shared = {one: name_here for one in columns if (name_here := _benchmark(report, one))}
     model = Path(str(report["model"]).partition("@")[0]).name.lower()
     rows = [row for row in table["rows"] if row["model"].lower() == model.replace("glm-4-", "glm4-")]
     found: list[Row] = [
