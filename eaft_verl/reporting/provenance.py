@@ -71,6 +71,10 @@ def environment(base: Arm, arms: list[Arm], out: Path) -> Row:
     """
     runs = [base.runs[0], *(run for arm in arms for run in arm.runs)]
     flat = {run.label: {key: shorten(json.loads(text)) for key, text in flatten(run.run.env).items()} for run in runs}
+    for run in runs:  # gone on with, or evaluated, elsewhere
+        for entry in run.info.get("environments", []):
+            lines = "; ".join(line for group in entry["found"].values() for line in group)
+            flat[run.label][f"then ({entry['stage']}, attempt {entry['attempt']})"] = shorten(lines)
     keys = sorted({key for values in flat.values() for key in values})
     found = {key: {label: env.get(key, ABSENT) for label, env in flat.items()} for key in keys}
     equal = {key: next(iter(values.values())) for key, values in found.items() if len(set(values.values())) == 1}

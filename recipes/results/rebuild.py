@@ -45,7 +45,6 @@ TABLE = "| quickstart, "  # how the table's first line begins
 COLUMNS = (("two_shot_sums", 1), ("heldout", 3), ("general_mean", 1), ("drift.kl", 4))  # and decimals
 GROUPS = {"commit": r"[0-9a-f]{7,40}|unknown", "command": r"[^`]+"}
 NUMBER = r"[-+]?\d[\d,]*(?:\.\d+)?(?:e-?\d+)?"
-FIGURES = {"landscape_gsm8k": "Data", "landscape_gsm8k_own": "Own answers"}
 
 Row = dict[str, Any]
 
@@ -212,9 +211,9 @@ def draw(folder: Path) -> None:
 
     folder.mkdir(exist_ok=True)
     with matplotlib.rc_context(STYLE):
-        for name, title in FIGURES.items():
-            found = json.loads((HERE / f"{name}.json").read_text(encoding="utf-8"))
-            (folder / f"{name}.png").write_bytes(png(figures.landscape(found, title)))
+        for path in sorted(HERE.glob("landscape_*.json")):
+            found = json.loads(path.read_text(encoding="utf-8"))
+            (folder / f"{path.stem}.png").write_bytes(png(figures.landscape(found, found["title"])))
     drawn = plots.draw({**quickstart(), "general": {}, "pareto": {}, "curves": []})
     (folder / "quickstart_paths.png").write_bytes(drawn["path_heldout"])
 
@@ -235,10 +234,10 @@ def take_quickstart(report: Path) -> None:
 
 def take_landscape(analysis: Path, command: str, commit: str) -> None:
     """landscape_gsm8k.json and _own.json from the folder that `eaft analyze ... --own` wrote."""
-    for name, ours in (("data", "landscape_gsm8k"), ("own", "landscape_gsm8k_own")):
+    for name, ours, title in (("data", "landscape_gsm8k", "Data"), ("own", "landscape_gsm8k_own", "Own answers")):
         found = json.loads((analysis / "figures" / f"landscape_{name}.json").read_text(encoding="utf-8"))
         kept = {key: found[key] for key in ("histogram", "tokens", "k", "vocab")}
-        _write(ours, {"command": command, "commit": commit, **kept})
+        _write(ours, {"title": title, "command": command, "commit": commit, **kept})
 
 
 def take_plans() -> None:
