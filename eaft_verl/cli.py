@@ -105,7 +105,7 @@ def _report(options: argparse.Namespace) -> None:
     from eaft_verl.reporting.report import report
 
     out = options.out or options.runs[0].resolve().parent / "report"
-    report(options.runs, out, force=options.force)
+    report(options.runs, out, force=options.force, paper=options.paper)
     print(f"wrote {out / 'report.html'}")
 
 
@@ -144,6 +144,12 @@ def _analyze(options: argparse.Namespace) -> None:
     analyze_command(options)
 
 
+def _reproduce(options: argparse.Namespace) -> int:
+    from eaft_verl.experiment.reproduce import reproduce
+
+    return reproduce(options.run, options.output, options.overrides, force=options.force)
+
+
 def _launch(options: argparse.Namespace) -> int:
     from eaft_verl.launch.places import launch
     from eaft_verl.launch.request import Launch
@@ -165,6 +171,7 @@ VERBS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "plan": _plan,
     "checkpoints": _checkpoints,
     "analyze": _analyze,
+    "reproduce": _reproduce,
 }
 
 

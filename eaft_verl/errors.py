@@ -9,7 +9,7 @@ EXIT_CODES = {
     0: "done",
     1: "an arm of a comparison failed, a check of `doctor` did, or this program has a fault",
     REFUSED: "not possible as asked: recipe, data, model or run directory; nothing to retry unchanged",
-    3: "`plan`: an arm does not fit",
+    3: "`plan`: an arm does not fit; `reproduce`: a number came out different",
     OUT_OF_MEMORY: "out of memory, on a GPU or a host",
     DISK_FULL: "no space left where the run is written",
     HUNG: "no step was finished for too long; the stacks of every process are in the run directory",

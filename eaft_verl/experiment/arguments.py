@@ -28,6 +28,7 @@ def parser() -> argparse.ArgumentParser:
     _add_plan(verbs)
     _add_checkpoints(verbs)
     _add_analyze(verbs)
+    _add_reproduce(verbs)
     return parser
 
 
@@ -88,6 +89,7 @@ def _add_report(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories, the base among them")
     verb.add_argument("--out", type=Path, help="folder to write (default: report beside the first run)")
     verb.add_argument("--force", action="store_true", help="report runs that are not comparable, with a banner")
+    verb.add_argument("--paper", metavar="TABLE", help="set the scores beside a table of the paper: 1, 2 or 3")
 
 
 def _add_doctor(verbs: argparse._SubParsersAction) -> None:
@@ -148,6 +150,18 @@ def _add_analyze(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument("--rollouts", type=Path, metavar="RUN", help="beside it, the kept rollouts of a GRPO run")
     verb.add_argument("--show", type=int, default=0, metavar="N", help="print N samples token by token")
     verb.add_argument("--gates", nargs="*", metavar="GATE", help="objectives, e.g. eaft:power=1,2 dft my_pkg.mod:Mine")
+
+
+def _add_reproduce(verbs: argparse._SubParsersAction) -> None:
+    verb = verbs.add_parser(
+        "reproduce", help="make a finished run once more from what it recorded; compare every number"
+    )
+    verb.add_argument("run", metavar="RUN", type=Path, help="a run directory, its base beside it for the noise floor")
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help="where files lie now: model=, data.train=")
+    verb.add_argument("--output", type=Path, metavar="DIR", help="folder of the new run (default: OUTPUT-reproduced)")
+    verb.add_argument(
+        "--force", action="store_true", help="also with other settings, versions or files, which are named"
+    )
 
 
 def _add_recipe(verb: argparse.ArgumentParser) -> None:

@@ -8,7 +8,8 @@ from eaft_verl.errors import ConfigError, RunError
 from eaft_verl.evaluation.checkpoints import evaluate_checkpoints
 from eaft_verl.evaluation.model_files import check_model_files
 from eaft_verl.evaluation.settings import EvaluateSettings, evaluation_key
-from eaft_verl.experiment.environment import describe
+from eaft_verl.experiment.environment import describe, note_change
+from eaft_verl.experiment.same_inputs import Again
 from eaft_verl.models import check_model, load_tokenizer, model_key, resolve_model
 from eaft_verl.recipe.checks import check
 from eaft_verl.recipe.config import Config, as_yaml, stored_configuration
@@ -29,7 +30,7 @@ def evaluate_command(what: str, recipe: str, out: Path | None, overrides: list[s
     arm = next(iter(loaded.arms))
     config = resolve(loaded, arm, [*overrides, f"model={what}"])
     check(config)
-    return _evaluate_model(config, out)
+    return evaluate_model(config, out)
 
 
 def settings_for(config: Config, tokenizer: Any) -> EvaluateSettings:
@@ -53,7 +54,11 @@ def _evaluate_run(run: Run) -> Run:
     return _score(run, config, settings, checkpoints)
 
 
-def _evaluate_model(config: Config, out: Path | None) -> Run:
+def evaluate_model(config: Config, out: Path | None, again: Again | None = None) -> Run:
+    """The run of an untrained model in `out` (None: OUTPUT/base), evaluated; what is there already is kept.
+
+    again: the run whose configuration this is; RunError where its model or evaluation are not these.
+    """
     model = resolve_model(config.model)
     check_model_files(model)
     tokenizer = load_tokenizer(model)
@@ -63,6 +68,8 @@ def _evaluate_model(config: Config, out: Path | None) -> Run:
         "template": template_hash(tokenizer),
         "evaluation": evaluation_key(settings),
     }
+    if again:
+        again.require(keys)
     folder = out or Path(config.output) / "base"
     if not is_run(folder):
         info = {"kind": "base", "recipe": config.name, "arm": "base", "seed": config.seed, "model": config.model}
@@ -77,6 +84,7 @@ def _evaluate_model(config: Config, out: Path | None) -> Run:
 
 def _score(run: Run, config: Config, settings: EvaluateSettings, checkpoints: dict[int, Path | str]) -> Run:
     with run.locked():
+        note_change(run, "evaluate")
         try:
             evaluate_checkpoints(
                 run,

@@ -14,7 +14,8 @@ from eaft_verl.errors import Interrupted, RunError, require
 from eaft_verl.evaluation.model_files import check_model_files
 from eaft_verl.evaluation.settings import evaluation_key
 from eaft_verl.experiment.derive import Derived, derive
-from eaft_verl.experiment.environment import describe
+from eaft_verl.experiment.environment import describe, note_change
+from eaft_verl.experiment.same_inputs import Again
 from eaft_verl.experiment.stored import SHOWN, changeable, forbidden, settings_that_differ
 from eaft_verl.experiment.token_stats import base_of
 from eaft_verl.models import check_same_vocabulary, load_config, load_tokenizer, model_key, resolve_model
@@ -28,14 +29,13 @@ from eaft_verl.training.grpo.run import train_grpo
 from eaft_verl.training.sft.run import check_lengths, check_weights, train_sft
 
 
-def train(config: Config, declared: list[str]) -> Run:
-    """Train one arm; the returned run is finished. A failure is written into run.json and raised."""
+def train(config: Config, declared: list[str], again: Again | None = None) -> Run:
+    """Train one arm; the returned run is finished. A failure is written into run.json and raised.
+
+    again: the run whose configuration this is; RunError where its model, data or evaluation are not these.
+    """
     require_machine(config)
-    model = resolve_model(config.model)
-    check_model_files(model)
-    if config.objective and (anchor := objective_of(config).anchor) and anchor.reference:
-        check_model_files(resolve_model(anchor.reference))
-        check_same_vocabulary(model, anchor.reference)
+    model = _sound_model(config)
     tokenizer = load_tokenizer(model)
     data = prepare_data(config, tokenizer, "train")
     heldout = prepare_data(config, tokenizer, "heldout") if config.data.heldout else None
@@ -49,14 +49,15 @@ def train(config: Config, declared: list[str]) -> Run:
         "template": data.manifest["template_hash"],
         "evaluation": evaluation_key(evaluate_settings(config, heldout.path if heldout else None)),
     }
-    config, declared, derived = derive(config, declared, keys, data.examples)
-    config, declared, derived = _fitted(config, declared, derived, [data, heldout] if heldout else [data])
+    taken = (again.derived if again else derive)(config, declared, keys, data.examples)
+    config, declared, derived = _fitted(*taken, [data, heldout] if heldout else [data])
     ends = sorted(data.manifest.get("end_of_turn", {}))
     _rehearse(config, str(model), ends)
     run = _open(config, declared, keys, derived)
     with run.locked():
-        run.update(status="running", attempt=run.info.get("attempt", 0) + 1, error=None, end_of_turn=ends)
-        run.update(sources=data.manifest.get("sources", {}))
+        described = {"end_of_turn": ends, "sources": data.manifest.get("sources", {})}
+        run.update(status="running", attempt=run.info.get("attempt", 0) + 1, error=None, **described)
+        note_change(run, "train")
         try:
             if config.trainer == "grpo":
                 run.update(**train_grpo(config, run, data, str(model), tokenizer))
@@ -68,6 +69,16 @@ def train(config: Config, declared: list[str]) -> Run:
             told = _noted(error, config, run)
             raise told from None if told is not error else error.__cause__
     return run
+
+
+def _sound_model(config: Config) -> Path | str:
+    """The arm's model, resolved; its files and those of an anchor's reference can be read."""
+    model = resolve_model(config.model)
+    check_model_files(model)
+    if config.objective and (anchor := objective_of(config).anchor) and anchor.reference:
+        check_model_files(resolve_model(anchor.reference))
+        check_same_vocabulary(model, anchor.reference)
+    return model
 
 
 def _noted(error: BaseException, config: Config, run: Run) -> BaseException:

@@ -65,11 +65,20 @@ def shorten(value: Any, head: int = TEXT_LENGTH - _TAIL) -> str:
 
 
 def environment(base: Arm, arms: list[Arm], out: Path) -> Row:
-    """{runs: {run: folder relative to the report}, equal: {key: text}, differing: {key: {run: text}}} of env.json."""
+    """{runs: {run: folder relative to the report}, equal: {key: text}, differing: {key: {run: text}}} of env.json.
+
+    Of what is installed beside the packages that decide a number, only what differs.
+    """
     runs = [base.runs[0], *(run for arm in arms for run in arm.runs)]
     flat = {run.label: {key: shorten(json.loads(text)) for key, text in flatten(run.run.env).items()} for run in runs}
+    for run in runs:  # gone on with, or evaluated, elsewhere
+        for entry in run.info.get("environments", []):
+            lines = "; ".join(line for group in entry["found"].values() for line in group)
+            flat[run.label][f"then ({entry['stage']}, attempt {entry['attempt']})"] = shorten(lines)
     keys = sorted({key for values in flat.values() for key in values})
     found = {key: {label: env.get(key, ABSENT) for label, env in flat.items()} for key in keys}
     equal = {key: next(iter(values.values())) for key, values in found.items() if len(set(values.values())) == 1}
+    differing = {key: found[key] for key in keys if key not in equal}
+    equal = {key: text for key, text in equal.items() if not key.startswith("installed.")}
     folders = {run.label: os.path.relpath(run.run.path, out.resolve()) for run in runs}
-    return {"runs": folders, "equal": equal, "differing": {key: found[key] for key in keys if key not in equal}}
+    return {"runs": folders, "equal": equal, "differing": differing}

@@ -15,6 +15,7 @@ from eaft_verl.reporting.failures import lost_seeds, split
 from eaft_verl.reporting.history import curves
 from eaft_verl.reporting.marks import read_noise, set_marks, with_floors
 from eaft_verl.reporting.measures import build_board
+from eaft_verl.reporting.paper import beside, require_table
 from eaft_verl.reporting.paths import COST, axes, equal_gain, paths
 from eaft_verl.reporting.provenance import environment, sample_answers
 from eaft_verl.reporting.results import columns, pareto, results, versus
@@ -27,7 +28,13 @@ RESAMPLES = 4000
 
 
 def report(
-    runs: list[Path], out: Path, *, force: bool = False, seed: int = 0, failed: Sequence[dict[str, Any]] = ()
+    runs: list[Path],
+    out: Path,
+    *,
+    force: bool = False,
+    seed: int = 0,
+    failed: Sequence[dict[str, Any]] = (),
+    paper: str | None = None,
 ) -> dict[str, Any]:
     """Compare arms with their base; returns what report.json holds.
 
@@ -35,17 +42,21 @@ def report(
     Args: runs: one base run and one or more arm runs, several seeds per arm allowed. force: report on runs that are
     not comparable, with every reason in a banner. seed: of the bootstrap. failed: [{arm, seed, run, error}] that are
     not among `runs`; runs whose status is 'failed' are added to them, or compared as far as they came with `force`.
+    paper: number of a table of the paper to stand beside these results.
     Raises RunError: no or two base runs, no arm, an (arm, seed) twice, or runs that are not comparable.
     """
     from eaft_verl.reporting import plots
 
     out = Path(out)
+    if paper:
+        require_table(paper)
     _require_free(out)
     good, broken = (list(runs), []) if force else split(runs)
     failed = [*failed, *broken]
     base, arms = load(good)
     problems = check(base, arms, force=force, failed=failed)
     found = measure(base, arms, out, problems=problems, seed=seed, failed=failed)
+    found["paper"] = beside(found, paper) if paper else None
     figures = plots.draw(found)
     text = page.text(found, set(figures))
     write_json(out / "report.json", found)  # first: by it the folder is known as ours
