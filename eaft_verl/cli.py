@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from eaft_verl.boundary import guard_streams, masked, python_command
-from eaft_verl.errors import CTRL_C, REFUSED, ConfigError, DataError, Interrupted, RunError
+from eaft_verl.errors import CTRL_C, REFUSED, UNREAD, ConfigError, DataError, Interrupted, RunError
 from eaft_verl.experiment.arguments import DEFAULT_RECIPE, parser
 from eaft_verl.experiment.processes import CAUSE_FILE, begin_stage, run_stage
 from eaft_verl.training.interruption import is_stage
@@ -16,6 +16,18 @@ from eaft_verl.training.interruption import is_stage
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; its exit code is one of `errors.EXIT_CODES`. An error that the user can act on is one line."""
     guard_streams()
+    try:
+        try:
+            return _run(arguments)
+        finally:
+            sys.stdout.flush()  # what is left in the buffer finds a closed pipe here and not at the interpreter's end
+    except BrokenPipeError:  # `| head` has read what it wanted
+        for stream in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        return UNREAD
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     words = parser()
     options, rest = words.parse_known_args(arguments)  # argparse leaves positional words behind an option over
     if wrong := [word for word in rest if word.startswith("-") or "=" not in word or "overrides" not in options]:

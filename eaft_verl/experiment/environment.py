@@ -1,6 +1,5 @@
 """Where a run happened: versions, hardware, commit. Written into every run, so that a number can be traced."""
 
-import os
 import platform
 import subprocess
 import sys
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from eaft_verl.cluster.node_probe import version_of
-from eaft_verl.planning.machine import gpus_here
+from eaft_verl.planning.machine import cpus_here, gpus_here, memory_here
 
 PACKAGES = ("eaft-verl", "verl", "torch", "transformers", "ray", "tensordict", "vllm", "lm_eval", "peft", "flash-attn")
 
@@ -20,8 +19,8 @@ def describe() -> dict[str, Any]:
         "packages": {name: version for name in PACKAGES if (version := version_of(name))},
         "platform": platform.platform(),
         "cpu": _cpu_model(),
-        "cpus": os.cpu_count(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "cpus": cpus_here(),
+        "memory_gib": round(memory_here(), 1),
         "gpus": [str(gpu) for gpu in gpus_here()],
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         **commit(),
