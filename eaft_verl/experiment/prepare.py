@@ -48,11 +48,11 @@ def _spec(options: argparse.Namespace) -> DataSpec:
         control_tokens=options.control_tokens,
         turns=options.turns,
         rows=options.rows,
-        columns=_columns(options.column),
+        columns=columns_of(options.column),
     )
 
 
-def _columns(named: list[str]) -> dict[str, Any] | None:
+def columns_of(named: list[str]) -> dict[str, Any] | None:
     """--column ROLE=NAME as data.columns has it; NAME empty: no column has the role; `ignore` may be repeated."""
     columns: dict[str, Any] = {}
     for item in named:
