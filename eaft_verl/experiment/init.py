@@ -284,7 +284,8 @@ def _said(out: Path, found: Profile, split: Split, limit: int, kept: int, plan: 
             "fits this machine" if plan.verdict == "fits" else f"does not fit this machine ({'; '.join(plan.reasons)})"
         )
         # the plan takes every example for as long as it may be
-        seconds = plan.step_s * (plan.arm.updates or 0) * float(found.lengths_E.clip(max=limit).mean()) / limit
+        share = float(found.lengths_E.clip(max=limit).mean()) / limit
+        seconds = max(60.0, plan.step_s * (plan.arm.updates or 0) * share)
         yield f"{verdict}: {gib(plan.peak)} GiB a device, training about {duration(seconds)} an arm (`eaft plan {out}`)"
         if seconds > PATIENCE_S:
             fewer = f"data.rows=64 data.heldout_rows=16 output=runs/{out.stem}-try"
