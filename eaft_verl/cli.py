@@ -163,7 +163,7 @@ def _export(options: argparse.Namespace) -> None:
     if options.out or options.push:
         print(f"wrote {export(run, options.step, options.out, options.push, public=options.public)}")
     else:
-        print("\n".join(how_to_use(run)))
+        print("\n".join(how_to_use(run, options.step)))
 
 
 def _doctor(options: argparse.Namespace) -> int:

