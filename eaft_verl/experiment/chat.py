@@ -102,8 +102,9 @@ def _answer(speaker: Speaker, asked: str, system: str | None, new_tokens: int, t
     opening = [{"role": "system", "content": system}] if system else []
     speaker.said.append({"role": "user", "content": asked})
     prompt = {"id": "0", "messages": [*opening, *speaker.said], "tools": None, "chat_template_kwargs": speaker.kwargs}
-    drawn = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
-    (example,) = make_probe(*speaker.loaded, [prompt], new_tokens, **drawn)
+    drawn: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
+    model, tokenizer = speaker.loaded
+    (example,) = make_probe(model, tokenizer, [prompt], new_tokens, **drawn)
     answer = example.messages[-1]["content"]
     speaker.said.append({"role": "assistant", "content": answer})
     return str(answer)

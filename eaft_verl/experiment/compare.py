@@ -78,14 +78,18 @@ def compare(
     lost = {row["run"] for row in failed}
     finished = [pair[0].run for pair in stages if pair[0].run.name not in lost]
     if finished:
-        out = place_of(Path(configs[0].output), finished)
-        found = report([base.run, *finished], out, failed=failed)
-        spent = f"({time.monotonic() - started:.0f} s in all)"
-        lines = [*summary(found), f"report: {out / 'report.html'} {spent}", *how_to_use(Run(finished[-1]))]
-        print("\n".join(lines), flush=True)
+        _report(base.run, finished, failed, time.monotonic() - started)
     for row in failed:
         print(f"failed: {row['run']}: {row['error']}; run the same command again to go on", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _report(base: Path, finished: list[Path], failed: list[dict[str, Any]], seconds: float) -> None:
+    """Write the report; print its numbers, its path and how the last model is used."""
+    out = place_of(base.parent, finished)
+    found = report([base, *finished], out, failed=failed)
+    lines = [*summary(found), f"report: {out / 'report.html'} ({seconds:.0f} s in all)"]
+    print("\n".join([*lines, *how_to_use(Run(finished[-1]))]), flush=True)
 
 
 def _show(configs: list[Config], base: Stage, stages: list[tuple[Stage, Stage]]) -> None:
