@@ -3,6 +3,7 @@
 A stage is a process of its own: what it leaves is a run directory, and GPU memory is free when the next one starts.
 """
 
+import contextlib
 import os
 import sys
 import tempfile
@@ -13,7 +14,7 @@ from typing import Any
 
 from eaft_verl.boundary import python_command
 from eaft_verl.cluster.doctor import idle_gpus
-from eaft_verl.errors import ConfigError
+from eaft_verl.errors import ConfigError, RunError
 from eaft_verl.experiment.processes import CAUSE_FILE, run_stage
 from eaft_verl.experiment.stored import require_same
 from eaft_verl.experiment.supervision import supervised
@@ -88,8 +89,9 @@ def _report(base: Path, finished: list[Path], failed: list[dict[str, Any]], seco
     """Write the report; print its numbers, its path and how the last model is used."""
     out = place_of(base.parent, finished)
     found = report([base, *finished], out, failed=failed)
-    lines = [*summary(found), f"report: {out / 'report.html'} ({seconds:.0f} s in all)"]
-    print("\n".join([*lines, *how_to_use(Run(finished[-1]))]), flush=True)
+    print("\n".join([*summary(found), f"report: {out / 'report.html'} ({seconds:.0f} s in all)"]), flush=True)
+    with contextlib.suppress(RunError):  # its exports have been removed since
+        print("\n".join(how_to_use(Run(finished[-1]))), flush=True)
 
 
 def _show(configs: list[Config], base: Stage, stages: list[tuple[Stage, Stage]]) -> None:
