@@ -15,7 +15,7 @@ from typing import Any
 from eaft_verl.boundary import python_command
 from eaft_verl.cluster.doctor import idle_gpus
 from eaft_verl.errors import ConfigError, RunError
-from eaft_verl.experiment.processes import CAUSE_FILE, run_stage
+from eaft_verl.experiment.processes import CAUSE_FILE, LOG_FILE, run_stage
 from eaft_verl.experiment.stored import require_same
 from eaft_verl.experiment.supervision import supervised
 from eaft_verl.experiment.use import how_to_use
@@ -215,12 +215,15 @@ def _run(stage: Stage, restarts: int) -> str | None:
     with tempfile.TemporaryDirectory() as folder:
         left = Path(folder) / "cause"
         os.environ[CAUSE_FILE] = str(left)
+        if sys.stdout.isatty():  # what is left there: a line at either end, how many rows are used, and the bar
+            os.environ[LOG_FILE] = str(_log_of(stage))
         try:
             command = python_command("eaft_verl.cli", *stage.arguments)
             training = stage.arguments[0] == "train"
             code = supervised(lambda: run_stage(command), stage.run, restarts) if training else run_stage(command)
         finally:
-            del os.environ[CAUSE_FILE]
+            for name in (CAUSE_FILE, LOG_FILE):
+                os.environ.pop(name, None)
         cause = left.read_text(encoding="utf-8") if left.exists() else ""
     print(
         f"[{stage.label}] {'done' if code == 0 else f'failed with exit code {code}'}, "
@@ -228,6 +231,13 @@ def _run(stage: Stage, restarts: int) -> str | None:
         flush=True,
     )
     return None if code == 0 else cause or _cause(stage, code)
+
+
+def _log_of(stage: Stage) -> Path:
+    """OUTPUT/logs/base-evaluate.log."""
+    file = stage.run.parent / "logs" / f"{stage.label.replace(': ', '-')}.log"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return file
 
 
 def _cause(stage: Stage, code: int) -> str:
