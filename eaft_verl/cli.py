@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from eaft_verl.boundary import guard_streams, masked, python_command
-from eaft_verl.errors import CTRL_C, REFUSED, ConfigError, DataError, Interrupted, RunError
+from eaft_verl.errors import CTRL_C, REFUSED, UNREAD, ConfigError, DataError, Interrupted, RunError
 from eaft_verl.experiment.arguments import DEFAULT_RECIPE, parser
 from eaft_verl.experiment.processes import CAUSE_FILE, begin_stage, run_stage
 from eaft_verl.training.interruption import is_stage
@@ -16,6 +16,18 @@ from eaft_verl.training.interruption import is_stage
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; its exit code is one of `errors.EXIT_CODES`. An error that the user can act on is one line."""
     guard_streams()
+    try:
+        try:
+            return _run(arguments)
+        finally:
+            sys.stdout.flush()  # what is left in the buffer finds a closed pipe here and not at the interpreter's end
+    except BrokenPipeError:  # `| head` has read what it wanted
+        for stream in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        return UNREAD
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     words = parser()
     options, rest = words.parse_known_args(arguments)  # argparse leaves positional words behind an option over
     if wrong := [word for word in rest if word.startswith("-") or "=" not in word or "overrides" not in options]:
@@ -46,9 +58,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _recipe_arguments(options: argparse.Namespace) -> tuple[str, list[str]]:
     """`eaft train verl.optim.lr=1e-5 --arm sft` means the default recipe: the first word is no recipe but a key."""
+    from eaft_verl.recipe.shipped import find_recipe
+
     if "=" in options.recipe and not Path(options.recipe).exists():
-        return DEFAULT_RECIPE, [options.recipe, *options.overrides]
-    return options.recipe, options.overrides
+        return str(find_recipe(Path(DEFAULT_RECIPE))), [options.recipe, *options.overrides]
+    return str(find_recipe(Path(options.recipe))), options.overrides
+
+
+def _init(options: argparse.Namespace) -> None:
+    from eaft_verl.experiment.init import init
+    from eaft_verl.experiment.prepare import columns_of
+
+    init(options.source, options.model, options.out, columns_of(options.column))
+
+
+def _recipes(options: argparse.Namespace) -> None:
+    from eaft_verl.recipe.shipped import about, find_recipe, shipped
+
+    if options.name:
+        from eaft_verl.recipe.resolve import load_recipe
+
+        load_recipe(options.name)  # says what is wrong, and which there are
+        print(find_recipe(Path(options.name)).read_text(encoding="utf-8"), end="")
+    else:
+        width = max(map(len, shipped()), default=0)
+        print("\n".join(f"{name:{width}}  {about(file)}" for name, file in shipped().items()))
 
 
 def _prepare(options: argparse.Namespace) -> None:
@@ -58,6 +92,8 @@ def _prepare(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
+    from eaft_verl.cluster.doctor import idle_gpus
+    from eaft_verl.planning.machine import gpus_here
     from eaft_verl.recipe.checks import check, pending, warn, warn_of
     from eaft_verl.recipe.config import as_yaml
     from eaft_verl.recipe.model_fit import notes_at_hand
@@ -76,7 +112,7 @@ def _train(options: argparse.Namespace) -> int:
         return supervised(lambda: run_stage(command), folder, options.max_restarts)
     if options.dry_run:
         print(as_yaml(config), end="")
-        warn_of(notes_at_hand(config))
+        warn_of([*notes_at_hand(config), *idle_gpus(config, len(gpus_here()))])
         warn(pending(config, contents=True))
         return 0
     from eaft_verl.experiment.train import train
@@ -89,7 +125,7 @@ def _train(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> None:
     from eaft_verl.experiment.evaluate import evaluate_command
 
-    run = evaluate_command(options.what, options.recipe, options.out, options.overrides)
+    run = evaluate_command(options.what, options.recipe, options.out, options.overrides, options.base)
     print(f"evaluated {run.path}")
 
 
@@ -103,10 +139,31 @@ def _compare(options: argparse.Namespace) -> int:
 
 def _report(options: argparse.Namespace) -> None:
     from eaft_verl.reporting.report import report
+    from eaft_verl.reporting.summary import runs_of, summary
 
-    out = options.out or options.runs[0].resolve().parent / "report"
-    report(options.runs, out, force=options.force, paper=options.paper)
-    print(f"wrote {out / 'report.html'}")
+    runs = runs_of(options.runs, evaluated=True)
+    out = options.out or runs[0].resolve().parent / "report"
+    found = report(runs, out, force=options.force, paper=options.paper)
+    print("\n".join([*summary(found), f"wrote {out / 'report.html'}"]))
+
+
+def _chat(options: argparse.Namespace) -> None:
+    from eaft_verl.experiment.chat import chat_command
+
+    chat_command(options.what, options.prompt, options.system, options.new_tokens, options.temperature)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from eaft_verl.experiment.use import export, how_to_use
+    from eaft_verl.runs import Run
+
+    if options.public and not options.push:
+        raise ConfigError("--public is of --push ORG/NAME")
+    run = Run(options.folder)
+    if options.out or options.push:
+        print(f"wrote {export(run, options.step, options.out, options.push, public=options.public)}")
+    else:
+        print("\n".join(how_to_use(run, options.step)))
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -161,11 +218,15 @@ def _launch(options: argparse.Namespace) -> int:
 
 
 VERBS: dict[str, Callable[[argparse.Namespace], int | None]] = {
+    "init": _init,
+    "recipes": _recipes,
     "prepare": _prepare,
     "train": _train,
     "evaluate": _evaluate,
     "compare": _compare,
     "report": _report,
+    "chat": _chat,
+    "export": _export,
     "doctor": _doctor,
     "launch": _launch,
     "plan": _plan,

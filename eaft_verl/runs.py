@@ -4,10 +4,12 @@ RUN/run.json                      what it is, its status, seed, and the hashes o
 RUN/config.yaml                   the resolved configuration
 RUN/env.json                      commit and hash of the code, versions, hardware; run.json: what changed since then
 RUN/.run.json, .config.yaml, .env.json  second copies of these three, read where the first is damaged
+RUN/libraries.log                 what verl and its libraries warned of and printed
 RUN/metrics.jsonl                 one row per logged step, append only
 RUN/checkpoints/step_000016/      Hugging Face export of the model at that step
 RUN/eval/step_000016/NAME.json    one record per benchmark
 RUN/samples/step_000016/NAME.jsonl  one row per example of that benchmark
+RUN/samples/step_000016/answers.jsonl  at the last step: greedy answers to some held-out prompts, to be read
 """
 
 import contextlib
@@ -63,6 +65,11 @@ def cause_of(error: BaseException) -> str:
     if raised and any(line.startswith("  File ") for line in lines):
         lines = lines[raised[-1] :]
     return f"{type(error).__name__}: {chr(10).join(lines)}"[:_CAUSE_LENGTH]
+
+
+def answers_file(run: Path, step: int) -> Path:
+    """Greedy answers to some held-out prompts; beside the samples of benchmarks, and none of them."""
+    return run / "samples" / step_name(step) / "answers.jsonl"
 
 
 class Run:

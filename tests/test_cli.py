@@ -101,5 +101,20 @@ def test_prepare_shows_what_is_trained(
     assert main(["prepare", str(rows), str(out), "--model", str(tiny_model_path), "--show", "1"]) == 0
     shown = capsys.readouterr().out
     assert "3 examples from 3 rows" in shown and "<|im_end|>]]" in shown
+    assert "3 of 3 rows are used\n" in shown
     assert main(["prepare", str(rows), "--model", str(tiny_model_path)]) == 2
     assert "OUT is missing" in capsys.readouterr().err
+    before = sorted(tmp_path.iterdir())
+    assert main(["prepare", str(rows), "--model", str(tiny_model_path), "--show", "1", "--rows", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert "2 of 2 rows are used; 1 more are not read (rows=2)" in shown and "<|im_end|>]]" in shown
+    assert "nothing is kept of this" in shown and sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("words", [["--help"], ["compare", "{recipe}", "--dry-run"]])
+def test_a_reader_that_goes_away_is_no_fault(recipe: Path, words: list[str]) -> None:
+    command = [sys.executable, "-m", "eaft_verl.cli", *(word.format(recipe=recipe) for word in words)]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert child.stdout and child.stderr
+    child.stdout.close()
+    assert child.stderr.read() == "" and child.wait() in (0, 141)  # argparse lets what it cannot write go

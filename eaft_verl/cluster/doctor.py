@@ -99,8 +99,17 @@ def local_findings(config: Config, probe: NodeProbe) -> list[Finding]:
     if demand.nodes > 1:
         shortage = f"verl.trainer.nnodes={demand.nodes} and this is one machine"
     remedy = "lower verl.trainer.nnodes or n_gpus_per_node, or set RAY_ADDRESS to a cluster"
-    size = verdict("resources", shortage, f"{demand.devices} x {demand.bundle}", remedy)
-    return [size, *node_findings(config, probe)]
+    good = "; ".join([f"{demand.devices} x {demand.bundle}", *idle_gpus(config, probe.gpus)])
+    return [verdict("resources", shortage, good, remedy), *node_findings(config, probe)]
+
+
+def idle_gpus(config: Config, visible: int) -> list[str]:
+    """What to set where this machine shows more GPUs than the arm uses; nothing where all are used, or a cluster."""
+    used = config.verl.trainer.n_gpus_per_node if config.device == "cuda" else 0
+    if visible <= used or os.environ.get("RAY_ADDRESS", "") not in ("", "local"):
+        return []
+    how = f"verl.trainer.n_gpus_per_node={visible}" + " device=cuda" * (config.device != "cuda")
+    return [f"{visible} GPUs are visible and {used} used: {how} uses all"]
 
 
 def output_finding(config: Config) -> Finding:

@@ -10,7 +10,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-from eaft_verl.planning.machine import gpus_here
+from eaft_verl.planning.machine import cpus_here, gpus_here
 
 PACKAGES = ("eaft-verl", "verl", "torch", "transformers", "ray", "tensordict")
 
@@ -41,7 +41,7 @@ def probe_node(output: str, token_file: str | None = None, driver: tuple[str, in
     return NodeProbe(
         name=socket.gethostname(),
         versions={"python": ".".join(platform.python_version_tuple()[:2]), **{p: version_of(p) for p in PACKAGES}},
-        cpus=os.cpu_count() or 1,
+        cpus=cpus_here(),
         gpus=len(gpus),
         driver=gpus[0].driver if gpus else None,
         cuda=cuda_of_torch(),

@@ -18,6 +18,7 @@ from ray.job_config import JobConfig
 from eaft_verl.cluster.demand import CPUS_PER_WORKER, HELPERS
 from eaft_verl.cluster.runtime_env import build_runtime_env
 from eaft_verl.errors import ConfigError
+from eaft_verl.planning.machine import cpus_here
 
 
 def worker_environment(device: str, workers: int) -> dict[str, str]:
@@ -28,7 +29,7 @@ def worker_environment(device: str, workers: int) -> dict[str, str]:
             "VERL_PLATFORM": "cpu",
             "VERL_ENGINE_DEVICE": "cuda",  # verl registers its FSDP engine under this name; it runs on CPU as it is
             # threads beyond the cores spin against each other: 200 times slower was measured
-            "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers)),
+            "OMP_NUM_THREADS": str(max(1, cpus_here() // workers)),
             "OMP_WAIT_POLICY": "passive",
         }
     chosen = {key: os.environ.get(key, value) for key, value in wanted.items()}
@@ -140,7 +141,7 @@ def _connect(device: str, workers: int, trainer: str, variables: Mapping[str, st
     ray.init(
         address="local",
         job_config=_OwnPath(),
-        num_cpus=max(os.cpu_count() or 1, workers * CPUS_PER_WORKER[trainer] + HELPERS[trainer]),
+        num_cpus=max(cpus_here(), workers * CPUS_PER_WORKER[trainer] + HELPERS[trainer]),
         num_gpus=slots if slots and device == "cpu" else None,
         include_dashboard=False,
         log_to_driver=False,

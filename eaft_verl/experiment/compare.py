@@ -3,6 +3,7 @@
 A stage is a process of its own: what it leaves is a run directory, and GPU memory is free when the next one starts.
 """
 
+import contextlib
 import os
 import sys
 import tempfile
@@ -12,15 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from eaft_verl.boundary import python_command
-from eaft_verl.errors import ConfigError
-from eaft_verl.experiment.processes import CAUSE_FILE, run_stage
+from eaft_verl.cluster.doctor import idle_gpus
+from eaft_verl.errors import ConfigError, RunError
+from eaft_verl.experiment.processes import CAUSE_FILE, LOG_FILE, run_stage
 from eaft_verl.experiment.stored import require_same
 from eaft_verl.experiment.supervision import supervised
+from eaft_verl.experiment.use import how_to_use
+from eaft_verl.planning.machine import gpus_here
 from eaft_verl.recipe.checks import check, pending, warn, warn_of
 from eaft_verl.recipe.config import Config
 from eaft_verl.recipe.model_fit import notes_at_hand
 from eaft_verl.recipe.resolve import Recipe, load_recipe, resolve
 from eaft_verl.reporting.report import report
+from eaft_verl.reporting.summary import place_of, summary
 from eaft_verl.runs import Run, is_run, run_name
 
 
@@ -74,12 +79,19 @@ def compare(
     lost = {row["run"] for row in failed}
     finished = [pair[0].run for pair in stages if pair[0].run.name not in lost]
     if finished:
-        out = Path(configs[0].output) / "report"
-        report([base.run, *finished], out, failed=failed)
-        print(f"report: {out / 'report.html'} ({time.monotonic() - started:.0f} s in all)", flush=True)
+        _report(base.run, finished, failed, time.monotonic() - started)
     for row in failed:
         print(f"failed: {row['run']}: {row['error']}; run the same command again to go on", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _report(base: Path, finished: list[Path], failed: list[dict[str, Any]], seconds: float) -> None:
+    """Write the report; print its numbers, its path and how the last model is used."""
+    out = place_of(base.parent, finished)
+    found = report([base, *finished], out, failed=failed)
+    print("\n".join([*summary(found), f"report: {out / 'report.html'} ({seconds:.0f} s in all)"]), flush=True)
+    with contextlib.suppress(RunError):  # its exports have been removed since
+        print("\n".join(how_to_use(Run(finished[-1]))), flush=True)
 
 
 def _show(configs: list[Config], base: Stage, stages: list[tuple[Stage, Stage]]) -> None:
@@ -88,6 +100,7 @@ def _show(configs: list[Config], base: Stage, stages: list[tuple[Stage, Stage]])
         print(f"{'done' if stage.done else 'todo'}  {stage.label:32} eaft {' '.join(stage.arguments)}")
     runs = " ".join(str(stage.run) for stage in (base, *(pair[0] for pair in stages)))
     print(f"todo  {'report':32} eaft report {runs}")
+    warn_of(idle_gpus(configs[0], len(gpus_here())))
     warn(list(dict.fromkeys(message for config in configs for message in pending(config, contents=True))))
 
 
@@ -202,12 +215,15 @@ def _run(stage: Stage, restarts: int) -> str | None:
     with tempfile.TemporaryDirectory() as folder:
         left = Path(folder) / "cause"
         os.environ[CAUSE_FILE] = str(left)
+        if sys.stdout.isatty():  # what is left there: a line at either end, how many rows are used, and the bar
+            os.environ[LOG_FILE] = str(_log_of(stage))
         try:
             command = python_command("eaft_verl.cli", *stage.arguments)
             training = stage.arguments[0] == "train"
             code = supervised(lambda: run_stage(command), stage.run, restarts) if training else run_stage(command)
         finally:
-            del os.environ[CAUSE_FILE]
+            for name in (CAUSE_FILE, LOG_FILE):
+                os.environ.pop(name, None)
         cause = left.read_text(encoding="utf-8") if left.exists() else ""
     print(
         f"[{stage.label}] {'done' if code == 0 else f'failed with exit code {code}'}, "
@@ -215,6 +231,13 @@ def _run(stage: Stage, restarts: int) -> str | None:
         flush=True,
     )
     return None if code == 0 else cause or _cause(stage, code)
+
+
+def _log_of(stage: Stage) -> Path:
+    """OUTPUT/logs/base-evaluate.log."""
+    file = stage.run.parent / "logs" / f"{stage.label.replace(': ', '-')}.log"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return file
 
 
 def _cause(stage: Stage, code: int) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from eaft_verl.cluster.node_probe import version_of
 from eaft_verl.experiment.source import code_hash, commit
-from eaft_verl.planning.machine import gpus_here
+from eaft_verl.planning.machine import cpus_here, gpus_here, memory_here
 from eaft_verl.reporting.comparability import ABSENT, flatten
 from eaft_verl.runs import Run
 
@@ -35,8 +35,8 @@ def describe() -> dict[str, Any]:
         "installed": {name: version for name, version in _installed().items() if name not in packages},
         "platform": platform.platform(),
         "cpu": _cpu_model(),
-        "cpus": os.cpu_count(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "cpus": cpus_here(),
+        "memory_gib": round(memory_here(), 1),
         "gpus": [str(gpu) for gpu in gpus_here()],
         "threads": os.environ.get("OMP_NUM_THREADS"),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),

@@ -1,5 +1,6 @@
 """`eaft evaluate`: a run's checkpoints, or any model, scored by the recipe's benchmarks into a run directory."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,10 @@ from eaft_verl.errors import ConfigError, RunError
 from eaft_verl.evaluation.checkpoints import evaluate_checkpoints
 from eaft_verl.evaluation.model_files import check_model_files
 from eaft_verl.evaluation.settings import EvaluateSettings, evaluation_key
+from eaft_verl.experiment.arguments import DEFAULT_RECIPE
 from eaft_verl.experiment.environment import describe, note_change
 from eaft_verl.experiment.same_inputs import Again
-from eaft_verl.models import check_model, load_tokenizer, model_key, resolve_model
+from eaft_verl.models import check_model, check_same_vocabulary, load_tokenizer, model_key, resolve_model
 from eaft_verl.recipe.checks import check
 from eaft_verl.recipe.config import Config, as_yaml, stored_configuration
 from eaft_verl.recipe.datasets import prepare_data
@@ -19,18 +21,30 @@ from eaft_verl.recipe.views import evaluate_settings
 from eaft_verl.runs import Run, cause_of, is_run
 
 
-def evaluate_command(what: str, recipe: str, out: Path | None, overrides: list[str]) -> Run:
-    """Evaluate a run directory with its own settings, or a model with a recipe's; finished benchmarks are kept."""
+def evaluate_command(
+    what: str, recipe: str | None, out: Path | None, overrides: list[str], base: str | None = None
+) -> Run:
+    """Evaluate a run directory with its own settings, or a model with a recipe's; finished benchmarks are kept.
+
+    base: the model that drift is measured from, for a MODEL; None: the recipe's. A model that is the base, byte for
+    byte, is evaluated as one: in OUTPUT/base unless `out` says otherwise; any other in OUTPUT/models/NAME.
+    """
     if is_run(Path(what)):
-        if overrides or out:
-            raise ConfigError("a run is evaluated by its own configuration; --out and key=value are for a MODEL")
+        given = [("--out", out), ("key=value", overrides), ("--recipe", recipe), ("--base", base)]
+        if useless := [name for name, value in given if value]:
+            raise ConfigError(
+                f"{', '.join(useless)}: a run is evaluated by its own configuration, where this has no effect; it is "
+                "for a MODEL"
+            )
         return _evaluate_run(Run(what))
     check_model(what)
-    loaded = load_recipe(recipe)
+    loaded = load_recipe(recipe or DEFAULT_RECIPE)
     arm = next(iter(loaded.arms))
-    config = resolve(loaded, arm, [*overrides, f"model={what}"])
+    config = resolve(loaded, arm, [*overrides, *([f"model={base}"] if base else [])])
+    if not config.model:  # a recipe of settings only
+        config = resolve(loaded, arm, [*overrides, f"model={what}"])
     check(config)
-    return evaluate_model(config, out)
+    return _evaluate_model(what, config, out)
 
 
 def settings_for(config: Config, tokenizer: Any) -> EvaluateSettings:
@@ -45,8 +59,8 @@ def _evaluate_run(run: Run) -> Run:
         raise RunError(f"{run.path} has status {info['status']!r}; only a finished run is evaluated: train it first")
     config = stored_configuration(run.config)
     settings = settings_for(config, load_tokenizer(resolve_model(config.model)))
-    if info["kind"] == "base":
-        checkpoints: dict[int, Path | str] = {0: resolve_model(config.model)}
+    if info["kind"] in ("base", "model"):
+        checkpoints: dict[int, Path | str] = {0: resolve_model(info["model"])}
     else:
         checkpoints = dict(run.checkpoints())
     if info["total_steps"] not in checkpoints:
@@ -54,25 +68,27 @@ def _evaluate_run(run: Run) -> Run:
     return _score(run, config, settings, checkpoints)
 
 
-def evaluate_model(config: Config, out: Path | None, again: Again | None = None) -> Run:
-    """The run of an untrained model in `out` (None: OUTPUT/base), evaluated; what is there already is kept.
+def evaluate_model(what: str, config: Config, out: Path | None, again: Again | None = None) -> Run:
+    """The run of a model that is not trained here, in `out` (None: a folder of its own), evaluated; what is there is kept.
 
     again: the run whose configuration this is; RunError where its model or evaluation are not these.
     """
-    model = resolve_model(config.model)
+    model, key = resolve_model(what), model_key(what)
     check_model_files(model)
     tokenizer = load_tokenizer(model)
+    is_base = key == model_key(config.model)
     settings = settings_for(config, tokenizer)
-    keys = {
-        "model": model_key(config.model),
-        "template": template_hash(tokenizer),
-        "evaluation": evaluation_key(settings),
-    }
+    if not is_base and settings.drift:
+        check_same_vocabulary(model, config.model, "--base (default: the recipe's model)", "evaluate.drift")
+    keys = {"model": key, "template": template_hash(tokenizer), "evaluation": evaluation_key(settings)}
+    if not is_base:
+        keys["base"] = model_key(config.model)
     if again:
         again.require(keys)
-    folder = out or Path(config.output) / "base"
+    kind = "base" if is_base else "model"
+    folder = out or Path(config.output) / ("base" if is_base else f"models/{_folder_name(what)}-{key[:8]}")
     if not is_run(folder):
-        info = {"kind": "base", "recipe": config.name, "arm": "base", "seed": config.seed, "model": config.model}
+        info = {"kind": kind, "recipe": config.name, "arm": kind, "seed": config.seed, "model": what}
         info |= {"keys": keys, "declared": [], "total_steps": 0, "train_seconds": 0.0}
         Run.create(folder, info=info, config=as_yaml(config), env=describe())
     run = Run(folder)
@@ -80,6 +96,12 @@ def evaluate_model(config: Config, out: Path | None, again: Again | None = None)
         raise RunError(f"{folder} holds the evaluation of another model or recipe; choose another --out or remove it")
     run.update(status="finished")  # nothing is trained
     return _score(run, config, settings, {0: model})
+
+
+def _folder_name(model: str) -> str:
+    """'checkpoints-step_000016' of runs/x/checkpoints/step_000016, 'org-name' of a hub id."""
+    parts = [part for part in Path(model).parts if part not in ("/", ".", "..", "~")]
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", "-".join(parts[-2:]))[-80:]
 
 
 def _score(run: Run, config: Config, settings: EvaluateSettings, checkpoints: dict[int, Path | str]) -> Run:

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,28 +21,38 @@ def prepare_command(options: argparse.Namespace) -> None:
     """Prepare SOURCE into OUT (or open SOURCE, if it is prepared data), say what came of it, show examples."""
     tokenizer = load_tokenizer(resolve_model(options.model))
     source = Path(options.source)
-    if options.out is None:
-        if not (source.suffix == ".parquet" and manifest_path(source).exists()):
-            raise ConfigError(f"OUT is missing: name the .parquet file that {options.source} is to be prepared into")
-        prepared = check_leakage(load_prepared(source, tokenizer), _against(options))
-        check_rejected(prepared.manifest, options.max_rejected)
-    else:
-        spec = DataSpec(
-            source=options.source,
-            max_length=options.max_length,
-            over_long=options.over_long,
-            control_tokens=options.control_tokens,
-            turns=options.turns,
-            rows=options.rows,
-            columns=_columns(options.column),
-        )
-        prepared = prepare(spec, tokenizer, options.out, _against(options), options.max_rejected)
-    print(_summary(prepared))
-    if options.show:
-        show(prepared, tokenizer, options.show, sys.stdout)
+    with tempfile.TemporaryDirectory() as scratch:
+        if options.out is None and source.suffix == ".parquet" and manifest_path(source).exists():
+            prepared = check_leakage(load_prepared(source, tokenizer), _against(options))
+            check_rejected(prepared.manifest, options.max_rejected)
+        elif options.out is None and not options.show:
+            raise ConfigError(
+                f"OUT is missing: name the .parquet file that {options.source} is to be prepared into, or only look at "
+                "it: --show 3"
+            )
+        else:
+            out = options.out or Path(scratch) / "shown.parquet"
+            prepared = prepare(_spec(options), tokenizer, out, _against(options), options.max_rejected)
+        print(_summary(prepared))
+        if scratch in str(prepared.path):
+            print(f"nothing is kept of this: name OUT.parquet, or write data.train={options.source} into a recipe")
+        if options.show:
+            show(prepared, tokenizer, options.show, sys.stdout)
 
 
-def _columns(named: list[str]) -> dict[str, Any] | None:
+def _spec(options: argparse.Namespace) -> DataSpec:
+    return DataSpec(
+        source=options.source,
+        max_length=options.max_length,
+        over_long=options.over_long,
+        control_tokens=options.control_tokens,
+        turns=options.turns,
+        rows=options.rows,
+        columns=columns_of(options.column),
+    )
+
+
+def columns_of(named: list[str]) -> dict[str, Any] | None:
     """--column ROLE=NAME as data.columns has it; NAME empty: no column has the role; `ignore` may be repeated."""
     columns: dict[str, Any] = {}
     for item in named:
@@ -72,10 +83,9 @@ def _summary(prepared: Prepared) -> str:
     counts, tokens = prepared.manifest["counts"], prepared.manifest["tokens"]
     lines = [
         f"{prepared.path}: {counts['examples']} examples from {counts['read']} rows, {tokens['total']:,} tokens, "
-        f"{tokens['trained']:,} trained; manifest {manifest_path(prepared.path)}"
+        f"{tokens['trained']:,} trained; manifest {manifest_path(prepared.path)}",
+        rows_used(prepared.manifest),
     ]
-    if counts["rejected"]:
-        lines.append(rows_used(prepared.manifest))
     if counts.get("open_turns"):
         lines.append(f"{counts['open_turns']} turns train no end-of-turn token: the chat template writes none")
     if unused := prepared.manifest.get("columns_not_used"):

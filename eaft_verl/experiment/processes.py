@@ -22,17 +22,21 @@ from eaft_verl.errors import CTRL_C, ENDED, EXIT_CODES, SAVED, Interrupted
 from eaft_verl.training.interruption import ECHO_S, FAMILY, is_stage
 
 CAUSE_FILE = "EAFT_CAUSE_FILE"  # variable: where a stage leaves the error it ends with, for the report of a comparison
+LOG_FILE = "EAFT_STAGE_LOG"  # variable: where a stage's standard output goes, where somebody looks at a terminal
 PATIENCE_S = 5.0  # for processes of Ray that are still ending when the stage has
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 STOPPED = (SAVED, CTRL_C, ENDED)
 
 
 def begin_stage() -> None:
-    """In a stage: hear Ctrl-C, which a shell has its background jobs ignore, and die with the parent.
+    """In a stage: hear Ctrl-C, which a shell has its background jobs ignore, and die with the parent; see LOG_FILE.
 
     The kernel kills it when the process that started it has died; on Linux, elsewhere nothing does.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if path := os.environ.pop(LOG_FILE, None):
+        with open(path, "ab") as log:
+            os.dup2(log.fileno(), 1)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 

@@ -29,6 +29,7 @@ from eaft_verl.runs import Run, is_run, run_name
 from eaft_verl.training.interruption import is_stage
 
 CAME_OUT_DIFFERENT = 3  # exit code
+UNTRAINED = ("base", "model")  # kinds of run that are evaluated only
 FILES = ("model", "data.train", "data.heldout")  # may lie elsewhere: their contents are compared
 _KINDS: dict[type, tuple[type, ...]] = {float: (float, int), int: (float, int), str: (str, dict, list)}
 DECIDING = ("code", "versions")  # kinds of difference of the environment that need --force
@@ -52,9 +53,9 @@ def reproduce(folder: Path, out: Path | None, overrides: list[str], *, force: bo
     target = _folder(run, config)
     require_same(target, config)
     words = ["reproduce", str(run.path), "--output", config.output, *overrides, *(["--force"] if force else [])]
-    base = run.info["kind"] == "base"
-    stages = [(("evaluated", True) if base else ("status", "finished"), words)]
-    if run.info.get("evaluated") and not base:
+    untrained = run.info["kind"] in UNTRAINED
+    stages = [(("evaluated", True) if untrained else ("status", "finished"), words)]
+    if run.info.get("evaluated") and not untrained:
         stages.append((("evaluated", True), ["evaluate", str(target)]))
     for (field, value), arguments in stages:
         done = is_run(target) and Run(target).info.get(field) == value
@@ -120,13 +121,14 @@ def _require_the_same(
 
 
 def _folder(run: Run, config: Config) -> Path:
-    base = run.info["kind"] == "base"
-    return Path(config.output) / ("base" if base else run_name(config.arm, config.seed))
+    untrained = run.info["kind"] in UNTRAINED
+    return Path(config.output) / (run.path.name if untrained else run_name(config.arm, config.seed))
 
 
 def _make(run: Run, config: Config, again: Again) -> None:
-    if run.info["kind"] == "base":
-        evaluate_model(config, _folder(run, config), again)
+    if run.info["kind"] in UNTRAINED:
+        what = config.model if run.info["kind"] == "base" else run.info["model"]
+        evaluate_model(what, config, _folder(run, config), again)
     else:
         train(config, run.info["declared"], again)
 

@@ -14,7 +14,8 @@ from eaft_verl.runs import Run
 
 _ROWS = 256  # compared at a time
 BEHIND = {  # key of run.json -> what it is the hash of
-    "model": "the files of model={config.model}",
+    "model": "the files of model={model}",
+    "base": "the files of the base, model={config.model},",
     "data": "the prepared rows of data.train={config.data.train}",
     "template": "the chat template of model={config.model}",
     "evaluation": "what `evaluate` and data.heldout={config.data.heldout} stand for, or the harness",
@@ -45,11 +46,10 @@ class Again(NamedTuple):
 def other_inputs(of: Run, keys: dict[str, str], prepared: Path | None = None) -> list[str]:
     """One line for every key of run.json that is another one now."""
     stored, config = of.info.get("keys", {}), stored_configuration(of.config)
+    what = of.info["model"] if of.info["kind"] == "model" else config.model
     found = []
     for name in [name for name in keys if name in stored and stored[name] != keys[name]]:
-        line = (
-            f"{name}: {BEHIND[name].format(config=config)} are others (hash {stored[name][:12]}, now {keys[name][:12]})"
-        )
+        line = f"{name}: {BEHIND[name].format(config=config, model=what)} are others (hash {stored[name][:12]}, now {keys[name][:12]})"
         if name == "data" and prepared and (row := _first_other_row(prepared_path(config, "train"), prepared)):
             line += f"; {row}"
         found.append(line)
@@ -57,8 +57,8 @@ def other_inputs(of: Run, keys: dict[str, str], prepared: Path | None = None) ->
 
 
 def other_model(of: Run, config: Config) -> list[str]:
-    """As `other_inputs`, of the model alone, which needs no data."""
-    return other_inputs(of, {"model": model_key(config.model)})
+    """As `other_inputs`, of the recipe's model alone, which needs no data."""
+    return other_inputs(of, {"base" if of.info["kind"] == "model" else "model": model_key(config.model)})
 
 
 def _first_other_row(before: Path, now: Path) -> str | None:

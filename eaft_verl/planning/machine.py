@@ -1,17 +1,21 @@
 """What is planned for: the machine of --gpus, or this one. nvidia-smi is asked here and nowhere else."""
 
+import contextlib
+import math
 import os
 import re
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 from eaft_verl.errors import ConfigError
 from eaft_verl.planning.formulas import GIB
-from eaft_verl.planning.speed import SPEED, Speed, speed_of
+from eaft_verl.planning.speed import DEFAULT, SPEED, Speed, speed_of
 from eaft_verl.recipe.config import Config
 
-_GPUS = re.compile(r"^(\d+)x(?:([A-Za-z]+\d+)-)?(\d+(?:\.\d+)?)$")
+_GPUS = re.compile(r"^(\d+)x(?:([A-Za-z]+\d+[A-Za-z]*)-)?(\d+(?:\.\d+)?)$")
+CGROUP = Path("/sys/fs/cgroup")
 
 
 class Gpu(NamedTuple):
@@ -37,8 +41,11 @@ class Machine:
 
     @property
     def speed(self) -> Speed:
-        """Assumed speed of a device."""
-        return SPEED[self.kind]
+        """Assumed speed of a device; the A100's, and it is said, for one of which no speed is known."""
+        if self.kind in SPEED:
+            return SPEED[self.kind]
+        taken = SPEED[DEFAULT]
+        return replace(taken, source=f"{self.kind} is not known here and taken for an {taken.source}; --probe measures")
 
 
 def gpus_here() -> list[Gpu]:
@@ -52,6 +59,32 @@ def gpus_here() -> list[Gpu]:
     return [Gpu(name, int(mib) / 1024 if mib.isdigit() else 0.0, driver) for name, mib, driver in rows]
 
 
+def cpus_here() -> int:
+    """Processors that this process may use: those it is bound to, and no more than its container's quota.
+
+    The quota is cpu.max of cgroup v2, or cfs_quota_us and cfs_period_us of v1; half a processor counts as one.
+    """
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota, period = _read("cpu.max", "max 1").split()[:2]
+    if quota == "max":
+        quota, period = _read("cpu/cpu.cfs_quota_us", "-1"), _read("cpu/cpu.cfs_period_us", "1")
+    allowed = math.ceil(int(quota) / int(period)) if quota.isdecimal() else bound
+    return max(1, min(bound, allowed))
+
+
+def memory_here() -> float:
+    """GiB of this machine, and no more than its container may hold (memory.max, or v1's limit_in_bytes)."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limits = [_read("memory.max", "max"), _read("memory/memory.limit_in_bytes", "max")]
+    return min([physical, *(int(limit) for limit in limits if limit.isdecimal())]) / GIB
+
+
+def _read(name: str, otherwise: str) -> str:
+    with contextlib.suppress(OSError):
+        return (CGROUP / name).read_text(encoding="ascii").strip() or otherwise
+    return otherwise
+
+
 def machine_of(config: Config, gpus: str | None, host_gib: float | None) -> Machine:
     """The machine of --gpus, else this one; ConfigError where this one has no GPU and the recipe wants one."""
     trainer = config.verl.trainer
@@ -59,22 +92,27 @@ def machine_of(config: Config, gpus: str | None, host_gib: float | None) -> Mach
         _, kind, gib = parse_gpus(gpus)
         speed_of(kind)
         return Machine(trainer.nnodes, trainer.n_gpus_per_node, gib, kind, host_gib)
-    here = host_gib or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+    here = host_gib or memory_here()
     if config.device == "cpu":
         return Machine(1, trainer.n_gpus_per_node, here / trainer.n_gpus_per_node, "CPU", here)
     found = gpus_here()
     if not found or not found[0].gib:
         raise ConfigError("device=cuda and no GPU is visible here: say what to plan for, e.g. --gpus 8x80 --nodes 2")
-    kind = next((name for name in SPEED if name in found[0].name.upper()), "A100")
-    return Machine(trainer.nnodes, trainer.n_gpus_per_node, found[0].gib, kind, here)
+    return Machine(trainer.nnodes, trainer.n_gpus_per_node, found[0].gib, kind_of(found[0].name), here)
+
+
+def kind_of(name: str) -> str:
+    """What nvidia-smi calls 'NVIDIA GeForce RTX 4090' as --gpus has it, 'RTX4090'; the name itself if it is unknown."""
+    words = re.split(r"[\s-]+", re.sub(r"\bRTX\s+", "RTX", name.upper()))
+    return next((word for word in words if word in SPEED), name)
 
 
 def parse_gpus(text: str) -> tuple[int, str, float]:
-    """(GPUs per node, kind, GiB of each) of '8x80' or '8xH100-80'; ConfigError otherwise."""
+    """(GPUs per node, kind, GiB of each) of '8x80', '8xH100-80' or '2xRTX4090-24'; ConfigError otherwise."""
     match = _GPUS.fullmatch(text)
     if not match or int(match[1]) < 1 or float(match[3]) <= 0:
         raise ConfigError(
             f"--gpus {text!r} must be GPUs per node x GiB of each, e.g. 8x80 or, with the kind, 8xH100-80 "
             f"(kinds: {', '.join(name for name in SPEED if name != 'CPU')})"
         )
-    return int(match[1]), (match[2] or "A100").upper(), float(match[3])
+    return int(match[1]), (match[2] or DEFAULT).upper(), float(match[3])

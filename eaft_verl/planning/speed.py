@@ -35,14 +35,27 @@ class Speed:
         return self.peak * self.share
 
 
+DEFAULT = "A100"
 SPEED = {
-    # peak and memory: NVIDIA's data sheets of the SXM modules. The share of the A100 is an assumption (0.35-0.45
-    # without recomputation, which is 0.47-0.60 with it). The H100's follows torchtitan's Llama-3.1-8B on 8 of them,
-    # where 5,762 to 6,667 tokens/s are 30-35 % of the peak without recomputation (benchmarks/llama3_h100_202412).
+    # peak and memory: NVIDIA's data sheets, of the SXM modules where there are any; dense bf16 summed in fp32. The
+    # share of the A100 is an assumption (0.35-0.45 without recomputation, which is 0.47-0.60 with it). The H100's
+    # follows torchtitan's Llama-3.1-8B on 8 of them, where 5,762 to 6,667 tokens/s are 30-35 % of the peak without
+    # recomputation (benchmarks/llama3_h100_202412).
     # Links: order of magnitude of nccl-tests for 600 GB/s NVLink, scaled to 900.
     "A100": Speed(312e12, 0.50, 2.0e12, 230e9, "A100: 50 % of 312 TFLOP/s, assumed"),
     "H100": Speed(989e12, 0.40, 3.35e12, 345e9, "H100: 40 % of 989 TFLOP/s, after torchtitan's published 8B run"),
     "H200": Speed(989e12, 0.40, 4.8e12, 345e9, "H200: 40 % of 989 TFLOP/s, as for the H100"),
+    "B200": Speed(2250e12, 0.40, 8.0e12, 690e9, "B200: 40 % of 2,250 TFLOP/s, as for the H100"),
+    "H20": Speed(148e12, 0.60, 4.0e12, 345e9, "H20: 60 % of 148 TFLOP/s, assumed"),
+    # without NVLink: half of PCIe's 32 (4.0) or 64 (5.0) GB/s, through the host
+    "L40S": Speed(362e12, 0.40, 0.864e12, 16e9, "L40S: 40 % of 362 TFLOP/s, assumed"),
+    "L40": Speed(181e12, 0.50, 0.864e12, 16e9, "L40: 50 % of 181 TFLOP/s, assumed"),
+    "L4": Speed(121e12, 0.40, 0.300e12, 16e9, "L4: 40 % of 121 TFLOP/s, assumed"),
+    "A10": Speed(125e12, 0.50, 0.600e12, 16e9, "A10: 50 % of 125 TFLOP/s, assumed"),
+    "A10G": Speed(70e12, 0.50, 0.600e12, 16e9, "A10G: 50 % of 70 TFLOP/s, assumed"),
+    "RTX3090": Speed(71e12, 0.50, 0.936e12, 16e9, "RTX3090: 50 % of 71 TFLOP/s, assumed"),
+    "RTX4090": Speed(165e12, 0.50, 1.008e12, 16e9, "RTX4090: 50 % of 165 TFLOP/s, assumed"),
+    "RTX5090": Speed(209e12, 0.50, 1.792e12, 32e9, "RTX5090: 50 % of 209 TFLOP/s, assumed"),
     # one thread of a shared AMD EPYC, SmolLM2-135M in bf16
     "CPU": Speed(0.1e12, 1.0, 10e9, 10e9, "CPU: 0.1 TFLOP/s per process, one EPYC core; --probe measures yours"),
 }
@@ -51,7 +64,7 @@ SPEED = {
 def speed_of(kind: str) -> Speed:
     """The assumptions for a kind of device; ConfigError lists those there are."""
     if kind.upper() not in SPEED:
-        raise ConfigError(f"--gpus: no speed is known for {kind!r}; one of {', '.join(SPEED)}, or none for A100")
+        raise ConfigError(f"--gpus: no speed is known for {kind!r}; one of {', '.join(SPEED)}, or none for {DEFAULT}")
     return SPEED[kind.upper()]
 
 

@@ -16,6 +16,7 @@ from eaft_verl.objectives import TOPK_KIND
 from eaft_verl.recipe.checks_grpo import check_grpo
 from eaft_verl.recipe.checks_values import check_every_value, check_optimizer
 from eaft_verl.recipe.config import Config, plain
+from eaft_verl.recipe.rehearsal import rehearse
 from eaft_verl.recipe.views import data_spec, evaluate_settings, objective_of, source_of, world_size
 
 TRAINERS = ("sft", "grpo")
@@ -90,17 +91,16 @@ def start_problem(config: Config, *, elsewhere: bool) -> str | None:
 def pending(config: Config, *, elsewhere: bool = False, contents: bool = False) -> list[str]:
     """What a sound configuration still needs before it can run: files to be supplied, benchmarks without a runner.
 
-    contents: a file whose first row cannot be read is missing too; a run finds that when it prepares the data.
+    contents: unreadable files count as missing, and what `rehearse` finds is added; a run finds both later.
     """
     given = [which for which in ("train", "heldout") if source_of(config, which)]
     sources = [(f"data.{which}", one.source) for which in given for one in data_spec(config, which).sources]
-    settings = evaluate_settings(config)
-    if drift := settings.drift_settings():
+    if drift := (settings := evaluate_settings(config)).drift_settings():
         sources.append(("evaluate.drift.data", str(drift.data)))
     missing = [_absent_source(key, source, elsewhere, contents) for key, source in sources]
-    if not elsewhere:
-        missing.append(absent_package(config.reward.grader))
-    return [message for message in missing if message] + settings.absent(elsewhere=elsewhere)
+    missing += [] if elsewhere else [absent_package(config.reward.grader)]
+    found = [*filter(None, missing), *settings.absent(elsewhere=elsewhere)]
+    return found or (rehearse(config) if contents else [])
 
 
 def warn(missing: list[str]) -> None:

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from eaft_verl.errors import ConfigError
+from eaft_verl.recipe.shipped import shipped
 
 EXTENDS = "extends"
 OWN_KEYS = ("name", "output")
@@ -91,7 +92,8 @@ def _load(path: Path, extending: Path | None) -> dict[str, Any]:
     if not path.is_file():
         near = sorted(str(found) for found in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         by = f", which {extending} extends," if extending else ""
-        raise ConfigError(f"recipe {path}{by} does not exist" + (f"; there are {', '.join(near)}" if near else ""))
+        there = f"; there are {', '.join(near)}" if near else ""
+        raise ConfigError(f"recipe {path}{by} does not exist{there}; by name there are {', '.join(shipped())}")
     try:
         check_size(path.read_text(encoding="utf-8"))
         tree: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)

@@ -35,6 +35,7 @@ from eaft_verl.recipe.keys import (
     WITHOUT_EFFECT,
 )
 from eaft_verl.recipe.matching import budget_source, check_control
+from eaft_verl.recipe.shipped import find_recipe
 from eaft_verl.recipe.verl_keys import compose_verl, grpo_tree, lay
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -53,7 +54,7 @@ class Recipe:
 
 def load_recipe(path: Path | str) -> Recipe:
     """Read a recipe YAML and what it extends; ConfigError for a missing file, broken YAML, a bad name or no arms."""
-    path = Path(path)
+    path = find_recipe(Path(path))
     tree = read_recipe(path)
     if not isinstance(tree.get("arms"), dict) or not tree["arms"]:
         raise ConfigError(

@@ -7,6 +7,7 @@ from typing import Any
 from eaft_verl.errors import RunError
 from eaft_verl.files import read_json, write_bytes, write_json, write_text
 from eaft_verl.reporting import page
+from eaft_verl.reporting.answers import held_out_answers
 from eaft_verl.reporting.caveats import caveats, interruptions, truncations
 from eaft_verl.reporting.collect import Arm, load
 from eaft_verl.reporting.comparability import check, config_differences
@@ -109,6 +110,7 @@ def measure(
         "budgets": budgets(arms),
         "cost": cost(arms),
         "sources": arms[0].runs[0].info.get("sources", {}),
+        "answers": held_out_answers(base, arms),
         "samples": sample_answers(base, arms),
         "analysis": analysis(out),
         "environment": environment(base, arms, out),

@@ -45,7 +45,9 @@ def explained(error: BaseException, config: Config, run: Run) -> BaseException:
 def _of_worker(cause: BaseException, said: str, text: str, where: str, pids: list[int]) -> RunError:
     """A worker's end that no number of the recipe explains; `text`: all that Ray says of it."""
     if isinstance(cause, FloatingPointError):
-        return Diverged(f"{said}; go on with resume=changed and a lower verl.optim.lr, or choose another output={where}")
+        return Diverged(
+            f"{said}; go on with resume=changed and a lower verl.optim.lr, or choose another output={where}"
+        )
     if isinstance(cause, RayActorError | WorkerCrashedError | NodeDiedError):
         pid = f" (pid {pids[0]})" if pids else ""
         return Lost(f"a worker{pid} has died: {_why(text)}{where}; run the same command again")

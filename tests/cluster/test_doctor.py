@@ -9,16 +9,24 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 from config_fixtures import composed_once  # noqa: F401
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from eaft_verl.cli import main
 from eaft_verl.cluster import doctor as doctor_module
 from eaft_verl.cluster import findings as judge
-from eaft_verl.cluster.doctor import address_findings, doctor, local_findings, output_finding, require_machine
+from eaft_verl.cluster.doctor import (
+    address_findings,
+    doctor,
+    idle_gpus,
+    local_findings,
+    output_finding,
+    require_machine,
+)
 from eaft_verl.cluster.findings import node_findings
 from eaft_verl.cluster.node_probe import NodeProbe, cuda_of_torch, free_bytes, probe_node
 from eaft_verl.errors import ConfigError
@@ -277,3 +285,22 @@ def test_an_unreachable_cluster_ends_the_questions(recipe: Path, monkeypatch: py
     lines: list[str] = []
     assert doctor(config(recipe), say=lambda line: lines.append(str(line))) == 1
     assert any(line.startswith("skip  cluster") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("device", "used", "visible", "said"),
+    [
+        ("cuda", 1, 8, ["8 GPUs are visible and 1 used: verl.trainer.n_gpus_per_node=8 uses all"]),
+        ("cuda", 8, 8, []),
+        ("cpu", 1, 2, ["2 GPUs are visible and 0 used: verl.trainer.n_gpus_per_node=2 device=cuda uses all"]),
+        ("cpu", 1, 0, []),
+    ],
+)
+def test_gpus_that_nobody_uses_are_said(
+    monkeypatch: pytest.MonkeyPatch, device: str, used: int, visible: int, said: list[str]
+) -> None:
+    config: Any = OmegaConf.create({"device": device, "verl": {"trainer": {"n_gpus_per_node": used}}})
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert idle_gpus(config, visible) == said
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert idle_gpus(config, visible) == []  # the cluster's are another matter

@@ -15,8 +15,8 @@ from reporting.fake_runs import make_arm, make_base
 from eaft_verl.cli import main
 from eaft_verl.errors import ConfigError
 from eaft_verl.evaluation.settings import evaluation_key
-from eaft_verl.experiment.compare import in_order
-from eaft_verl.experiment.processes import CAUSE_FILE
+from eaft_verl.experiment.compare import Stage, _run, in_order
+from eaft_verl.experiment.processes import CAUSE_FILE, LOG_FILE
 from eaft_verl.models import model_key
 from eaft_verl.recipe.resolve import load_recipe, resolve
 from eaft_verl.recipe.views import evaluate_settings
@@ -154,3 +154,18 @@ def test_what_needs_a_failed_run_is_not_started(recipe: Path, stages: list[str])
     assert main(["compare", str(recipe)]) == 1
     assert len(stages) == 1 and "--arm eaft" in stages[0]
     assert not (output / "report").exists()  # there is nothing to report
+
+
+def test_what_a_stage_prints_goes_to_its_log_where_somebody_looks_at_a_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage = Stage("base: evaluate", tmp_path / "base", ("evaluated", True), ["recipes"])
+    assert _run(stage, 0) is None
+    capsys.readouterr()
+    assert not (tmp_path / "logs").exists()
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert _run(stage, 0) is None
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) == 2 and shown[0] == "[base: evaluate]" and shown[1].startswith("[base: evaluate] done, ")
+    assert "quickstart" in (tmp_path / "logs/base-evaluate.log").read_text()
+    assert LOG_FILE not in os.environ

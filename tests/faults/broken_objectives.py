@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from eaft_verl.objectives import Sft
+from eaft_verl.objectives import Objective, Sft
 
 
 @dataclass(frozen=True)
@@ -22,3 +22,16 @@ class Faulty(Sft):
 
     def weight(self, stats: Any) -> Any:
         raise IndexError("index out of range in self")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoWeight(Objective):
+    """As it is left by who starts from the base class."""
+
+
+@dataclass(frozen=True)
+class OneNumber(Sft):
+    """The mean of what should be a weight for each token."""
+
+    def weight(self, stats: Any) -> Any:
+        return stats.entropy_T.mean()

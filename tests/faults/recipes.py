@@ -59,3 +59,14 @@ def _candidates(lab: Lab) -> Outcome:
 def _nothing_to_evaluate(lab: Lab) -> Outcome:
     lab.eaft("evaluate", "/nonexistent").refused("model='/nonexistent' is not a folder here")
     return Outcome("exit 2")
+
+
+@fault("an own objective without weight(), or with one weight for all tokens", "the dry run names it and what is wrong")
+def _own_objective(lab: Lab) -> Outcome:
+    for name, said in (
+        ("NoWeight", "weight() raises TypeError: NoWeight defines no weight()"),
+        ("OneNumber", "weight() has shape [] for statistics of shape [5]"),
+    ):
+        seen = lab.train(f"objective.name='tests.faults.broken_objectives:{name}'", "--dry-run")
+        assert seen.code == 0 and f"broken_objectives:{name}': {said}" in seen.said, seen.said
+    return Outcome("exit 0 with a warning: a run would stop here")

@@ -32,6 +32,7 @@ from eaft_verl.training.grpo.config import (
 from eaft_verl.training.grpo.metrics import VERL_FILE, Follower, Watch, no_signal, rewind
 from eaft_verl.training.grpo.states import CAUSE_FILE, STOP_FILE, mark_newest, require_inert
 from eaft_verl.training.interruption import StopRequest, stop_request
+from eaft_verl.training.quiet import kept_in, printed_in
 from eaft_verl.training.resume import announce, starting_point
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ def _run_steps(config: Config, run: Run, plan: Plan, metrics_file: Path) -> None
     from eaft_verl.training.watchdog import Watchdog
 
     with (
+        kept_in(run.path),
         Watchdog(run.path) as watch,
         grpo_session(config.device, world_size(config), str(metrics_file), watch.variables),
         stop_request() as stop,
@@ -182,7 +184,8 @@ def _settings(config: Config, plan: Plan) -> DictConfig:
 
     model, ends = plan.files.model, plan.ends
     settings = ppo_config(config, plan.files, plan.schedule, stop_ids(model, ends), export_dtype(model), ends)
-    validate_config(settings, need_reference_policy(settings), need_critic(settings))
+    with printed_in(Path(plan.files.run)):
+        validate_config(settings, need_reference_policy(settings), need_critic(settings))
     return settings
 
 

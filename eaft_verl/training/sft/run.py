@@ -10,6 +10,7 @@ from eaft_verl.objectives import Psft
 from eaft_verl.recipe.config import Config
 from eaft_verl.recipe.views import objective_of, world_size
 from eaft_verl.runs import Run
+from eaft_verl.training.quiet import kept_in
 from eaft_verl.training.resume import starting_point
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def train_sft(
 
     require_version()
     saved = starting_point(run, config.resume)
-    with ray_session(config.device, world_size(config)), stop_request() as stop:
+    with kept_in(run.path), ray_session(config.device, world_size(config)), stop_request() as stop:
         run.update(ray_logs=logs_folder())
         require_cluster(config)
         from eaft_verl.training.sft.arm import train_arm

@@ -105,7 +105,7 @@ def test_the_arms_are_evaluated_at_their_own_ends_and_reported_together(
     base = evaluate_command(str(tiny_model_path), recipe, folder / "base", [])
     compared = [run for arm, run in runs.items() if arm != "timed"]
     for run in compared:
-        evaluate_command(str(run.path), recipe, None, [])
+        evaluate_command(str(run.path), None, None, [])
     found = report([base.path, *(run.path for run in compared)], tmp_path / "report")
     assert found["problems"] == []
     assert [(row["arm"], row["equal"]) for row in found["budgets"]["arms"]] == [

@@ -1,0 +1,293 @@
+"""`eaft init`: a look at a data file, and a short recipe: limits, rates and a held-out split that follow from it."""
+
+import hashlib
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from eaft_verl.data.account import rows_used
+from eaft_verl.data.formats import to_messages
+from eaft_verl.data.profile import LOOKED_AT, Profile, profile
+from eaft_verl.data.sources import iter_rows
+from eaft_verl.data.spec import Columns, RowError
+from eaft_verl.errors import ConfigError, DataError
+from eaft_verl.files import json_line, write_text
+from eaft_verl.models import load_config, load_tokenizer, resolve_model
+from eaft_verl.planning.arm_plan import ArmPlan, plan_arm
+from eaft_verl.planning.machine import gpus_here, machine_of
+from eaft_verl.planning.remedies import remedies
+from eaft_verl.planning.text import duration, gib
+from eaft_verl.recipe.checks import check
+from eaft_verl.recipe.config import Config
+from eaft_verl.recipe.model_fit import modules_of, positions_of
+from eaft_verl.recipe.resolve import load_recipe, resolve
+
+USUAL_REJECTED = 0.1  # data.max_rejected's default
+HELD_OUT, FEWEST_ROWS = 128, 10
+ENCODED = ("input_ids", "loss_mask")  # of prepared data; they are made again
+RATES = ((5e8, 4e-5), (3e9, 2e-5))  # full fine-tuning: up to so many weights, this rate; the paper's 1e-5 above
+PAPER_RATE, LORA_RATE = 1e-5, 2e-4
+UPDATES_PER_EPOCH, LARGEST_BATCH, SMALLEST_BATCH = 32, 64, 4
+PATIENCE_S = 1800
+SHORT = 10_000  # rows up to which an epoch is not enough
+
+
+@dataclass(frozen=True)
+class Split:
+    """Two files made of one: rows to train on, rows held out; no prompt is in both."""
+
+    train: Path
+    heldout: Path
+    trained: int
+    held: int
+
+
+def init(source: str, model: str, out: Path | None = None, columns: Columns | None = None) -> Path:
+    """Look at the source, say what is there, write the recipe and its two data files; the recipe's path.
+
+    Nothing is overwritten: ConfigError where one of the three exists. DataError where no row can be used.
+    """
+    out = out or Path(f"{_name_of(source)}.yaml")
+    split_files = [out.with_suffix(f".{part}.jsonl").absolute() for part in ("train", "heldout")]
+    for path in (out, *split_files):
+        if path.exists():
+            raise ConfigError(f"{path} exists and is never overwritten; choose another --out")
+    if out.suffix not in (".yaml", ".yml"):
+        raise ConfigError(f"--out {out} must be a recipe, NAME.yaml")
+    resolved = resolve_model(model)
+    found = profile(source, load_tokenizer(resolved), columns)
+    print("\n".join(described(found, model)))
+    described_model = load_config(resolved)
+    limit, kept = length_limit(found, positions_of(described_model))
+    split = _split(found, *split_files)
+    settings = settings_for(split, limit, modules_of(described_model).num_parameters())
+    write_text(out, recipe_text(found, split, model, settings, kept))
+    plan = _fit(out, found, split, model, settings, kept)
+    print("\n".join(_said(out, found, split, limit, kept, plan)))
+    return out
+
+
+def _name_of(source: str) -> str:
+    """A file name that a recipe may have, from the source's."""
+    stem = Path(source).name.split(".")[0] if "://" not in source else source.rpartition("/")[2].split(".")[0]
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", stem).strip("._-")[:100] or "mine"
+
+
+def described(found: Profile, model: str) -> list[str]:
+    """What was found, in lines."""
+    half, most, nearly, longest = found.quantiles
+    examples = len(found.lengths_E)
+    trained = found.trained_E.sum() / found.lengths_E.sum()
+    turns = Counter(found.turns_E.tolist())
+    shares = {"system prompts": found.system, "tools": found.tools, "reasoning": found.reasoning}
+    right, tried = found.graded
+    lines = [
+        f"{found.source}: {found.kind}; columns {', '.join(found.columns)}",
+        f"rows: {rows_used(found.manifest)}",
+        f"tokens of {model} in an example: median {half:,}, 90 % {most:,}, 99 % {nearly:,}, longest {longest:,}; "
+        f"{trained:.0%} of them trained",
+        f"assistant turns: {min(turns)} to {max(turns)}, mostly {turns.most_common(1)[0][0]}; "
+        + ", ".join(f"{what} in {count:,} of {examples:,}" for what, count in shares.items()),
+        f"answers that can be checked (a number): {right} of {tried} tried",
+    ]
+    if found.total is None or found.total > LOOKED_AT:
+        lines.insert(2, f"looked at: the first {LOOKED_AT:,} rows")
+    if found.turns == "split":
+        lines.append("turns are trained one by one (turns: split): the chat template writes earlier ones differently")
+    if found.control_tokens == "escape":
+        lines.append("special tokens stand inside messages; they are broken up (control_tokens: escape)")
+    return lines
+
+
+def length_limit(found: Profile, positions: int | None) -> tuple[int, int]:
+    """(data.max_length, examples it keeps): the longest where that is little more than 99 % of them need."""
+    longest, enough = found.quantiles[-1], found.quantiles[-2]
+    step = 64 if enough > 256 else 16
+    limit = -(-(longest if longest <= 1.25 * enough else enough) // step) * step
+    limit = min(limit, positions or limit)
+    return limit, int((found.lengths_E <= limit).sum())
+
+
+def _split(found: Profile, train: Path, heldout: Path) -> Split:
+    """Write the rows to two files. Rows of one first question go to one side; faulty rows stay where they are
+    trained, or rather counted."""
+    faulty = {entry["row"] for entry in found.manifest["rejected"]}
+    groups: dict[str, list[int]] = {}
+    number = 0
+    for number, row in enumerate(iter_rows(found.source), 1):
+        if number not in faulty and (key := _question(row, found.asked)):
+            groups.setdefault(key, []).append(number)
+    if number < FEWEST_ROWS:
+        raise DataError(f"{found.source} has {number} rows; {FEWEST_ROWS} are the least of which some can be held out")
+    wanted = min(HELD_OUT, max(1, sum(map(len, groups.values())) // 10))
+    chosen: set[int] = set()
+    for key in sorted(groups):  # keys are hashes: an order that has nothing to do with the file's
+        if len(chosen) + len(groups[key]) <= wanted:
+            chosen.update(groups[key])
+    if not chosen:
+        raise DataError(f"{found.source}: its rows ask so few different questions that none can be held out")
+    for path, held in ((train, False), (heldout, True)):
+        write_text(path, "".join(_lines(found.source, chosen, held=held)))
+    return Split(train, heldout, number - len(chosen), len(chosen))
+
+
+def _question(row: dict[str, Any], columns: Columns | None) -> str:
+    """Hash of the first user turn; '' for a row that is no conversation."""
+    try:
+        messages, _ = to_messages({key: value for key, value in row.items() if key not in ENCODED}, columns)
+    except RowError:
+        return ""
+    asked = next((turn["content"] for turn in messages if turn["role"] == "user"), "")
+    return hashlib.sha256(asked.encode()).hexdigest()[:16] if asked else ""
+
+
+def _lines(source: str, chosen: set[int], *, held: bool) -> Iterator[str]:
+    for number, row in enumerate(iter_rows(source), 1):
+        if (number in chosen) == held:
+            yield json_line({key: value for key, value in row.items() if key not in ENCODED and value is not None})
+
+
+def settings_for(split: Split, limit: int, weights: int) -> dict[str, Any]:
+    """The recipe's `data` limits and `verl` block: rate by size, batch by rows, devices of this machine."""
+    devices = max(1, len(gpus_here()))
+    batch = SMALLEST_BATCH
+    while batch < LARGEST_BATCH and split.trained >= 2 * batch * UPDATES_PER_EPOCH:
+        batch *= 2
+    batch = -(-batch // devices) * devices
+    rate = next((rate for size, rate in RATES if weights <= size), PAPER_RATE)
+    trainer = {"total_epochs": 3 if split.trained <= SHORT else 1}
+    return {
+        "max_length": limit,
+        "verl": {
+            "optim": {"lr": rate},
+            "data": {"train_batch_size": batch, "max_token_len_per_gpu": max(limit, 16384 if gpus_here() else 1024)},
+            "trainer": {**trainer, **({"n_gpus_per_node": devices} if devices > 1 else {})},
+        },
+    }
+
+
+def _fit(
+    out: Path, found: Profile, split: Split, model: str, settings: dict[str, Any], kept: int
+) -> ArmPlan | ConfigError:
+    """The plan of the recipe on this machine; where it does not fit, the recipe is written again with what makes it."""
+    config = _resolved(out)
+    try:
+        machine = machine_of(config, None, None)
+        plan = plan_arm(config, machine)
+        ways = [] if plan.verdict == "fits" else remedies(config, machine)
+        if way := next((way for way in ways if not any("nnodes" in key for key in way["overrides"])), None):
+            lay(settings["verl"], way["overrides"])
+            write_text(out, recipe_text(found, split, model, settings, kept))
+            plan = plan_arm(_resolved(out), machine)
+    except ConfigError as error:
+        return error
+    return plan
+
+
+def _resolved(out: Path) -> Config:
+    config = resolve(load_recipe(out), "eaft")
+    check(config)
+    return config
+
+
+def lay(verl: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Write `verl.part.key=value` overrides into the block; an adapter gets the rate of one."""
+    for override in overrides:
+        key, _, value = override.partition("=")
+        _verl, part, *rest = key.split(".")
+        verl.setdefault(part, {})[".".join(rest)] = yaml.safe_load(value)
+    if verl.get("model", {}).get("lora_rank"):
+        verl["optim"]["lr"] = LORA_RATE
+
+
+def recipe_text(found: Profile, split: Split, model: str, settings: dict[str, Any], kept: int) -> str:
+    """The recipe as it is written."""
+    limit, verl, examples = settings["max_length"], settings["verl"], len(found.lengths_E)
+    data = {"train": str(split.train), "heldout": str(split.heldout), "max_length": limit, "over_long": "drop"}
+    notes = {
+        "train": f"{split.trained:,} rows; raw or prepared by `eaft prepare`, the tokens are the same",
+        "heldout": f"{split.held} rows of other questions: their NLL says what was learnt",
+        "max_length": f"keeps {kept:,} of {examples:,} examples, median {found.quantiles[0]:,}; others are left out",
+    }
+    for key, usual in (("turns", "whole"), ("control_tokens", "error")):
+        if vars(found)[key] != usual:
+            data[key] = vars(found)[key]
+    rejected = found.faulty / max(found.manifest["counts"]["read"] - split.held, 1)
+    if rejected > USUAL_REJECTED:
+        data["max_rejected"] = min(1.0, math.ceil(100 * rejected + 1) / 100)
+        notes["max_rejected"] = "share of rows that cannot be used: look at why before you train"
+    if found.asked:
+        data["columns"] = dict(found.asked)
+    lines = [f"# {_quoted(model)} on {found.source}: written by `eaft init`", f"model: {_quoted(model)}", "data:"]
+    lines += [_line(key, value, notes.get(key)) for key, value in data.items()]
+    lines += [
+        "evaluate:",
+        "  # target: [gsm8k]              # benchmarks of what is trained, beside the held-out NLL",
+        "  # general: [mmlu_chat, ifeval] # of what must not be forgotten",
+        _line("drift", {"data": "generate:neutral_prompts", "rows": 48}, "how far the model moves on other texts"),
+        "  points: 4",
+        "verl:",
+    ]
+    lines += [_line(key, value, _SAID.get(key)) for key, value in verl.items()]
+    lines += ["arms:", "  sft: {objective: {name: sft}}", "  eaft: {objective: {name: eaft}}"]
+    return "\n".join([*lines, *(_grpo(found, limit, verl) if found.verifiable else ())]) + "\n"
+
+
+_SAID = {
+    "optim": "warm-up and cosine are the defaults",
+    "data": "rows of an update; tokens of a micro-batch",
+    "trainer": "resumable at any time; more epochs forget more",
+}
+
+
+def _line(key: str, value: Any, note: str | None = None) -> str:
+    text = f"  {key}: {_quoted(value)}"
+    return f"{text}  # {note}" if note else text
+
+
+def _quoted(value: Any) -> str:
+    """The value as YAML in one line."""
+    return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6).strip().removesuffix("\n...")
+
+
+def _grpo(found: Profile, limit: int, verl: dict[str, Any]) -> list[str]:
+    """The arm that learns from rewards, for rows whose answers can be checked; commented out: it takes far longer."""
+    prompts_E = (found.lengths_E - found.trained_E)[found.lengths_E <= limit]
+    prompt = min(-(-int(prompts_E.max()) // 16) * 16, limit - 16)
+    settings = {
+        "optim": {"lr": verl["optim"]["lr"] / 2, "lr_scheduler_type": "constant", "lr_warmup_steps_ratio": 0.0},
+        "data": {"max_prompt_length": prompt, "max_response_length": limit - prompt},
+    }
+    right, tried = found.graded
+    return [
+        f"  # answers can be checked ({right} of {tried} tried): RL can be an arm; it takes far longer",
+        f"  # grpo: {_quoted({'trainer': 'grpo', 'verl': settings})}",
+    ]
+
+
+def _said(out: Path, found: Profile, split: Split, limit: int, kept: int, plan: ArmPlan | ConfigError) -> Iterator[str]:
+    yield (
+        f"wrote {out}: max_length {limit:,} keeps {kept:,} of {len(found.lengths_E):,} examples; "
+        f"{split.trained:,} rows to train on, {split.held} held out"
+    )
+    yield f"      {split.train}\n      {split.heldout}"
+    if isinstance(plan, ConfigError):
+        yield f"not planned: {plan}"
+    else:
+        verdict = (
+            "fits this machine" if plan.verdict == "fits" else f"does not fit this machine ({'; '.join(plan.reasons)})"
+        )
+        # the plan takes every example for as long as it may be
+        share = float(found.lengths_E.clip(max=limit).mean()) / limit
+        seconds = max(60.0, plan.step_s * (plan.arm.updates or 0) * share)
+        yield f"{verdict}: {gib(plan.peak)} GiB a device, training about {duration(seconds)} an arm (`eaft plan {out}`)"
+        if seconds > PATIENCE_S:
+            fewer = f"data.rows=64 data.heldout_rows=16 output=runs/{out.stem}-try"
+            yield f"first try in minutes: eaft compare {out} {fewer}"
+    yield f"next: eaft compare {out} --dry-run, then without --dry-run"

@@ -1,0 +1,36 @@
+"""An objective tried on made-up statistics before anything is trained: seconds, no model."""
+
+from typing import Any
+
+import torch
+
+from eaft_verl.tokens.stats import BaseStats, TokenStats
+
+TOKENS = 5
+
+
+def weight_fault(objective: Any) -> str:
+    """What is wrong with an objective's weight, which must be a finite number for each of T tokens; '' if nothing.
+
+    The statistics are those of T = 5 tokens, from a sure hit (log p = 0, entropy 0) to a miss (log p = -12, entropy
+    ln k), everything that an objective may ask for among them. Whatever the objective raises is said.
+    """
+    share_T = torch.linspace(0, 1, TOKENS)
+    k = min(objective.k, 20)
+    entropy_T = share_T * torch.tensor(float(k)).log()
+    logprob_T = -12 * share_T
+    stats = TokenStats(logprob_T, entropy_T, k, logprob_T.exp() ** 2, torch.ones(TOKENS), 1.0, logprob_T - 0.1)
+    base = BaseStats(entropy=share_T, prob=logprob_T.exp(), mean_nll=-logprob_T)
+    try:
+        if "base" in objective.needs:
+            objective = objective.calibrate(base)
+        weight: Any = objective.weight(stats)
+    except Exception as error:  # it is somebody else's code
+        return f"weight() raises {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    if not isinstance(weight, torch.Tensor):
+        return f"weight() returns {type(weight).__name__}; a tensor of shape [T], a weight for each token, is expected"
+    if weight.shape != (TOKENS,):
+        return f"weight() has shape {list(weight.shape)} for statistics of shape [{TOKENS}]; one weight per token"
+    if not (weight.dtype.is_floating_point and bool(weight.isfinite().all())):
+        return f"weight() is {weight.tolist()} ({weight.dtype}); finite floating-point numbers are expected"
+    return ""
