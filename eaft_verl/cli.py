@@ -58,6 +58,7 @@ def _prepare(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
+    from eaft_verl.experiment.chain import missing_before
     from eaft_verl.recipe.checks import check, pending, warn, warn_of
     from eaft_verl.recipe.config import as_yaml
     from eaft_verl.recipe.model_fit import notes_at_hand
@@ -77,7 +78,7 @@ def _train(options: argparse.Namespace) -> int:
     if options.dry_run:
         print(as_yaml(config), end="")
         warn_of(notes_at_hand(config))
-        warn(pending(config, contents=True))
+        warn([*pending(config, contents=True), *missing_before(config)])
         return 0
     from eaft_verl.experiment.train import train
 

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 from eaft_verl.errors import RunError
 from eaft_verl.models import model_key
 from eaft_verl.recipe.budgets import UNITS, spent
-from eaft_verl.recipe.chains import BASE, CHOSEN, LAST
-from eaft_verl.recipe.config import Config
-from eaft_verl.runs import Run, is_run, run_name
+from eaft_verl.recipe.chains import BASE, CHOSEN, LAST, needed_arms
+from eaft_verl.recipe.config import Config, plain
+from eaft_verl.runs import Run, is_run, run_name, step_name
 
 
 class Checkpoint(NamedTuple):
@@ -47,6 +47,31 @@ def start_of(config: Config) -> Checkpoint | None:
         return None
     arm, step = config.start.arm, config.start.step
     return _checkpoint(config, finished_run(config, arm, f"arm {config.arm} starts from {arm}"), arm, step)
+
+
+def began_at(run: Run) -> Path | None:
+    """The export that a run with a start was trained from; None for others, RunError where it is not there as it was.
+
+    An adapter is worth nothing without the weights that it was trained on.
+    """
+    start = (run.info.get("derived") or {}).get("start")
+    if not start:
+        return None
+    folder = run.path.parent / start["run"] / "checkpoints" / step_name(start["step"])
+    if not (folder / "config.json").exists() or model_key(folder) != start["key"]:
+        raise RunError(f"{run.path} began at {folder}, which is not there any more, or is another model now")
+    return folder
+
+
+def missing_before(config: Config) -> list[str]:
+    """What must be run before this arm can be, as `eaft train` would say it."""
+    found = []
+    for arm, why in needed_arms(config.arm, plain(config)).items():
+        try:
+            finished_run(config, arm, why)
+        except RunError as error:
+            found.append(str(error))
+    return found
 
 
 def averaged_of(config: Config) -> list[Checkpoint]:

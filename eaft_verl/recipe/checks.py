@@ -36,9 +36,9 @@ def check(config: Config, *, elsewhere: bool = False, dry_run: bool = False, tra
     require(config.data.train, "data.train is missing: a file, a hub id, or generate:NAME")
     _choice("trainer", config.trainer, TRAINERS)
     require(config.seed >= 0, f"seed={config.seed} must be 0 or more")
-    check_chains(config)
     for which in ("train", "heldout"):
         _check_data(config, which)
+    check_chains(config)
     _choice("data.leakage", config.data.leakage, LEAKAGE)
     limit = config.data.max_rejected
     require(0 <= limit <= 1, f"data.max_rejected={limit} must be between 0 and 1: a share of the rows")
