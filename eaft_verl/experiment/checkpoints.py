@@ -4,8 +4,8 @@ import time
 from pathlib import Path
 
 from eaft_verl.errors import RunError
-from eaft_verl.files import read_json
 from eaft_verl.experiment.chain import began_at
+from eaft_verl.files import read_json
 from eaft_verl.models import resolve_model
 from eaft_verl.runs import Run, step_name
 from eaft_verl.training import states

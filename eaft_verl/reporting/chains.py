@@ -30,7 +30,10 @@ def lineage(arms: list[Arm], run: RunData) -> list[tuple[RunData, int, int]]:
     It begins where the first run that is not among `arms` is left.
     """
     start = start_of(run)
-    parents = [other for arm in arms for other in arm.runs if other.run.path.name == start.get("run")]
+    seed = run.info["seed"]
+    parents = [
+        other for arm in arms if arm.name == start.get("arm") for other in arm.runs if other.info["seed"] == seed
+    ]
     if not parents:
         return []
     older = lineage(arms, parents[0])
