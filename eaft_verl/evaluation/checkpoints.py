@@ -128,11 +128,9 @@ def _names(settings: EvaluateSettings, left: int, points: int) -> list[str]:
 def _pending(
     run: Run, checkpoints: dict[int, Path | str], settings: EvaluateSettings, points: int
 ) -> dict[int, list[str]]:
-    """{step: names of the benchmarks still to run}, steps ascending, steps with nothing to do left out.
-
-    Every weight of an average is a model of its own, and gets all of them.
-    """
-    done, pending, alike = run.evals(), {}, "average" in run.info
+    """{step: names of the benchmarks still to run}, steps ascending, steps with nothing to do left out."""
+    done, pending = run.evals(), {}
+    alike = "average" in run.info  # every weight is a model of its own, and gets all benchmarks
     for left, step in zip(reversed(range(len(checkpoints))), sorted(checkpoints), strict=True):
         if missing := [
             name for name in _names(settings, 0 if alike else left, points) if name not in done.get(step, {})

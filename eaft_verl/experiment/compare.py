@@ -150,7 +150,7 @@ def _run_arms(configs: list[Config], stages: list[tuple[Stage, Stage]], restarts
             error: str | None = f"not started: it needs {', '.join(missing)}, which failed"
         else:
             steps = (_run(stage, restarts) for stage in pair)
-            error = next(filter(None, (_outdated(pair[0].run, config), *steps)), None)
+            error = _outdated(pair[0].run, config) or next(filter(None, steps), None)
         if error:
             failed[name] = {"arm": config.arm, "seed": config.seed, "run": name, "error": error}
     return list(failed.values())

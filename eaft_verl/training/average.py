@@ -69,7 +69,7 @@ def check_averageable(tuned: Path, other: Path) -> None:
     ours, theirs = _tensors(tuned), _tensors(other)
     own, its = (AutoConfig.from_pretrained(folder) for folder in (tuned, other))
     for key in SIZES:
-        left, right = (getattr(config.get_text_config(), key, None) for config in (own, its))
+        left, right = (config.get_text_config().to_dict().get(key) for config in (own, its))
         if left != right:
             raise RunError(f"{tuned} has {key} {left} and {other} {right}: only models of one architecture average")
     if "quantization_config" in {**own.to_dict(), **its.to_dict()}:

@@ -83,11 +83,12 @@ def _fit(trainer: Trainer, objective: Objective, stop: StopRequest) -> None:
 
 def _drawn(trainer: Trainer) -> dict[str, Any]:
     """What of each part of a mixture was really trained on; nothing where the data is no mixture."""
-    names = trainer.examples.table.column("source").to_pylist() if isinstance(trainer.examples, Examples) else []
-    if None in names or len(set(names)) < 2:
+    examples = trainer.examples
+    if not isinstance(examples, Examples) or "source" not in examples.table.column_names:
         return {}
+    names = examples.table.column("source").to_pylist()
     rows = [row for step in range(1, trainer.state["step"] + 1) for row in trainer.rows(step) if row != PADDING]
-    found = drawn(names, trained_of(trainer.examples), rows)
+    found = drawn(names, trained_of(examples), rows)
     parts = [f"{name} {share['examples']:.1%} ({share['tokens']:.1%} of the tokens)" for name, share in found.items()]
     print(f"[{trainer.config.arm}] drawn of the training examples: {', '.join(parts)}", flush=True)
     return {"drawn": found}
