@@ -41,8 +41,8 @@ def _known(rows: list[Row], name: str) -> list[float]:
 
 
 def budgets(arms: list[Arm]) -> Row:
-    """{match, to, tolerance, arms: [{arm, control, before, spent: {unit: mean over seeds}, generated_tokens, ratio,
-    equal}]}.
+    """{match, to, tolerance, arms: [{arm, control, average, before, spent: {unit: mean over seeds}, generated_tokens,
+    ratio, equal}]}.
 
     before: {unit: what the chain had spent where this arm begins}; not part of `spent`, and not matched.
 
@@ -63,6 +63,7 @@ def budgets(arms: list[Arm]) -> Row:
             {
                 "arm": arm.name,
                 "control": arm.control and arm.control["of"],
+                "average": arm.average and arm.average["of"],
                 "before": before(arm),
                 "spent": {unit: own[unit] for unit in UNITS},
                 "generated_tokens": own["generated_tokens"],
@@ -82,7 +83,10 @@ def cost(arms: list[Arm]) -> list[Row]:
         means = _means(arm)
         peaks = [peak for run in arm.runs if (peak := ledger(run)["memory_gib"]) is not None]
         row = {"arm": arm.name, "seeds": list(arm.seeds), "tokens": means["trained_tokens"]}
-        row |= {"steps": _mean([run.info["total_steps"] for run in arm.runs]), "memory_gib": max(peaks, default=None)}
+        row |= {
+            "steps": 0.0 if arm.average else _mean([run.info["total_steps"] for run in arm.runs]),
+            "memory_gib": max(peaks, default=None),
+        }
         kept = ("train_seconds", "eval_seconds", "tokens_per_s", "generation_share")
         found.append(row | {name: means[name] for name in kept})
     return found
