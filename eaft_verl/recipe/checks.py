@@ -17,7 +17,7 @@ from eaft_verl.recipe.checks_chains import check_chains
 from eaft_verl.recipe.checks_grpo import check_grpo
 from eaft_verl.recipe.checks_values import check_every_value, check_optimizer
 from eaft_verl.recipe.config import Config, plain
-from eaft_verl.recipe.views import data_spec, evaluate_settings, objective_of, source_of, world_size
+from eaft_verl.recipe.views import data_spec, evaluate_settings, key_of, objective_of, source_of, world_size
 
 TRAINERS = ("sft", "grpo")
 PRECISIONS = ("fp32", "bf16", "fp16", "float32", "bfloat16", "float16")
@@ -93,7 +93,7 @@ def pending(config: Config, *, elsewhere: bool = False, contents: bool = False) 
     contents: a file whose first row cannot be read is missing too; a run finds that when it prepares the data.
     """
     given = [which for which in ("train", "heldout") if source_of(config, which)]
-    sources = [(f"data.{which}", one.source) for which in given for one in data_spec(config, which).sources]
+    sources = [(key_of(config, which, one), one.source) for which in given for one in data_spec(config, which).sources]
     settings = evaluate_settings(config)
     if drift := settings.drift_settings():
         sources.append(("evaluate.drift.data", str(drift.data)))
@@ -117,7 +117,7 @@ def warn_of(notes: Iterable[str]) -> None:
 def _check_data(config: Config, which: str) -> None:
     if source_of(config, which):
         for source in data_spec(config, which).sources:
-            _check_source(f"data.{which}", source.source)
+            _check_source(key_of(config, which, source), source.source)
     if not str(source_of(config, which)).endswith(".parquet"):
         return
     from eaft_verl.recipe.datasets import prepared_otherwise  # Arrow takes half a second

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from eaft_verl.data.spec import DataSpec, sources_of
+from eaft_verl.data.spec import DataSpec, Source, sources_of
 from eaft_verl.errors import ConfigError
 from eaft_verl.evaluation.settings import EvaluateSettings
 from eaft_verl.objectives import Objective
@@ -66,6 +66,13 @@ def _mixed(source: Any, replay: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"data.train has a source called {REPLAY}, which is what replayed rows are called; rename it")
     rows = {"source": replay["data"], "share": replay["share"], "columns": replay["columns"], "rows": None}
     return {**parts, REPLAY: rows}
+
+
+def key_of(config: Config, which: str, source: Source) -> str:
+    """The key of the recipe by which a source is part of the 'train' or 'heldout' data."""
+    if which == "train" and config.replay and source.name == REPLAY:
+        return "replay.data"
+    return "self_sft.data" if which == "train" and config.self_sft else f"data.{which}"
 
 
 def own_rows(config: Config) -> str:
