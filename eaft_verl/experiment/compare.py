@@ -118,7 +118,7 @@ def in_order(configs: list[Config]) -> list[Config]:
     def depth(config: Config) -> int:
         return max((1 + depth(by_name[name]) for name in needed_runs(config) & among), default=0)
 
-    return sorted(configs, key=depth)
+    return sorted(configs, key=lambda config: (depth(config), config.control is not None))
 
 
 def needed_runs(config: Config) -> set[str]:
