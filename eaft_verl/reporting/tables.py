@@ -197,7 +197,7 @@ def budgets_table(report: Row) -> Table:
 
 def _amount(item: Row, unit: str) -> Cell:
     value, made, before = item["spent"][unit], item["generated_tokens"], (item["before"] or {}).get(unit)
-    lines = (f"{number(made, 0)} generated",) if unit == "tokens" and made else ()
+    lines: tuple[str, ...] = (f"{number(made, 0)} generated",) if unit == "tokens" and made else ()
     if before is not None:
         lines += (f"after {number(before, 0)} of its chain",)
     digits = int(value is not None and value % 1 > 0) if unit == "updates" else int(unit == "device_seconds")
