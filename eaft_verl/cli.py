@@ -93,6 +93,7 @@ def _prepare(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace) -> int:
     from eaft_verl.cluster.doctor import idle_gpus
+    from eaft_verl.experiment.chain import missing_before
     from eaft_verl.planning.machine import gpus_here
     from eaft_verl.recipe.checks import check, pending, warn, warn_of
     from eaft_verl.recipe.config import as_yaml
@@ -113,7 +114,7 @@ def _train(options: argparse.Namespace) -> int:
     if options.dry_run:
         print(as_yaml(config), end="")
         warn_of([*notes_at_hand(config), *idle_gpus(config, len(gpus_here()))])
-        warn(pending(config, contents=True))
+        warn([*pending(config, contents=True), *missing_before(config)])
         return 0
     from eaft_verl.experiment.train import train
 

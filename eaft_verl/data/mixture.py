@@ -29,6 +29,22 @@ def choose(sources: Sequence[Source], source_N: NDArray[np.int64], digest_N: NDA
     return chosen_N
 
 
+def drawn(names: Sequence[str], trained_N: NDArray[np.int64], rows: Sequence[int]) -> dict[str, dict[str, float]]:
+    """{source: {examples, tokens}}: the shares of what training saw, by `rows`, one entry for every time it saw one.
+
+    names: source of each row; trained_N: its trained tokens.
+    """
+    seen_N = np.bincount(np.asarray(rows, int), minlength=len(names))
+    tokens_N, of_N = seen_N * trained_N, np.asarray(names)
+    return {
+        name: {
+            "examples": float(seen_N[of_N == name].sum() / seen_N.sum()),
+            "tokens": float(tokens_N[of_N == name].sum() / tokens_N.sum()),
+        }
+        for name in sorted(set(names))
+    }
+
+
 def _wanted(sources: Sequence[Source], capped: Sequence[int]) -> list[int]:
     """Rows of each source."""
     shares = [source.share for source in sources]

@@ -134,8 +134,11 @@ def _pending(
 ) -> dict[int, list[str]]:
     """{step: names of the benchmarks still to run}, steps ascending, steps with nothing to do left out."""
     done, pending = run.evals(), {}
+    alike = "average" in run.info  # every weight is a model of its own, and gets all benchmarks
     for left, step in zip(reversed(range(len(checkpoints))), sorted(checkpoints), strict=True):
-        if missing := [name for name in _names(settings, left, points) if name not in done.get(step, {})]:
+        if missing := [
+            name for name in _names(settings, 0 if alike else left, points) if name not in done.get(step, {})
+        ]:
             pending[step] = missing
     return pending
 

@@ -21,7 +21,7 @@ SHOWN = 3
 def check_model_files(model: Path | str) -> None:
     """ConfigError for a resolved model with a file missing, unreadable or cut off, or a weight missing or of another
     shape; nothing for a hub id that is not in the local cache."""
-    folder = model if isinstance(model, Path) else _cached(model)
+    folder = model if isinstance(model, Path) else local_folder(model)
     if folder is None or not (files := _weight_files(folder, whole=isinstance(model, Path))):
         return
     state: dict[str, Any] = {}
@@ -78,8 +78,8 @@ def _first(names: list[str]) -> str:
     return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
-def _cached(model: str) -> Path | None:
-    """The snapshot of a hub id in the local cache."""
+def local_folder(model: str) -> Path | None:
+    """The snapshot of a hub id in the local cache; None where it is not there."""
     from huggingface_hub import try_to_load_from_cache
 
     arguments = hub_arguments(model)

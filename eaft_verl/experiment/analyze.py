@@ -28,6 +28,7 @@ from eaft_verl.models import load_tokenizer, model_key, resolve_model
 from eaft_verl.recipe.checks import check
 from eaft_verl.recipe.config import Config
 from eaft_verl.recipe.datasets import prepare_data
+from eaft_verl.recipe.matching import OWN_DATA
 from eaft_verl.recipe.resolve import Recipe, load_recipe, resolve
 from eaft_verl.recipe.views import objective_of
 from eaft_verl.training.sft.inference import token_statistics
@@ -106,7 +107,8 @@ def configured(what: str, words: Sequence[str], out: Path | None) -> Config:
         require(not data, f"{what} is a recipe, which names its data; leave out {' '.join(data)}, or data.train=OTHER")
         recipe = load_recipe(what)
         trainers = {name: own.get("trainer", recipe.shared.get("trainer", "sft")) for name, own in recipe.arms.items()}
-        arm = next((name for name, trainer in trainers.items() if trainer == "sft"), "")
+        special = {name for name, own in recipe.arms.items() if any(own.get(key) for key in ("average", *OWN_DATA))}
+        arm = next((name for name, trainer in trainers.items() if trainer == "sft" and name not in special), "")
         require(arm, f"{what} has no arm with trainer: sft, whose engine and objective the analysis runs with")
         config = resolve(recipe, arm, overrides)
     else:

@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 from eaft_verl.errors import RunError
+from eaft_verl.experiment.chain import began_at
 from eaft_verl.files import read_json
 from eaft_verl.models import resolve_model
 from eaft_verl.runs import Run, step_name
@@ -62,7 +63,8 @@ def export_step(run: Run, step: int, out: Path | None) -> Path:
     from eaft_verl.training.export import export_dtype
     from eaft_verl.training.saved_model import export_saved
 
-    config, model = run.config, str(resolve_model(run.config["model"]))
+    config = run.config
+    model = str(began_at(run) or resolve_model(config["model"]))
     settings = {**config["verl"]["model"], "model_dtype": config["verl"]["engine"]["model_dtype"] or "fp32"}
     shards = next(found[step].rglob(states.SHARDS)).parent
     export_saved(shards, target, model, settings, export_dtype(model), run.info.get("end_of_turn", []))

@@ -20,8 +20,9 @@ from eaft_verl.experiment.stored import require_same
 from eaft_verl.experiment.supervision import supervised
 from eaft_verl.experiment.use import how_to_use
 from eaft_verl.planning.machine import gpus_here
+from eaft_verl.recipe.chains import needed_arms
 from eaft_verl.recipe.checks import check, pending, warn, warn_of
-from eaft_verl.recipe.config import Config
+from eaft_verl.recipe.config import Config, plain
 from eaft_verl.recipe.model_fit import notes_at_hand
 from eaft_verl.recipe.resolve import Recipe, load_recipe, resolve
 from eaft_verl.reporting.report import report
@@ -113,7 +114,7 @@ def parse_seeds(text: str | None) -> list[int] | None:
 
 
 def in_order(configs: list[Config]) -> list[Config]:
-    """Arms that others take a budget or a control's settings from first; otherwise as given.
+    """Every arm after those that it is made from or measured by, each seed for itself; otherwise as given.
 
     ConfigError if such an arm is neither among them with the same seed nor finished in the output folder.
     """
@@ -125,13 +126,26 @@ def in_order(configs: list[Config]) -> list[Config]:
                     f"arm {config.arm} seed {config.seed} needs {name}, which is neither among the arms and seeds of "
                     f"this comparison nor finished in {config.output}; add its arm and seed, or finish it first"
                 )
-    return sorted(configs, key=lambda config: 2 if config.control else 1 if config.budget else 0)
+    by_name = {run_name(config.arm, config.seed): config for config in configs}
+
+    def depth(config: Config) -> int:
+        return max((1 + depth(by_name[name]) for name in needed_runs(config) & among), default=0)
+
+    return sorted(configs, key=lambda config: (depth(config), config.control is not None))
 
 
 def needed_runs(config: Config) -> set[str]:
     """Names of the runs that must be finished before this one starts."""
-    arms = [block.of for block in (config.budget, config.control) if block]
-    return {run_name(arm, config.seed) for arm in arms}
+    return {run_name(arm, config.seed) for arm in needed_arms(config.arm, plain(config))}
+
+
+def _outdated(run: Path, config: Config) -> str | None:
+    """Why a run that is there is not what would be made now: what it was made from may have been trained meanwhile."""
+    try:
+        require_same(run, config)
+    except RunError as error:
+        return str(error)
+    return None
 
 
 def _finished(run: Path) -> bool:
@@ -148,7 +162,8 @@ def _run_arms(configs: list[Config], stages: list[tuple[Stage, Stage]], restarts
         ):
             error: str | None = f"not started: it needs {', '.join(missing)}, which failed"
         else:
-            error = next(filter(None, (_run(stage, restarts) for stage in pair)), None)
+            steps = (_run(stage, restarts) for stage in pair)
+            error = _outdated(pair[0].run, config) or next(filter(None, steps), None)
         if error:
             failed[name] = {"arm": config.arm, "seed": config.seed, "run": name, "error": error}
     return list(failed.values())

@@ -2,19 +2,20 @@
 
 import itertools
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from eaft_verl.data.parquet import Example, trained_of
 from eaft_verl.errors import RunError
+from eaft_verl.experiment.chain import Checkpoint, finished_run
 from eaft_verl.recipe import budgets
+from eaft_verl.recipe.chains import START
 from eaft_verl.recipe.config import Config, Control, changed, value_of
 from eaft_verl.recipe.matching import GRPO
-from eaft_verl.runs import Run, is_run, run_name
+from eaft_verl.runs import Run
 from eaft_verl.training.grpo.config import updates_per_step
 from eaft_verl.training.sft.order import PADDING, batch_indices
 
-SAME_FOR_CONTROL = ("model", "data", "template")
+SAME_FOR_CONTROL = ("model", "data", "template", "start")
 
 
 class Derived(NamedTuple):
@@ -25,8 +26,17 @@ class Derived(NamedTuple):
     record: dict[str, Any]
 
 
-def derive(config: Config, declared: list[str], keys: dict[str, str], examples: Sequence[Example]) -> Derived:
-    """Budget and control of the arm, read from the finished runs it names; nothing changes for an arm without them.
+def derive(
+    config: Config,
+    declared: list[str],
+    keys: dict[str, str],
+    examples: Sequence[Example],
+    start: Checkpoint | None = None,
+    made_of: Sequence[Checkpoint] = (),
+) -> Derived:
+    """Budget, control, start and parts of the arm, read from the finished runs it names; nothing changes for others.
+
+    An anchor without a reference is to the recipe's model, wherever the arm starts: what is kept is what the base can.
 
     RunError if such a run is missing or not finished, lacks what is needed, or was made from another model or data.
     """
@@ -36,10 +46,27 @@ def derive(config: Config, declared: list[str], keys: dict[str, str], examples: 
         record["budget"] = _budget(config, config.budget.of, keys, examples, changes)
     if config.control:
         record["control"] = _control(config, config.control, keys, changes)
+    if start:
+        _same(Run(start.run), keys, ("model", "template"))
+        record["start"] = start.record
+        changes.update(_reference(config))
+    for part in made_of:
+        _same(Run(part.run), keys, ("model", "template"))
+    if made_of:
+        record["average"] = [part.record for part in made_of]
     if not changes:
         return Derived(config, declared, record)
     record["asked"] = {key: value_of(config, key) for key in changes}
     return Derived(changed(config, changes), sorted({*declared, *changes} - {"budget"}), record)
+
+
+def _reference(config: Config) -> dict[str, Any]:
+    """The anchor's reference of an arm with a start, as the workers take it: null is the model that they train from."""
+    key = "objective.anchor.reference"
+    if config.trainer == GRPO or not value_of(config, "objective.anchor"):
+        return {}
+    asked = value_of(config, key)
+    return {key: config.model if asked is None else None} if asked in (None, START) else {}
 
 
 def _grpo_costs(unit: str, config: Config) -> Iterator[float]:
@@ -60,7 +87,8 @@ def _budget(
     config: Config, of: str, keys: dict[str, str], examples: Sequence[Example], changes: dict[str, Any]
 ) -> dict[str, Any]:
     unit = config.compare.match
-    run = _finished(config, of, f"compare.match={unit} gives {config.arm} the budget of {of}")
+    otherwise = "; compare.match=none trains the arm on its own"
+    run = finished_run(config, of, f"compare.match={unit} gives {config.arm} the budget of {of}", otherwise)
     _same(run, keys, ("model",))
     amount = budgets.spent(run.info, run.metrics())[unit]
     if not amount:
@@ -74,7 +102,7 @@ def _budget(
 
 
 def _control(config: Config, control: Control, keys: dict[str, str], changes: dict[str, Any]) -> dict[str, Any]:
-    run = _finished(config, control.of, f"{config.arm} is a control of {control.of}")
+    run = finished_run(config, control.of, f"{config.arm} is a control of {control.of}")
     _same(run, keys, SAME_FOR_CONTROL)
     rows, found = run.metrics(), {"of": control.of, "by": control.by, "run": run.path.name}
     window = budgets.nll_window(len(rows))
@@ -85,23 +113,10 @@ def _control(config: Config, control: Control, keys: dict[str, str], changes: di
     return {**found, "level": level, "window": window}
 
 
-def _finished(config: Config, arm: str, why: str) -> Run:
-    folder = Path(config.output) / run_name(arm, config.seed)
-    status = Run(folder).info["status"] if is_run(folder) else None
-    if status != "finished":
-        found = "does not exist" if status is None else f"has status {status!r}"
-        raise RunError(
-            f"{why}, and {folder} {found}; first run `eaft train {config.recipe} --arm {arm} seed={config.seed}` with "
-            "the same overrides, or `eaft compare`, which keeps the order"
-            + ("" if config.control else "; compare.match=none trains the arm on its own")
-        )
-    return Run(folder)
-
-
 def _same(run: Run, keys: dict[str, str], names: tuple[str, ...]) -> None:
     stored = run.info["keys"]
-    if differs := [name for name in names if stored[name] != keys[name]]:
+    if differs := [name for name in names if stored.get(name) != keys.get(name)]:
         raise RunError(
-            f"{run.path} was trained from another {differs[0]} ({stored[differs[0]]}, now {keys[differs[0]]}); "
+            f"{run.path} was trained from another {differs[0]} ({stored.get(differs[0])}, now {keys.get(differs[0])}); "
             "choose another output= or remove it"
         )

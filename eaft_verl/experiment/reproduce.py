@@ -22,6 +22,7 @@ from eaft_verl.experiment.same_numbers import BIT_EQUAL, DIFFERENT, compared, su
 from eaft_verl.experiment.stored import require_same, settings_that_differ
 from eaft_verl.experiment.train import train
 from eaft_verl.files import write_json
+from eaft_verl.recipe.chains import BASE
 from eaft_verl.recipe.checks import check
 from eaft_verl.recipe.config import Config, changed, plain, stored_configuration, value_of
 from eaft_verl.reporting.comparability import flatten
@@ -49,6 +50,7 @@ def reproduce(folder: Path, out: Path | None, overrides: list[str], *, force: bo
         return 0
     asked = [line for line in settings_that_differ(run.config, plain(config)) if line.partition("=")[0] not in FILES]
     environment = environment_differences(run.env, describe())
+    _require_before(run, config)
     _require_the_same(run, asked, environment, other_model(run, config), force=force)
     target = _folder(run, config)
     require_same(target, config)
@@ -118,6 +120,16 @@ def _require_the_same(
         print(f"eaft: warning: made otherwise: {line}", file=sys.stderr)
     if (run.config.get("budget") or {}).get("unit") == "device_seconds":
         print("eaft: warning: it was stopped by the clock of its own machine; steps may differ", file=sys.stderr)
+
+
+def _require_before(run: Run, config: Config) -> None:
+    """RunError naming the run that this one starts from or is an average of, unless it has been reproduced beside it."""
+    average = config.average or {}
+    for arm in (config.start and config.start.arm, average.get("of"), average.get("with")):
+        name = run_name(arm, config.seed) if arm and arm != BASE else ""
+        if name and not is_run(Path(config.output) / name):
+            first = f"eaft reproduce {run.path.parent / name} --output {config.output}"
+            raise RunError(f"{run.path} is made from {name}, which {config.output} does not hold; first `{first}`")
 
 
 def _folder(run: Run, config: Config) -> Path:

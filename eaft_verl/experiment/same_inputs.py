@@ -18,6 +18,8 @@ BEHIND = {  # key of run.json -> what it is the hash of
     "base": "the files of the base, model={config.model},",
     "data": "the prepared rows of data.train={config.data.train}",
     "template": "the chat template of model={config.model}",
+    "start": "the weights of start={config.start}",
+    "average": "the weights of average={config.average}",
     "evaluation": "what `evaluate` and data.heldout={config.data.heldout} stand for, or the harness",
 }
 
@@ -49,7 +51,8 @@ def other_inputs(of: Run, keys: dict[str, str], prepared: Path | None = None) ->
     what = of.info["model"] if of.info["kind"] == "model" else config.model
     found = []
     for name in [name for name in keys if name in stored and stored[name] != keys[name]]:
-        line = f"{name}: {BEHIND[name].format(config=config, model=what)} are others (hash {stored[name][:12]}, now {keys[name][:12]})"
+        what_of = BEHIND.get(name, name).format(config=config, model=what)
+        line = f"{name}: {what_of} are others (hash {stored[name][:12]}, now {keys[name][:12]})"
         if name == "data" and prepared and (row := _first_other_row(prepared_path(config, "train"), prepared)):
             line += f"; {row}"
         found.append(line)

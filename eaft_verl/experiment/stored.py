@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 from eaft_verl.boundary import masked
 from eaft_verl.errors import RunError
 from eaft_verl.evaluation.settings import evaluation_key
+from eaft_verl.experiment.chain import stale
 from eaft_verl.models import model_key
 from eaft_verl.recipe.config import Config, plain
 from eaft_verl.recipe.datasets import changed_content, prepared_path
@@ -54,6 +55,8 @@ def differences(run: Run, config: Config) -> list[str]:
     for which in ("heldout",) if base else ("train", "heldout"):
         if source_of(config, which) and not _named(found, f"data.{which}"):
             found += changed_content(config, which, keys)
+    if not base:
+        found += stale(run, config)
     if not found:
         heldout = prepared_path(config, "heldout") if config.data.heldout else None
         if keys.get("evaluation") != evaluation_key(evaluate_settings(config, heldout)):

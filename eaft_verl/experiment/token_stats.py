@@ -7,6 +7,7 @@ so the pass over the data runs once.
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from eaft_verl.data.parquet import Example, trained_of
 from eaft_verl.data.roles import ROLES, inspect
 from eaft_verl.models import load_config, resolve_model
 from eaft_verl.recipe.config import Config
-from eaft_verl.recipe.views import objective_of
+from eaft_verl.recipe.views import objective_of, own_rows
 from eaft_verl.tokens.stats import BaseStats
 from eaft_verl.training.progress import Progress
 from eaft_verl.training.sft.order import PADDING, sequential_batches
@@ -29,7 +30,7 @@ PART_TOKENS = 1 << 15  # trained tokens after which a part is whole: what a kill
 
 def store_path(config: Config, k: int) -> Path:
     """Where the statistics of the experiment's training data are."""
-    return Path(config.output) / "data" / f"token_stats_k{k}"
+    return Path(config.output) / "data" / f"token_stats_k{k}{own_rows(config)}"
 
 
 def vocabulary_size(model: Path | str) -> int:
@@ -55,6 +56,16 @@ def base_of(
     meta = identity(config, keys, k, examples)
     store = fill(store_path(config, k), meta, examples, tokenizer, config.verl.data.train_batch_size, infer)
     return base_stats(store), float(store.meta["seconds"])
+
+
+def store_base(config: Config, keys: dict[str, str], examples: Sequence[Example], tokenizer: Any, model: str) -> None:
+    """Make the store from the base model itself, for an arm whose workers hold another one."""
+    from eaft_verl.training.sft.inference import token_statistics
+
+    k = objective_of(config).k
+    if not (store_path(config, k)).exists():
+        with token_statistics(config, model, k) as infer:
+            base_of(config, keys, examples, tokenizer, partial(infer, examples))
 
 
 def fill(

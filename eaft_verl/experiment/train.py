@@ -3,6 +3,7 @@
 import contextlib
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,33 +14,40 @@ from eaft_verl.data.prepare import Prepared
 from eaft_verl.errors import Interrupted, RunError, require
 from eaft_verl.evaluation.model_files import check_model_files
 from eaft_verl.evaluation.settings import evaluation_key
+from eaft_verl.experiment.chain import Checkpoint, averaged_of, chain_keys, start_of
 from eaft_verl.experiment.derive import Derived, derive
 from eaft_verl.experiment.environment import describe, note_change
 from eaft_verl.experiment.same_inputs import Again
 from eaft_verl.experiment.stored import SHOWN, changeable, forbidden, settings_that_differ
-from eaft_verl.experiment.token_stats import base_of
+from eaft_verl.experiment.token_stats import base_of, store_base
 from eaft_verl.models import check_same_vocabulary, load_config, load_tokenizer, model_key, resolve_model
 from eaft_verl.recipe.checks import warn_of
 from eaft_verl.recipe.config import Config, as_yaml, changed, plain
 from eaft_verl.recipe.datasets import prepare_data
 from eaft_verl.recipe.model_fit import PACKING, check_model_fits, unpackable
-from eaft_verl.recipe.views import evaluate_settings, objective_of
+from eaft_verl.recipe.views import anchor_reference, evaluate_settings, objective_of
 from eaft_verl.runs import Run, cause_of, is_run, run_name
 from eaft_verl.training.grpo.run import train_grpo
 from eaft_verl.training.sft.run import check_lengths, check_weights, train_sft
 
 
 def train(config: Config, declared: list[str], again: Again | None = None) -> Run:
-    """Train one arm; the returned run is finished. A failure is written into run.json and raised.
+    """Train one arm, or average what was trained; the returned run is finished. A failure is written and raised.
 
     again: the run whose configuration this is; RunError where its model, data or evaluation are not these.
     """
     require_machine(config)
-    model = _sound_model(config)
+    model, start, made_of = resolve_model(config.model), start_of(config), averaged_of(config)
+    for one in (model, anchor_reference(config), start and start.folder, *(made.folder for made in made_of)):
+        if one:
+            check_model_files(resolve_model(one))
+    if reference := anchor_reference(config):
+        check_same_vocabulary(model, reference)
     tokenizer = load_tokenizer(model)
     data = prepare_data(config, tokenizer, "train")
     heldout = prepare_data(config, tokenizer, "heldout") if config.data.heldout else None
-    require_disk(config)
+    if not config.average:
+        require_disk(config)
     if config.trainer == "sft":
         check_lengths(config, data.examples)
         check_weights(config, data)
@@ -48,8 +56,10 @@ def train(config: Config, declared: list[str], again: Again | None = None) -> Ru
         "data": data.key,
         "template": data.manifest["template_hash"],
         "evaluation": evaluation_key(evaluate_settings(config, heldout.path if heldout else None)),
+        **chain_keys(start, made_of),
     }
-    taken = (again.derived if again else derive)(config, declared, keys, data.examples)
+    derived_here = partial(derive, start=start, made_of=made_of)
+    taken = (again.derived if again else derived_here)(config, declared, keys, data.examples)
     config, declared, derived = _fitted(*taken, [data, heldout] if heldout else [data])
     ends = sorted(data.manifest.get("end_of_turn", {}))
     _rehearse(config, str(model), ends)
@@ -59,26 +69,38 @@ def train(config: Config, declared: list[str], again: Again | None = None) -> Ru
         run.update(status="running", attempt=run.info.get("attempt", 0) + 1, error=None, **described)
         note_change(run, "train")
         try:
-            if config.trainer == "grpo":
-                run.update(**train_grpo(config, run, data, str(model), tokenizer))
-                run.update(status="finished", finished=time.time())
-            else:
-                base = partial(base_of, config, keys, data.examples, tokenizer)
-                train_sft(config, run, data, heldout.examples if heldout else [], str(model), keys, base)
+            _work(config, run, (data, heldout), keys, tokenizer, start, made_of)
         except BaseException as error:
             told = _noted(error, config, run)
             raise told from None if told is not error else error.__cause__
     return run
 
 
-def _sound_model(config: Config) -> Path | str:
-    """The arm's model, resolved; its files and those of an anchor's reference can be read."""
-    model = resolve_model(config.model)
-    check_model_files(model)
-    if config.objective and (anchor := objective_of(config).anchor) and anchor.reference:
-        check_model_files(resolve_model(anchor.reference))
-        check_same_vocabulary(model, anchor.reference)
-    return model
+def _work(
+    config: Config,
+    run: Run,
+    prepared: tuple[Prepared, Prepared | None],
+    keys: dict[str, str],
+    tokenizer: Any,
+    start: Checkpoint | None,
+    made_of: Sequence[Checkpoint],
+) -> None:
+    """What the arm's kind is, done in its open, locked run directory."""
+    data, heldout = prepared
+    base_model = str(resolve_model(config.model))
+    model = str(start.folder) if start else base_model
+    if config.average:
+        from eaft_verl.experiment.average import average_arm
+
+        run.update(**average_arm(config, run, made_of))
+    elif config.trainer == "grpo":
+        run.update(**train_grpo(config, run, data, model, tokenizer))
+    else:
+        base = partial(base_of, config, keys, data.examples, tokenizer)
+        if start and "base" in objective_of(config).needs:
+            store_base(config, keys, data.examples, tokenizer, base_model)
+        return train_sft(config, run, data, heldout.examples if heldout else [], model, keys, base)
+    run.update(status="finished", finished=time.time())
 
 
 def _noted(error: BaseException, config: Config, run: Run) -> BaseException:
@@ -137,9 +159,8 @@ def _open(config: Config, declared: list[str], keys: dict[str, str], derived: di
         raise RunError(
             f"{folder} holds a finished run, which is never overwritten; choose another output= or remove it"
         )
-    changed = [
-        f"{name} ({run.info['keys'][name]}, now {keys[name]})" for name in keys if run.info["keys"][name] != keys[name]
-    ]
+    before = run.info["keys"]
+    changed = [f"{name} ({before.get(name)}, now {keys[name]})" for name in keys if before.get(name) != keys[name]]
     found = settings_that_differ(run.config, plain(config))
     if forbidden(run, config, found) or changed:
         ways = "choose another output= or remove it"

@@ -7,8 +7,9 @@ from typing import Any
 from eaft_verl.data.prepare import manifest_path, read_manifest
 from eaft_verl.data.sources import count_rows
 from eaft_verl.data.spec import Source
-from eaft_verl.recipe.config import Config, plain
-from eaft_verl.recipe.views import data_spec
+from eaft_verl.recipe.config import Config
+from eaft_verl.recipe.datasets import prepared_path
+from eaft_verl.recipe.views import data_spec, source_of
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,9 @@ class Amount:
 
 def amount_of(config: Config) -> Amount:
     """The amount of training data of an arm."""
-    source = Path(str(plain(config.data.train))).expanduser()
-    if source.suffix == ".parquet" and manifest_path(source).is_file():
-        return _from_manifest(source, manifest_path(source))
-    prepared = Path(config.output) / "data" / "train.parquet"
+    prepared = prepared_path(config, "train")
+    if prepared == Path(str(source_of(config, "train"))).expanduser():
+        return _from_manifest(prepared, manifest_path(prepared))
     reason = ""
     if manifest_path(prepared).is_file():
         stated, wanted = read_manifest(prepared)["spec"], asdict(data_spec(config))

@@ -29,7 +29,10 @@ def plan_command(options: argparse.Namespace, path: str, overrides: list[str]) -
         placed.append(f"verl.trainer.nnodes={options.nodes}")
     recipe = load_recipe(path)
     arms = [options.arm] if options.arm else list(recipe.arms)
-    configs = [resolve(recipe, arm, [*placed, *overrides]) for arm in arms]
+    resolved = [resolve(recipe, arm, [*placed, *overrides]) for arm in arms]
+    configs = [config for config in resolved if not config.average]  # one tensor in memory at a time, no device
+    if not configs:
+        raise ConfigError(f"arm {arms[0]} is an average, for which nothing is trained; plan the arm it is made of")
     machine = machine_of(configs[0], options.gpus, options.host)
     plans = [_plan(config, machine, options) for config in configs]
     if options.json:

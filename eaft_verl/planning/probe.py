@@ -16,7 +16,7 @@ from eaft_verl.planning.setup import arm_of
 from eaft_verl.planning.speed import update_flops
 from eaft_verl.recipe.config import Config, as_yaml, changed
 from eaft_verl.recipe.matching import GRPO
-from eaft_verl.recipe.views import objective_of
+from eaft_verl.recipe.views import anchor_reference, objective_of
 
 TIMEOUT_S = 1800
 # resident memory of a CPU process is its live tensors only where glibc gives every large block back
@@ -81,7 +81,7 @@ def _reference(config: Config) -> str | None:
     anchor = objective_of(config).anchor
     if anchor is None or not anchor.full or (anchor.reference is None and config.verl.model.lora_rank):
         return None
-    return str(resolve_model(anchor.reference or config.model))
+    return str(resolve_model(anchor_reference(config) or config.model))
 
 
 def _environment(device: str) -> dict[str, str]:

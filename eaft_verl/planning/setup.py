@@ -11,7 +11,7 @@ from eaft_verl.planning.architectures import Architecture, architecture_of
 from eaft_verl.planning.formulas import OPTIMIZERS, Rollout, Setup
 from eaft_verl.recipe.config import Config
 from eaft_verl.recipe.matching import GRPO
-from eaft_verl.recipe.views import objective_of, world_size
+from eaft_verl.recipe.views import anchor_reference, objective_of, world_size
 
 _BYTES = {"fp32": 4, "float32": 4, "bf16": 2, "bfloat16": 2, "fp16": 2, "float16": 2}
 
@@ -133,14 +133,16 @@ def _loss_terms(
 ) -> dict[str, Any]:
     """Fused head, or second engine, full logits, candidates on disk; under LoRA the model without its adapter is the
     reference."""
-    own = None if config.verl.model.lora_rank else model
+    from_start = config.start and objective and objective.anchor and objective.anchor.reference is None
+    own = None if config.verl.model.lora_rank and not from_start else model
     if objective is None:
         return {"reference": own if rollout and rollout.reference else None}
     if (anchor := objective.anchor) is None:
         return {"fused": bool(config.fused_head and config.verl.model.use_remove_padding)}
     if not anchor.full:
         return {"cache_k": anchor.k}  # a reference of another model is loaded for the one pass, before Adam exists
-    return {"reference": architecture_of(anchor.reference) if anchor.reference else own, "anchored": True}
+    reference = anchor_reference(config)
+    return {"reference": architecture_of(reference) if reference else own, "anchored": True}
 
 
 def _extra_forwards(objective: Objective | None, rollout: Rollout | None) -> float:

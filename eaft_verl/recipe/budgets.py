@@ -21,9 +21,14 @@ Spent = dict[str, float | None]
 
 
 def spent(info: Row, rows: Sequence[Row]) -> Spent:
-    """{unit: amount} of one run, from its run.json and its training rows; None where the run did not log it."""
+    """{unit: amount} of one run, from its run.json and its training rows; None where the run did not log it.
+
+    An average is made without an update.
+    """
     last = rows[-1] if rows else {}
     seconds = info.get("train_seconds")
+    if "average" in info:
+        return {**dict.fromkeys(UNITS, 0.0), "device_seconds": seconds}
     return {
         "updates": last.get("step", info.get("total_steps")),
         "tokens": paid_tokens(last),

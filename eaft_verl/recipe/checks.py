@@ -13,11 +13,12 @@ from eaft_verl.files import read_json
 from eaft_verl.grading.graders import absent_package, check_reward
 from eaft_verl.models import check_model
 from eaft_verl.objectives import TOPK_KIND
+from eaft_verl.recipe.checks_chains import check_chains
 from eaft_verl.recipe.checks_grpo import check_grpo
 from eaft_verl.recipe.checks_values import check_every_value, check_optimizer
 from eaft_verl.recipe.config import Config, plain
 from eaft_verl.recipe.rehearsal import rehearse
-from eaft_verl.recipe.views import data_spec, evaluate_settings, objective_of, source_of, world_size
+from eaft_verl.recipe.views import data_spec, evaluate_settings, key_of, objective_of, source_of, world_size
 
 TRAINERS = ("sft", "grpo")
 PRECISIONS = ("fp32", "bf16", "fp16", "float32", "bfloat16", "float16")
@@ -36,10 +37,9 @@ def check(config: Config, *, elsewhere: bool = False, dry_run: bool = False, tra
     require(config.data.train, "data.train is missing: a file, a hub id, or generate:NAME")
     _choice("trainer", config.trainer, TRAINERS)
     require(config.seed >= 0, f"seed={config.seed} must be 0 or more")
-    if config.trainer == "sft" and (anchor := objective_of(config).anchor) and anchor.reference:
-        check_model(anchor.reference)
     for which in ("train", "heldout"):
         _check_data(config, which)
+    check_chains(config)
     _choice("data.leakage", config.data.leakage, LEAKAGE)
     limit = config.data.max_rejected
     require(0 <= limit <= 1, f"data.max_rejected={limit} must be between 0 and 1: a share of the rows")
@@ -94,8 +94,9 @@ def pending(config: Config, *, elsewhere: bool = False, contents: bool = False) 
     contents: unreadable files count as missing, and what `rehearse` finds is added; a run finds both later.
     """
     given = [which for which in ("train", "heldout") if source_of(config, which)]
-    sources = [(f"data.{which}", one.source) for which in given for one in data_spec(config, which).sources]
-    if drift := (settings := evaluate_settings(config)).drift_settings():
+    sources = [(key_of(config, which, one), one.source) for which in given for one in data_spec(config, which).sources]
+    settings = evaluate_settings(config)
+    if drift := settings.drift_settings():
         sources.append(("evaluate.drift.data", str(drift.data)))
     missing = [_absent_source(key, source, elsewhere, contents) for key, source in sources]
     missing += [] if elsewhere else [absent_package(config.reward.grader)]
@@ -117,7 +118,7 @@ def warn_of(notes: Iterable[str]) -> None:
 def _check_data(config: Config, which: str) -> None:
     if source_of(config, which):
         for source in data_spec(config, which).sources:
-            _check_source(f"data.{which}", source.source)
+            _check_source(key_of(config, which, source), source.source)
     if not str(source_of(config, which)).endswith(".parquet"):
         return
     from eaft_verl.recipe.datasets import prepared_otherwise  # Arrow takes half a second

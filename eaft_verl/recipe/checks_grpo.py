@@ -62,11 +62,6 @@ def _check_rollout(config: Config) -> None:
             parallel >= 1 and devices % parallel == 0,
             f"{_ROLLOUT}.tensor_model_parallel_size={parallel} must divide verl.trainer.n_gpus_per_node={devices}",
         )
-    require(
-        config.verl.model.lora_rank == 0,
-        f"verl.model.lora_rank={config.verl.model.lora_rank}: a GRPO arm trains and exports whole weights (the hf "
-        "rollout takes no adapter, and verl would export one unmerged); set it to 0 in this arm",
-    )
 
 
 def _check_sampling(config: Config) -> None:

@@ -66,6 +66,14 @@ class Control:
 
 
 @dataclass(frozen=True)
+class Start:
+    """The arm whose export this one begins at, and its step: last, chosen or a number."""
+
+    arm: str
+    step: str | int
+
+
+@dataclass(frozen=True)
 class Reward:
     """`reward` of responses, in arms with trainer: grpo."""
 
@@ -200,6 +208,10 @@ class Config:
     fused_head: bool | None
     objective: Any
     control: Control | None
+    start: Start | None
+    average: Any
+    replay: Mapping[str, Any] | None
+    self_sft: Mapping[str, Any] | None
     compare: Compare
     budget: Budget | None
     data: Data

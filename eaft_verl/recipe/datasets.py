@@ -25,7 +25,7 @@ from eaft_verl.data.spec import Columns, RowError, Source, sources_of
 from eaft_verl.errors import DataError
 from eaft_verl.evaluation.questions import benchmark_questions
 from eaft_verl.recipe.config import Config
-from eaft_verl.recipe.views import data_spec, evaluate_settings, source_of
+from eaft_verl.recipe.views import data_spec, evaluate_settings, own_rows, source_of
 
 _QUESTION_KEYS = (*PROMPT_KEYS, "text")
 
@@ -58,6 +58,19 @@ def recipe_questions(config: Config, policy: str | None = None) -> Against:
     return Against(known, unknown, policy or config.data.leakage)
 
 
+def leaked(config: Config, source: str, columns: Columns | None) -> list[tuple[int, str]]:
+    """(number from 1, what it holds) of the rows of a source that contain questions of benchmarks or held-out data."""
+    against, found = recipe_questions(config), []
+    for number, row in enumerate(iter_rows(source), 1):
+        try:
+            messages, _ = to_messages(row, columns)
+        except RowError:
+            continue  # a faulty row is left out when the data is prepared, or stops that
+        if hits := against.find(messages):
+            found.append((number, against.describe(hits)))
+    return found
+
+
 def file_questions(source: str, policy: str) -> Against:
     """The questions of any data source, one per row; DataError if no row has one."""
     questions = _questions(sources_of(source))
@@ -86,7 +99,8 @@ def prepared_path(config: Config, which: str) -> Path:
     source = Path(str(source_of(config, which))).expanduser()
     if source.suffix == ".parquet" and manifest_path(source).exists():
         return source
-    return Path(config.output) / "data" / f"{which}.parquet"
+    own = own_rows(config) if which == "train" else ""
+    return Path(config.output) / "data" / f"{which}{own}.parquet"
 
 
 def prepared_otherwise(config: Config, which: str) -> list[str]:

@@ -10,21 +10,23 @@ GRPO = "grpo"
 CONTROLS = ("nll",)
 LENGTH_KEYS = ("verl.trainer.total_epochs", "verl.trainer.total_training_steps")
 UPDATE_KEYS = (*LENGTH_KEYS, "verl.data.train_batch_size")
+OWN_DATA = ("replay", "self_sft")  # keys of an arm by which it trains on other rows than the others
 AFTERWARDS = ("tokens", "device_seconds")  # what a GRPO arm has spent of these is known only when it has finished
 
 Arms = Mapping[str, Mapping[str, Any]]
 
 
 def budget_source(
-    arms: Arms, trainers: Mapping[str, str], arm: str, compare: Mapping[str, Any]
+    arms: Arms, trainers: Mapping[str, str], arm: str, compare: Mapping[str, Any], *, fixed: bool = False
 ) -> tuple[str, str | None]:
     """(arm the others are matched to, arm whose finished run gives `arm` its budget or None where it needs none).
 
-    In updates, arms that share batch size and length are equal as they stand and wait for nobody.
+    In updates, arms that share batch size and length are equal as they stand and wait for nobody. fixed: the recipe
+    gives all arms a number of steps; else arms are as long as their data, and one with data of its own waits.
     ConfigError for an unknown match or arm, and for an arm that cannot meet the budget or sets its own length.
     """
     match, to = compare["match"], _reference(arms, trainers, compare)
-    if match == "none" or arm == to:
+    if match == "none" or arm == to or arms[arm].get("average"):  # an average is not trained
         return to, None
     matched = f"compare.match={match} makes it as long as arm {to}"
     if stated := [key for key in LENGTH_KEYS if _sets(arms[arm], key)]:
@@ -39,6 +41,7 @@ def budget_source(
     alike = trainers[arm] == trainers[to] and not any(
         _sets(arms[name], key) for name in (arm, to) for key in UPDATE_KEYS
     )
+    alike = alike and (fixed or all(arms[arm].get(key) == arms[to].get(key) for key in OWN_DATA))
     return to, None if match == "updates" and alike else to
 
 
@@ -46,16 +49,17 @@ def _reference(arms: Arms, trainers: Mapping[str, str], compare: Mapping[str, An
     match, to = compare["match"], compare["to"]
     if match not in MATCHES:
         raise ConfigError(f"compare.match={match!r} is not one of {', '.join(MATCHES)}")
-    ordinary = [name for name, own in arms.items() if not own.get("control")]
+    ordinary = [name for name, own in arms.items() if not (own.get("control") or own.get("average"))]
     if not ordinary:
-        raise ConfigError("every arm is a control; a comparison needs the arms that they are controls of")
+        raise ConfigError("every arm is a control or an average; a comparison needs the arms that they belong to")
     if to is None:
         last = [name for name in ordinary if trainers[name] == GRPO] if match not in ("updates", "none") else []
         return (last or ordinary)[0]
     if to not in arms:
         raise ConfigError(f"compare.to={to!r} is no arm of the recipe; its arms are {', '.join(arms)}")
     if to not in ordinary:
-        raise ConfigError(f"compare.to={to}: a control cannot give the others their budget; name one of {ordinary}")
+        what = "a control" if arms[to].get("control") else "an average"
+        raise ConfigError(f"compare.to={to}: {what} cannot give the others their budget; name one of {ordinary}")
     return to
 
 
@@ -73,6 +77,8 @@ def check_control(arms: Arms, trainers: Mapping[str, str], arm: str, control: An
         raise ConfigError(f"arm {arm}: control.of={of!r} is no other arm of the recipe; those are {others}")
     if arms[of].get("control"):
         raise ConfigError(f"arm {arm}: control.of={of}, which is a control itself; name the arm it is a control of")
+    if arms[of].get("average"):
+        raise ConfigError(f"arm {arm}: control.of={of}, which is an average and not trained; name a trained arm")
     if trainers[of] == GRPO:
         raise ConfigError(
             f"arm {arm}: control.of={of} has trainer=grpo, which has no NLL of demonstrations to be "

@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from eaft_verl.errors import ConfigError
+from eaft_verl.recipe.chains import KEYS, check_no_circle, check_only_in_arms, needed_arms, own_blocks
 from eaft_verl.recipe.config import Config, configuration, own_defaults
 from eaft_verl.recipe.file import read_recipe
 from eaft_verl.recipe.keys import (
@@ -82,6 +83,7 @@ def resolve(recipe: Recipe, arm: str, overrides: Iterable[str] = ()) -> Config:
     defaults = own_defaults()
     layers = [(f"{recipe.path}", recipe.shared), (f"{recipe.path}: arms.{arm}", recipe.arms[arm])]
     layers.append(("command line", _overrides(overrides)))
+    check_only_in_arms([layers[0], layers[2]])
     trainer, device = _trainer(layers), _device(layers)
     tree = {**defaults, "verl": _verl_tree(defaults["verl"], trainer)}
     if trainer == "grpo":
@@ -96,6 +98,8 @@ def resolve(recipe: Recipe, arm: str, overrides: Iterable[str] = ()) -> Config:
     _check_name(tree["name"])
     tree["output"] = str(Path(tree["output"] or Path("runs") / tree["name"]).expanduser().absolute())
     tree |= {"recipe": str(recipe.path), "arm": arm, **_matched(recipe, arm, tree, layers[-1][1])}
+    if tree["start"] and isinstance((tree["objective"] or {}).get("anchor"), dict):
+        tree["objective"]["anchor"].setdefault("reference", None)  # what training puts another value into
     try:
         return configuration(tree)
     except ConfigError as error:
@@ -103,12 +107,25 @@ def resolve(recipe: Recipe, arm: str, overrides: Iterable[str] = ()) -> Config:
 
 
 def _matched(recipe: Recipe, arm: str, tree: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """`compare` with its arm named, and `budget`: {of: arm whose run gives this one its budget}, or null."""
-    shared = recipe.shared.get("trainer", "sft")
-    trainers = {name: overrides.get("trainer", own.get("trainer", shared)) for name, own in recipe.arms.items()}
-    check_control(recipe.arms, trainers, arm, tree["control"])
-    to, of = budget_source(recipe.arms, trainers, arm, tree["compare"])
-    return {"compare": {**tree["compare"], "to": to}, "budget": {"of": of} if of else None}
+    """What the arms say of each other: `compare` with its arm named, `budget`: {of: arm whose run gives this one its
+    budget} or null, and the blocks of `chains`."""
+    shared, arms = recipe.shared.get("trainer", "sft"), recipe.arms
+    trainers = {name: overrides.get("trainer", own.get("trainer", shared)) for name, own in arms.items()}
+    fixed = tree["verl"]["trainer"]["total_training_steps"] is not None
+    known: dict[str, dict[str, Any]] = {}
+
+    def decided(name: str) -> dict[str, Any]:
+        if name not in known:
+            control = tree["control"] if name == arm else arms[name].get("control")
+            check_control(arms, trainers, name, control)
+            to, of = budget_source(arms, trainers, name, tree["compare"], fixed=fixed)
+            compare = {**tree["compare"], "to": to}
+            known[name] = {"compare": compare, "control": control, "budget": {"of": of} if of else None}
+            known[name] |= own_blocks(arms, trainers, name)
+        return known[name]
+
+    check_no_circle(arm, lambda name: needed_arms(name, decided(name)))
+    return decided(arm)
 
 
 def _check_name(name: Any) -> None:
@@ -128,7 +145,7 @@ def declared_keys(recipe: Recipe, arm: str) -> list[str]:
             keys.append(prefix)
 
     walk("", recipe.arms[arm])
-    return sorted(keys)
+    return sorted({*keys, *(key for key in KEYS if recipe.arms[arm].get(key))})
 
 
 def _verl_tree(ours: dict[str, Any], trainer: str) -> dict[str, Any]:

@@ -1,15 +1,19 @@
 """What the rooms below take from a resolved configuration, each in its own terms."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from eaft_verl.data.spec import DataSpec
+from eaft_verl.data.spec import DataSpec, Source, sources_of
 from eaft_verl.errors import ConfigError
 from eaft_verl.evaluation.settings import EvaluateSettings
 from eaft_verl.objectives import Objective
+from eaft_verl.recipe.chains import START
 from eaft_verl.recipe.config import Config, plain
 from eaft_verl.recipe.objective import build_objective
+
+REPLAY = "replay"  # name of the replayed rows among the sources of the training data
 
 
 def objective_of(config: Config) -> Objective:
@@ -39,8 +43,47 @@ def data_spec(config: Config, which: str = "train") -> DataSpec:
 
 
 def source_of(config: Config, which: str) -> Any:
-    """What the recipe names as its 'train' or 'heldout' data; None where it names nothing."""
-    return plain(config.data.train if which == "train" else config.data.heldout)
+    """What the arm's 'train' or 'heldout' data is made of, its own rows and replay included; None for nothing."""
+    if which == "heldout":
+        return plain(config.data.heldout)
+    source, own, replay = plain(config.data.train), config.self_sft, config.replay
+    if own:
+        prepared = Path(own["data"]).expanduser().with_suffix(".manifest.json").is_file()
+        source = own["data"] if prepared else {"source": own["data"], "columns": plain(own["columns"])}
+    return _mixed(source, plain(replay)) if replay else source
+
+
+def _mixed(source: Any, replay: dict[str, Any]) -> dict[str, Any]:
+    """The source, or the mixture that it is, with the replayed rows as one more part; shares among the others stay."""
+    parts: dict[str, Any] = {}
+    for one in sources_of(source, "data.train"):
+        parts[one.name or "data"] = {key: value for key, value in asdict(one).items() if value is not None}
+        if one.share:
+            parts[one.name or "data"]["share"] = one.share * (1 - replay["share"])
+        if one.columns is None and isinstance(source, dict) and "columns" in source:
+            parts[one.name or "data"]["columns"] = None  # said, so that data.columns does not hold
+    if REPLAY in parts:
+        raise ConfigError(f"data.train has a source called {REPLAY}, which is what replayed rows are called; rename it")
+    rows = {"source": replay["data"], "share": replay["share"], "columns": replay["columns"], "rows": None}
+    return {**parts, REPLAY: rows}
+
+
+def key_of(config: Config, which: str, source: Source) -> str:
+    """The key of the recipe by which a source is part of the 'train' or 'heldout' data."""
+    if which == "train" and config.replay and source.name == REPLAY:
+        return "replay.data"
+    return "self_sft.data" if which == "train" and config.self_sft else f"data.{which}"
+
+
+def own_rows(config: Config) -> str:
+    """What the files of the arm's training data have in their names: '_ARM' where it has rows of its own."""
+    return f"_{config.arm}" if config.replay or config.self_sft else ""
+
+
+def anchor_reference(config: Config) -> str | None:
+    """The model that the anchor's reference names; None where there is none, or it is the one training starts from."""
+    anchor = objective_of(config).anchor if config.trainer == "sft" else None
+    return None if anchor is None or anchor.reference == START else anchor.reference
 
 
 def world_size(config: Config) -> int:

@@ -14,6 +14,7 @@ def caveats(report: dict[str, Any], notes: list[str]) -> list[str]:
     lines = [_seeds(report["seeds"])]
     lines += _small(report) + _intervals(report)
     aside = {item["arm"] for item in report["controls"]}
+    aside |= {item["arm"] for item in report["budgets"]["arms"] if item["average"]}
     steps = {item["arm"]: item["steps"] for item in report["cost"] if item["arm"] not in aside}
     if len(set(steps.values())) > 1:
         counts = ", ".join(f"{arm} {number(count, 0)}" for arm, count in steps.items())

@@ -79,6 +79,11 @@ class Arm:
         return self.runs[0].info.get("derived", {}).get("control")
 
     @property
+    def average(self) -> Record | None:
+        """{of, with, weights: {step: weight}} of an arm that was not trained, but averaged; None for other arms."""
+        return self.runs[0].info.get("average")
+
+    @property
     def end(self) -> Point:
         """The last step of every seed; they differ where time or the NLL ended training."""
         return tuple(run.step for run in self.runs)

@@ -6,6 +6,7 @@ from itertools import combinations
 from typing import Any
 
 from eaft_verl.errors import RunError
+from eaft_verl.reporting.chains import own_rows
 from eaft_verl.reporting.collect import Arm, RunData
 from eaft_verl.reporting.spending import unequal
 
@@ -131,7 +132,10 @@ def _unfinished(runs: list[RunData]) -> Iterator[str]:
 
 def _run_keys(runs: list[RunData]) -> Iterator[str]:
     for key in RUN_KEYS:
-        having = runs[1:] if key == "data" else runs  # the base model saw no training data
+        # the base model saw no training data, and an arm may declare rows of its own: the report says so
+        having = [run for run in runs[1:] if not own_rows(run)] if key == "data" else runs
+        if not having:
+            continue
         first = having[0]
         for run in having[1:]:
             left, right = (item.info.get("keys", {}).get(key) for item in (first, run))

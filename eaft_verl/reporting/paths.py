@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from eaft_verl.pages.statistics import Floats, Interval, at_positions, crossing_positions, seeds_interval
+from eaft_verl.reporting.chains import lineage
 from eaft_verl.reporting.collect import Arm, Point, RunData, shared_seeds
 from eaft_verl.reporting.measures import Board
 from eaft_verl.reporting.results import bounds
@@ -23,13 +24,32 @@ def axes(board: Board) -> list[str]:
 
 
 def paths(board: Board, axis: str) -> dict[str, list[Row]]:
-    """{arm: [{step, x, x_low, x_high, kl, kl_low, kl_high}]}; the first point is the base at step 0."""
+    """{arm: [{step, x, x_low, x_high, kl, kl_low, kl_high}]}; the first point is the base at step 0.
+
+    The path of an arm that begins at another one's checkpoint begins with the other's path up to there; steps count
+    from the beginning of the chain.
+    """
     found = {}
     for arm in board.arms:
-        points = [_point(board, axis, board.base, board.base.end)]
-        points += [_point(board, axis, arm, point) for point in _known(board, axis, arm)]
-        if len(points) > 1:
+        points = [_point(board, axis, board.base, board.base.end), *_before(board, axis, arm)]
+        own = [_point(board, axis, arm, point) for point in _known(board, axis, arm)]
+        done = sum(step for _, step, _ in lineage(board.arms, arm.runs[0]))
+        points += [{**point, "step": point["step"] + done} for point in own]
+        if own:
             found[arm.name] = points
+    return found
+
+
+def _before(board: Board, axis: str, arm: Arm) -> list[Row]:
+    """The points of the arms that the arm's runs come from, as far as they are the same for every seed."""
+    chains = [lineage(board.arms, run) for run in arm.runs]
+    found = []
+    for links in zip(*chains, strict=False):
+        older = Arm(links[0][0].arm, tuple(run for run, _, _ in links))
+        for point in _known(board, axis, older):
+            if all(step <= last for step, (_, last, _) in zip(point, links, strict=True)):
+                row = _point(board, axis, older, point)
+                found.append({**row, "step": row["step"] + links[0][2]})
     return found
 
 
@@ -53,16 +73,16 @@ def _point(board: Board, axis: str, arm: Arm, point: Point) -> Row:
 def equal_gain(board: Board, axis: str) -> Row:
     """KL of each arm where its path first reaches 50, 75 and 100 % of the gain that all arms reach.
 
-    Every seed is compared within itself, over the seeds that all arms but controls have. gain = the best x so far, as
-    a distance to the base; common gain = min over arms of the last gain, controls aside: one that is stopped early
-    would lower the level for all. Between two evaluations sqrt(KL) is linear in the gain: both grow about in
-    proportion to the distance moved, KL with its square. Before an arm's first evaluation nothing is known but
-    that, so a level that it reaches there is withheld. Numbers are means over the seeds; intervals compute gain, level,
-    crossing and KL again in every resample.
+    Every seed is compared within itself, over the seeds that all arms but controls and averages have. gain = the best x
+    so far, as a distance to the base; common gain = min over arms of the last gain, controls and averages aside: one
+    that is stopped early, or that is mostly the base, would lower the level for all. Between two evaluations sqrt(KL)
+    is linear in the gain: both grow about in proportion to the distance moved, KL with its square. Before an arm's
+    first evaluation nothing is known but that, so a level that it reaches there is withheld. Numbers are means over
+    the seeds; intervals compute gain, level, crossing and KL again in every resample.
     Returns {common_gain, levels: [{fraction, level, arms: {arm: row or None where not reached}}]}; a row is {kl, step,
     low, high, difference: `bounds` to the first arm}, or {withheld: True}.
     """
-    judged = [arm for arm in board.arms if arm.control is None] or board.arms
+    judged = [arm for arm in board.arms if arm.control is None and arm.average is None] or board.arms
     tracks = {arm.name: _tracks(board, axis, arm) for arm in board.arms}
     seeds = [seed for seed in shared_seeds(*judged) if all(seed in tracks[arm.name] for arm in judged)]
     common = {seed: np.min([tracks[arm.name][seed].gain_RP[:, -1] for arm in judged], axis=0) for seed in seeds}
@@ -114,10 +134,17 @@ def _tracks(board: Board, axis: str, arm: Arm) -> dict[int, _Track]:
     base = (board.base.runs[0].label, board.base.runs[0].step)
     found = {}
     for run in arm.runs:
-        steps = [step for step in sorted(run.evals) if 0 < step <= run.step and _both(board, axis, run, step)]
-        if not steps:
+        older = lineage(board.arms, run)
+        places = [
+            (link, step, before + step)
+            for link, last, before in [*older, (run, run.step, sum(step for _, step, _ in older))]
+            for step in sorted(link.evals)
+            if 0 < step <= last and _both(board, axis, link, step)
+        ]
+        if not places or places[-1][0] is not run:
             continue
-        keys = [base, *((run.label, step) for step in steps)]
+        keys = [base, *((link.label, step) for link, step, _ in places)]
+        steps = [total for _, _, total in places]
         x_RP, kl_RP = (np.column_stack([board.resampled(name, key) for key in keys]) for name in (axis, COST))
         gain_RP = np.maximum.accumulate(sign * (x_RP - x_RP[:, :1]), axis=1)
         found[int(run.info["seed"])] = _Track(gain_RP, np.sqrt(np.maximum(kl_RP, 0.0)), np.array([0.0, *steps]))

@@ -9,6 +9,7 @@ from eaft_verl.files import read_json, write_bytes, write_json, write_text
 from eaft_verl.reporting import page
 from eaft_verl.reporting.answers import held_out_answers
 from eaft_verl.reporting.caveats import caveats, interruptions, truncations
+from eaft_verl.reporting.chains import chain_notes
 from eaft_verl.reporting.collect import Arm, load
 from eaft_verl.reporting.comparability import check, config_differences
 from eaft_verl.reporting.controls import control_notes, controls
@@ -116,7 +117,7 @@ def measure(
         "environment": environment(base, arms, out),
     }
     set_marks(found)
-    notes = [*control_notes(arms), *interruptions(arms), *truncations(base, arms), *board.notes]
+    notes = [*chain_notes(arms), *control_notes(arms), *interruptions(arms), *truncations(base, arms), *board.notes]
     return found | {"headline": headline(found), "caveats": caveats(found, notes)}
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from eaft_verl.recipe.budgets import TOLERANCE, UNITS, Spent, before_training, matches, spent
+from eaft_verl.reporting.chains import before
 from eaft_verl.reporting.collect import Arm, RunData
 from eaft_verl.reporting.history import finite, series
 
@@ -40,21 +41,30 @@ def _known(rows: list[Row], name: str) -> list[float]:
 
 
 def budgets(arms: list[Arm]) -> Row:
-    """{match, to, tolerance, arms: [{arm, control, spent: {unit: mean over seeds}, generated_tokens, ratio, equal}]}.
+    """{match, to, tolerance, arms: [{arm, control, average, before, spent: {unit: mean over seeds}, generated_tokens,
+    ratio, equal}]}.
+
+    before: {unit: what the chain had spent where this arm begins}; not part of `spent`, and not matched.
 
     ratio: to the arm the others are matched to, in the matched unit; None where one is not known or nothing is matched.
-    equal: whether that is within the tolerance for every seed; None where it is not judged, as for controls.
+    equal: whether that is within the tolerance for every seed; None where it is not judged, as for controls, averages.
     """
     match, reference = matching(arms)
     budget, rows = _means(reference).get(match), []
     for arm in arms:
         own = _means(arm)
         mine = own.get(match)
-        verdicts = [] if match == "none" or arm.control else [item[-1] for item in _pairs(arm, reference, match)]
+        verdicts = (
+            []
+            if match == "none" or arm.control or arm.average
+            else [item[-1] for item in _pairs(arm, reference, match)]
+        )
         rows.append(
             {
                 "arm": arm.name,
                 "control": arm.control and arm.control["of"],
+                "average": arm.average and arm.average["of"],
+                "before": before(arm),
                 "spent": {unit: own[unit] for unit in UNITS},
                 "generated_tokens": own["generated_tokens"],
                 "ratio": mine / budget if mine is not None and budget else None,
@@ -73,7 +83,10 @@ def cost(arms: list[Arm]) -> list[Row]:
         means = _means(arm)
         peaks = [peak for run in arm.runs if (peak := ledger(run)["memory_gib"]) is not None]
         row = {"arm": arm.name, "seeds": list(arm.seeds), "tokens": means["trained_tokens"]}
-        row |= {"steps": _mean([run.info["total_steps"] for run in arm.runs]), "memory_gib": max(peaks, default=None)}
+        row |= {
+            "steps": 0.0 if arm.average else _mean([run.info["total_steps"] for run in arm.runs]),
+            "memory_gib": max(peaks, default=None),
+        }
         kept = ("train_seconds", "eval_seconds", "tokens_per_s", "generation_share")
         found.append(row | {name: means[name] for name in kept})
     return found
@@ -92,7 +105,7 @@ def unequal(arms: list[Arm]) -> Iterator[str]:
         return
     unit = WORDS.get(match, match)
     for arm in arms:
-        if arm.control is not None:
+        if arm.control is not None or arm.average is not None:
             continue
         for run, other, mine, theirs, equal in _pairs(arm, reference, match):
             if mine is None or theirs is None:

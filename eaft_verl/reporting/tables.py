@@ -196,11 +196,12 @@ def budgets_table(report: Row) -> Table:
 
 
 def _amount(item: Row, unit: str) -> Cell:
-    value, made = item["spent"][unit], item["generated_tokens"]
-    if unit == "updates":
-        return Cell(number(value, int(value is not None and value % 1 > 0)))
-    lines = (f"{number(made, 0)} generated",) if unit == "tokens" and made else ()
-    return Cell(number(value, int(unit == "device_seconds")), lines)
+    value, made, before = item["spent"][unit], item["generated_tokens"], (item["before"] or {}).get(unit)
+    lines: tuple[str, ...] = (f"{number(made, 0)} generated",) if unit == "tokens" and made else ()
+    if before is not None:
+        lines += (f"after {number(before, 0)} of its chain",)
+    digits = int(value is not None and value % 1 > 0) if unit == "updates" else int(unit == "device_seconds")
+    return Cell(number(value, digits), lines)
 
 
 def _ratio(found: Row, item: Row) -> Cell:
@@ -208,6 +209,8 @@ def _ratio(found: Row, item: Row) -> Cell:
         return Cell(DASH)
     if item["control"]:
         said = "control, exempt"
+    elif item["average"]:
+        said = "average, not trained"
     elif item["arm"] == found["to"]:
         said = "the others are matched to it"
     else:

@@ -1,6 +1,8 @@
 """Recipes and command lines that cannot be meant."""
 
-from .matrix import ARM, Lab, Outcome, fault
+import shutil
+
+from .matrix import ARM, RECIPE, Lab, Outcome, fault
 
 
 @fault("a key with a typo", "refused in one line that names it and the right one")
@@ -70,3 +72,47 @@ def _own_objective(lab: Lab) -> Outcome:
         seen = lab.train(f"objective.name='tests.faults.broken_objectives:{name}'", "--dry-run")
         assert seen.code == 0 and f"broken_objectives:{name}': {said}" in seen.said, seen.said
     return Outcome("exit 0 with a warning: a run would stop here")
+
+
+CHAINS = """
+arms:
+  eaft: {{objective: {{name: eaft}}}}
+  next: {{objective: {{name: sft}}, start: eaft}}
+"""
+
+
+def _recipe_of(lab: Lab, arms: str) -> None:
+    lab.write_recipe(RECIPE[: RECIPE.index("arms:")] + arms.lstrip())
+
+
+@fault("arms that wait for each other", "refused, the whole circle named")
+def _circles(lab: Lab) -> Outcome:
+    _recipe_of(lab, CHAINS.replace("name: eaft}}}}", "name: eaft}}, start: next}}"))
+    lab.eaft("compare", lab.recipe, "--dry-run").refused("arms eaft -> next -> eaft form a circle", "next starts from")
+    return Outcome("exit 2")
+
+
+@fault("`eaft train` of an arm whose start is not trained yet", "what must exist first, and the command that makes it")
+def _no_start(lab: Lab) -> Outcome:
+    _recipe_of(lab, CHAINS)
+    dry = lab.eaft("train", lab.recipe, "--arm", "next", "--dry-run")
+    said = f"first run `eaft train {lab.recipe} --arm eaft seed=0`"
+    assert dry.code == 0 and "a run would stop here: next starts from eaft" in dry.said and said in dry.said, dry.said
+    seen = lab.eaft("train", lab.recipe, "--arm", "next")
+    assert seen.code == 2 and said in seen.said and "Traceback" not in seen.said, seen.said
+    return Outcome("exit 2")
+
+
+@fault("a start that was trained again after the arm behind it", "stale: named and refused, the arm kept", slow=True)
+def _stale_start(lab: Lab) -> Outcome:
+    _recipe_of(lab, CHAINS)
+    short = ("verl.trainer.total_training_steps=2",)
+    assert lab.eaft("compare", lab.recipe, *short, timeout=900).code == 0
+    shutil.rmtree(lab.run)
+    assert lab.eaft("train", lab.recipe, "--arm", ARM, "verl.optim.lr=2e-3", *short).code == 0
+    seen = lab.eaft("train", lab.recipe, "--arm", "next", *short)
+    assert seen.code == 2 and "finished run" in seen.last_line, seen.said
+    _recipe_of(lab, CHAINS.replace("{{name: eaft}}", "{{name: eaft}}, verl: {{optim: {{lr: 2.0e-3}}}}"))
+    seen = lab.eaft("compare", lab.recipe, *short)
+    assert seen.code == 2 and "start: the checkpoint of eaft is another one (" in seen.last_line, seen.said
+    return Outcome(f"exit 2: {seen.last_line[:160]}")

@@ -54,7 +54,6 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Any:
         ([f"{R}.name=sglang"], "rollout.name='sglang' is not one of hf, vllm"),
         ([f"{R}.gpu_memory_utilization=0.9"], f"gpu_memory_utilization has no effect with {R}.name=hf"),
         ([f"{R}.temperature=0.0"], "temperature=0.0 must be above 0"),
-        (["verl.model.lora_rank=8"], "a GRPO arm trains and exports whole weights"),
         (["verl.trainer.test_freq=2"], "test_freq=2 has no effect with trainer: grpo"),
         ([THREE, "verl.data.train_batch_size=3", f"{A}.ppo_mini_batch_size=1"], "3 data-parallel workers"),
         (["reward.grader=prime_math"], "prime_math"),

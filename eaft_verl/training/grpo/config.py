@@ -103,6 +103,7 @@ def _set_model(tree: DictConfig, verl: dict[str, Any], files: RunFiles) -> None:
     if verl["actor_rollout_ref"]["rollout"]["name"] == "hf":
         libraries += [f"{OURS}.grpo.rollout_server", f"{OURS}.verl_cpu.engine"]
     tree.model.path = tree.model.hf_config_path = tree.model.tokenizer_path = files.model
+    tree.model.lora.merge = verl["model"]["lora_rank"] > 0  # a rollout takes whole weights; the states keep the adapter
     tree.model.external_lib = libraries + ([own] if isinstance(own, str) else list(own or []))
 
 

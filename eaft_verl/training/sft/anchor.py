@@ -6,6 +6,7 @@ from typing import Any
 from eaft_verl.models import model_key, resolve_model
 from eaft_verl.objectives import Anchor, Objective
 from eaft_verl.recipe.config import Config
+from eaft_verl.recipe.views import own_rows
 from eaft_verl.training.sft.anchor_cache import EmitTop, ReferenceCache, reference_cache
 
 
@@ -39,8 +40,9 @@ def anchor_sources(config: Config, trainer: Any, objective: Objective, keys: dic
 
 def _cache(config: Config, trainer: Any, anchor: Anchor, keys: dict[str, str]) -> ReferenceCache:
     """Made before the first step, when the model still is the reference: then no second one is loaded at all."""
-    model = keys["model"] if anchor.reference is None else model_key(anchor.reference)
-    name = f"reference_k{anchor.k}" + ("" if anchor.reference is None else f"_{model[:8]}")
+    start = keys.get("start", keys["model"])
+    model = start if anchor.reference is None else model_key(anchor.reference)
+    name = f"reference_k{anchor.k}{own_rows(config)}" + ("" if model == keys["model"] else f"_{model[:8]}")
     key = "/".join((model, keys["data"], keys["template"]))
     flags = {"no_lora_adapter": anchor.reference is None and config.verl.model.lora_rank > 0}
     opened = False

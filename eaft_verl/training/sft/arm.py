@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from eaft_verl.data.parquet import Example
+from eaft_verl.data.mixture import drawn
+from eaft_verl.data.parquet import Example, Examples, trained_of
 from eaft_verl.errors import ConfigError
 from eaft_verl.objectives import Objective, Psft, Sft
 from eaft_verl.recipe.config import Config
@@ -19,6 +20,7 @@ from eaft_verl.training.sft import checkpoint
 from eaft_verl.training.sft.anchor import anchor_sources, needs_second_model, reference_model
 from eaft_verl.training.sft.loss import TokenLoss
 from eaft_verl.training.sft.old_policy import OldPolicy
+from eaft_verl.training.sft.order import PADDING
 from eaft_verl.training.sft.self_check import self_check
 from eaft_verl.training.sft.token_pass import EmitDistribution, Infer
 from eaft_verl.training.sft.trainer import Trainer, total_steps
@@ -74,8 +76,22 @@ def _fit(trainer: Trainer, objective: Objective, stop: StopRequest) -> None:
         workers=trainer.group.world_size,
         skipped_steps=trainer.state["skipped"],
         **trainer.plan.outcome(),
+        **_drawn(trainer),
         memory_gib_per_worker=trainer.group.peak_memory(),
     )
+
+
+def _drawn(trainer: Trainer) -> dict[str, Any]:
+    """What of each part of a mixture was really trained on; nothing where the data is no mixture."""
+    examples = trainer.examples
+    if not isinstance(examples, Examples) or "source" not in examples.table.column_names:
+        return {}
+    names = examples.table.column("source").to_pylist()
+    rows = [row for step in range(1, trainer.state["step"] + 1) for row in trainer.rows(step) if row != PADDING]
+    found = drawn(names, trained_of(examples), rows)
+    parts = [f"{name} {share['examples']:.1%} ({share['tokens']:.1%} of the tokens)" for name, share in found.items()]
+    print(f"[{trainer.config.arm}] drawn of the training examples: {', '.join(parts)}", flush=True)
+    return {"drawn": found}
 
 
 def _leaving(stop: StopRequest, watch: Watchdog, run: Run, steps: int) -> Callable[..., None]:

@@ -133,9 +133,9 @@ class Trainer:
 
     def _step(self, step: int, objective: Objective) -> dict[str, Any]:
         started = time.monotonic()
-        rows = self._rows(step)
+        rows = self.rows(step)
         if self.old_policy is not None:
-            self.old_policy.refresh(step, self._rows, lambda rows: self.infer(self.examples, rows))
+            self.old_policy.refresh(step, self.rows, lambda rows: self.infer(self.examples, rows))
         batch_state = self._batch_state(rows, objective)
         flags = {**BATCH_FLAGS, "objective_state": batch_state}  # the worker advances the learning rate
         batch = make_batch(self.examples, self._balanced(rows), flags, self.sample_weights, self.sources)
@@ -168,7 +168,8 @@ class Trainer:
         self._check_finite(step, rows, metrics)
         return row
 
-    def _rows(self, step: int) -> list[int]:
+    def rows(self, step: int) -> list[int]:
+        """Rows of the training data, padding among them, that a step trains on."""
         return batch_indices(step, len(self.examples), self.batch_size, self.config.seed)
 
     def _log(self, row: dict[str, Any]) -> None:
