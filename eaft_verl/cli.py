@@ -109,6 +109,12 @@ def _report(options: argparse.Namespace) -> None:
     print(f"wrote {out / 'report.html'}")
 
 
+def _choose(options: argparse.Namespace) -> None:
+    from eaft_verl.experiment.choose import choose_command
+
+    print(choose_command(options.what, options.overrides, copy=options.copy))
+
+
 def _doctor(options: argparse.Namespace) -> int:
     from eaft_verl.cluster.doctor import doctor
     from eaft_verl.recipe.checks import check
@@ -160,6 +166,7 @@ VERBS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "evaluate": _evaluate,
     "compare": _compare,
     "report": _report,
+    "choose": _choose,
     "doctor": _doctor,
     "launch": _launch,
     "plan": _plan,

@@ -23,6 +23,7 @@ def parser() -> argparse.ArgumentParser:
     _add_evaluate(verbs)
     _add_compare(verbs)
     _add_report(verbs)
+    _add_choose(verbs)
     _add_doctor(verbs)
     _add_launch(verbs)
     _add_plan(verbs)
@@ -88,6 +89,13 @@ def _add_report(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories, the base among them")
     verb.add_argument("--out", type=Path, help="folder to write (default: report beside the first run)")
     verb.add_argument("--force", action="store_true", help="report runs that are not comparable, with a banner")
+
+
+def _add_choose(verbs: argparse._SubParsersAction) -> None:
+    verb = verbs.add_parser("choose", help="link the checkpoint that the recipe's rule chose as OUTPUT/chosen")
+    verb.add_argument("what", metavar="RECIPE|FOLDER", help="a recipe, or the output folder of one, with its report")
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change, e.g. output=runs/mine")
+    verb.add_argument("--copy", action="store_true", help="copy the files instead of linking to them")
 
 
 def _add_doctor(verbs: argparse._SubParsersAction) -> None:

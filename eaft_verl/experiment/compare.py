@@ -17,6 +17,7 @@ from eaft_verl.experiment.processes import CAUSE_FILE, run_stage
 from eaft_verl.experiment.stored import require_same
 from eaft_verl.experiment.supervision import supervised
 from eaft_verl.recipe.checks import check, pending, warn, warn_of
+from eaft_verl.recipe.choose import rule_of
 from eaft_verl.recipe.config import Config
 from eaft_verl.recipe.model_fit import notes_at_hand
 from eaft_verl.recipe.resolve import Recipe, load_recipe, resolve
@@ -75,7 +76,7 @@ def compare(
     finished = [pair[0].run for pair in stages if pair[0].run.name not in lost]
     if finished:
         out = Path(configs[0].output) / "report"
-        report([base.run, *finished], out, failed=failed)
+        report([base.run, *finished], out, failed=failed, rule=rule_of(configs[0].choose))
         print(f"report: {out / 'report.html'} ({time.monotonic() - started:.0f} s in all)", flush=True)
     for row in failed:
         print(f"failed: {row['run']}: {row['error']}; run the same command again to go on", file=sys.stderr)

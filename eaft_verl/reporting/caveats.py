@@ -20,7 +20,13 @@ def caveats(report: dict[str, Any], notes: list[str]) -> list[str]:
         lines.append(f"the arms were trained for different numbers of updates: {counts}")
     if report["lost_seeds"]:
         lines.append(f"the arms do not have the same seeds: {'; '.join(report['lost_seeds'])}")
-    lines.append("end points are the last step of each run; no checkpoint was chosen by its scores")
+    chosen = report["choice"]["chosen"]
+    ends = (
+        "no checkpoint was chosen by its scores" if chosen is None else "the first line's choice is the one exception"
+    )
+    lines.append(f"end points are the last step of each run; {ends}")
+    if chosen is not None:
+        lines.append("the chosen checkpoint was the best of several by this score, so its score flatters it a little")
     return lines + list(dict.fromkeys(notes))
 
 

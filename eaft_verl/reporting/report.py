@@ -6,8 +6,11 @@ from typing import Any
 
 from eaft_verl.errors import RunError
 from eaft_verl.files import read_json, write_bytes, write_json, write_text
+from eaft_verl.recipe.choose import Rule
 from eaft_verl.reporting import page
+from eaft_verl.reporting.answer import answer
 from eaft_verl.reporting.caveats import caveats, interruptions, truncations
+from eaft_verl.reporting.choice import choice, recorded_rule
 from eaft_verl.reporting.collect import Arm, load
 from eaft_verl.reporting.comparability import check, config_differences
 from eaft_verl.reporting.controls import control_notes, controls
@@ -27,7 +30,13 @@ RESAMPLES = 4000
 
 
 def report(
-    runs: list[Path], out: Path, *, force: bool = False, seed: int = 0, failed: Sequence[dict[str, Any]] = ()
+    runs: list[Path],
+    out: Path,
+    *,
+    force: bool = False,
+    seed: int = 0,
+    failed: Sequence[dict[str, Any]] = (),
+    rule: Rule | None = None,
 ) -> dict[str, Any]:
     """Compare arms with their base; returns what report.json holds.
 
@@ -45,7 +54,7 @@ def report(
     failed = [*failed, *broken]
     base, arms = load(good)
     problems = check(base, arms, force=force, failed=failed)
-    found = measure(base, arms, out, problems=problems, seed=seed, failed=failed)
+    found = measure(base, arms, out, problems=problems, seed=seed, failed=failed, rule=rule)
     figures = plots.draw(found)
     text = page.text(found, set(figures))
     write_json(out / "report.json", found)  # first: by it the folder is known as ours
@@ -68,7 +77,14 @@ def _require_free(out: Path) -> None:
 
 
 def measure(
-    base: Arm, arms: list[Arm], out: Path, *, problems: list[str], seed: int, failed: Sequence[dict[str, Any]] = ()
+    base: Arm,
+    arms: list[Arm],
+    out: Path,
+    *,
+    problems: list[str],
+    seed: int,
+    failed: Sequence[dict[str, Any]] = (),
+    rule: Rule | None = None,
 ) -> dict[str, Any]:
     """Everything the report states, as plain data; `out` only makes the run folders relative."""
     resamples = _resamples(base, arms)
@@ -93,6 +109,7 @@ def measure(
         "general": paths(board, "general_mean") if {"general_mean", COST} <= board.measures.keys() else {},
         "equal_gain": {axis: equal_gain(board, axis) for axis in tracks},
         "pareto": pareto(table),
+        "choice": choice(board, rule or recorded_rule(arms), [run for arm in arms for run in arm.runs], seed),
         "curves": curves(arms, board.notes),
         "config_differences": config_differences(arms),
         "budgets": budgets(arms),
@@ -104,7 +121,7 @@ def measure(
     }
     set_marks(found)
     notes = [*control_notes(arms), *interruptions(arms), *truncations(base, arms), *board.notes]
-    return found | {"headline": headline(found), "caveats": caveats(found, notes)}
+    return found | {"answer": answer(found), "headline": headline(found), "caveats": caveats(found, notes)}
 
 
 def _resamples(base: Arm, arms: list[Arm]) -> int:
