@@ -1,4 +1,4 @@
-"""The forgetting meter of a recipe, and where metrics go besides the run directory: settings and what is wrong with them."""
+"""Settings of the forgetting meter, and of where metrics go besides the run directory."""
 
 import importlib.util
 from collections.abc import Mapping

@@ -12,7 +12,7 @@ _BOUND_WORDS = {"kl": "KL to base", "task_kl": "KL to base on the task's prompts
 
 
 def answer(report: Row) -> list[str]:
-    """The first line, and what stands below it: reasons and probability; or that there is none, and what came closest."""
+    """The first line, and what stands below it: the choice and its probability, or that there is none and why."""
     found = report["choice"]
     rule = found["rule"]
     if rule is None:

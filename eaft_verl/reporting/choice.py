@@ -115,7 +115,7 @@ def _cost(board: Board, rule: Rule, arm: Arm, point: Point) -> Floats:
 
 
 def _described(board: Board, rule: Rule, candidates: Candidates, index: int) -> Row:
-    """A candidate in numbers, with the run to take: of the seeds that are allowed themselves the one that learnt most."""
+    """A candidate in numbers, with the run to take: of the seeds that are allowed the one that learnt most."""
     arm, point = candidates.names[index]
     sign = 1.0 if board.measures[rule.aim].higher_is_better else -1.0
     gain_S = sign * board.columns(rule.aim, arm, point)[0]

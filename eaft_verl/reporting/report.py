@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from eaft_verl.errors import RunError
-from eaft_verl.files import read_json, write_bytes, write_json, write_text
+from eaft_verl.files import read_json, write_bytes, write_json, write_jsonl, write_text
 from eaft_verl.recipe.choose import Rule
 from eaft_verl.reporting import page
 from eaft_verl.reporting.answer import answer
@@ -22,7 +22,9 @@ from eaft_verl.reporting.paths import COST, axes, equal_gain, paths
 from eaft_verl.reporting.provenance import environment, sample_answers
 from eaft_verl.reporting.results import columns, pareto, results, versus
 from eaft_verl.reporting.spending import budgets, cost
+from eaft_verl.reporting.token_drift import token_drift
 from eaft_verl.reporting.tokens_before import analysis
+from eaft_verl.reporting.transitions import lost_questions, question_paths, transitions
 from eaft_verl.reporting.wording import headline
 
 SCHEMA = 1
@@ -40,7 +42,8 @@ def report(
 ) -> dict[str, Any]:
     """Compare arms with their base; returns what report.json holds.
 
-    Writes OUT/report.{html,md,json} and OUT/figures/*.png, each in one move; an older report there is replaced.
+    Writes OUT/report.{html,md,json}, OUT/questions.jsonl (every question along every run) and OUT/figures/*.png, each
+    in one move; an older report there is replaced.
     Args: runs: one base run and one or more arm runs, several seeds per arm allowed. force: report on runs that are
     not comparable, with every reason in a banner. seed: of the bootstrap. failed: [{arm, seed, run, error}] that are
     not among `runs`; runs whose status is 'failed' are added to them, or compared as far as they came with `force`.
@@ -62,6 +65,7 @@ def report(
         write_bytes(out / "figures" / f"{name}.png", data)
     for stale in {path.stem for path in (out / "figures").glob("*.png")} & set(plots.NAMES) - set(figures):
         (out / "figures" / f"{stale}.png").unlink()
+    write_jsonl(out / "questions.jsonl", question_paths(base, arms))
     write_text(out / "report.md", text)
     write_text(out / "report.html", page.html(text, found["arms"], figures))
     return found
@@ -116,6 +120,9 @@ def measure(
         "cost": cost(arms),
         "sources": arms[0].runs[0].info.get("sources", {}),
         "samples": sample_answers(base, arms),
+        "transitions": transitions(base, arms),
+        "lost": lost_questions(base, arms),
+        "token_drift": token_drift(arms, seed),
         "analysis": analysis(out),
         "environment": environment(base, arms, out),
     }
