@@ -3,14 +3,16 @@
 import contextlib
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from eaft_verl.cluster.doctor import require_disk, require_machine
-from eaft_verl.data.parquet import Examples
+from eaft_verl.data.parquet import Example, Examples
 from eaft_verl.data.prepare import Prepared
 from eaft_verl.errors import Interrupted, RunError, require
+from eaft_verl.evaluation.meter_probe import meter_probe
 from eaft_verl.evaluation.model_files import check_model_files
 from eaft_verl.evaluation.settings import evaluation_key
 from eaft_verl.experiment.derive import Derived, derive
@@ -21,6 +23,7 @@ from eaft_verl.models import check_same_vocabulary, load_config, load_tokenizer,
 from eaft_verl.recipe.checks import warn_of
 from eaft_verl.recipe.config import Config, as_yaml, changed, plain
 from eaft_verl.recipe.datasets import prepare_data
+from eaft_verl.recipe.meter import meter_of
 from eaft_verl.recipe.model_fit import PACKING, check_model_fits, unpackable
 from eaft_verl.recipe.views import evaluate_settings, objective_of
 from eaft_verl.runs import Run, cause_of, is_run, run_name
@@ -63,11 +66,22 @@ def train(config: Config, declared: list[str]) -> Run:
                 run.update(status="finished", finished=time.time())
             else:
                 base = partial(base_of, config, keys, data.examples, tokenizer)
-                train_sft(config, run, data, heldout.examples if heldout else [], str(model), keys, base)
+                probe = _meter_probe(config, model, tokenizer)
+                train_sft(config, run, data, heldout.examples if heldout else [], str(model), keys, base, probe)
         except BaseException as error:
             told = _noted(error, config, run)
             raise told from None if told is not error else error.__cause__
     return run
+
+
+def _meter_probe(config: Config, model: Path | str, tokenizer: Any) -> Sequence[Example]:
+    """The texts of the arm's meter; none without one."""
+    if (meter := meter_of(config)) is None:
+        return []
+    settings, work = evaluate_settings(config), Path(config.output) / "data"
+    probe = meter_probe(settings, meter.rows, meter.new_tokens, model, tokenizer, work)
+    check_lengths(config, probe)
+    return probe
 
 
 def _noted(error: BaseException, config: Config, run: Run) -> BaseException:

@@ -52,6 +52,13 @@ def interruptions(arms: list[Arm]) -> list[str]:
         ]
         if told := changed + run.info.get("lost_metrics", []):
             lines.append(f"{run.label} was interrupted and gone on with: {'; '.join(told)}")
+        meter = run.info.get("meter") or {}
+        if meter.get("alarm") is not None:
+            then = {"stop": "which ended its training", "keep_best": "after which its best export before was kept"}
+            lines.append(
+                f"{run.label}: the forgetting meter's alarm went off after update {meter['alarm']}, "
+                f"{then.get(meter['then'], 'and training went on')}"
+            )
     return lines
 
 

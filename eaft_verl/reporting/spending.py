@@ -50,7 +50,7 @@ def budgets(arms: list[Arm]) -> Row:
     for arm in arms:
         own = _means(arm)
         mine = own.get(match)
-        verdicts = [] if match == "none" or arm.control else [item[-1] for item in _pairs(arm, reference, match)]
+        verdicts = [] if match == "none" or exempt(arm) else [item[-1] for item in _pairs(arm, reference, match)]
         rows.append(
             {
                 "arm": arm.name,
@@ -92,7 +92,7 @@ def unequal(arms: list[Arm]) -> Iterator[str]:
         return
     unit = WORDS.get(match, match)
     for arm in arms:
-        if arm.control is not None:
+        if exempt(arm):
             continue
         for run, other, mine, theirs, equal in _pairs(arm, reference, match):
             if mine is None or theirs is None:
@@ -103,6 +103,11 @@ def unequal(arms: list[Arm]) -> Iterator[str]:
                     f"({mine / theirs - 1:+.1%}), and compare.match={match} allows {TOLERANCE:.0%}; train with "
                     "`eaft compare`, which matches them, or set compare.match"
                 )
+
+
+def exempt(arm: Arm) -> bool:
+    """Whether the arm's budget is not to be that of the others: a control, or ended by its meter's alarm."""
+    return arm.control is not None or any((run.info.get("meter") or {}).get("stopped") for run in arm.runs)
 
 
 def _pairs(

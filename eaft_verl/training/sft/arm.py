@@ -18,6 +18,7 @@ from eaft_verl.training.resume import announce
 from eaft_verl.training.sft import checkpoint
 from eaft_verl.training.sft.anchor import anchor_sources, needs_second_model, reference_model
 from eaft_verl.training.sft.loss import TokenLoss
+from eaft_verl.training.sft.meter import drift_meter
 from eaft_verl.training.sft.old_policy import OldPolicy
 from eaft_verl.training.sft.self_check import self_check
 from eaft_verl.training.sft.token_pass import EmitDistribution, Infer
@@ -36,6 +37,7 @@ def train_arm(
     model: str,
     keys: dict[str, str],
     base_of: BaseOf,
+    probe: Sequence[Example],
     stop: StopRequest,
     saved: states.Saved | None,
 ) -> None:
@@ -51,7 +53,10 @@ def train_arm(
             trainer = Trainer(config, run, group, examples, heldout, model)
             trainer.beat = _leaving(stop, watch, run, steps)
             run.update(self_check=self_check(config, group, examples, model))
+            trainer.meter = drift_meter(config, trainer, probe, keys)
             objective = _complete(config, trainer, objective, keys, base_of, saved)
+            if trainer.meter is not None:
+                trainer.meter.recall()
             _say_whether_fused(config, run, objective, group)
             trainer.beat = watch.beat
             _fit(trainer, objective, stop)
@@ -74,6 +79,7 @@ def _fit(trainer: Trainer, objective: Objective, stop: StopRequest) -> None:
         workers=trainer.group.world_size,
         skipped_steps=trainer.state["skipped"],
         **trainer.plan.outcome(),
+        **({} if trainer.meter is None else {"meter": trainer.meter.outcome()}),
         memory_gib_per_worker=trainer.group.peak_memory(),
     )
 
