@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from typing import Any
 
@@ -24,6 +25,7 @@ from eaft_verl.training.sft.self_check import self_check
 from eaft_verl.training.sft.token_pass import EmitDistribution, Infer
 from eaft_verl.training.sft.trainer import Trainer, total_steps
 from eaft_verl.training.sft.workers import start_workers, stop_workers
+from eaft_verl.training.trackers import Trackers
 from eaft_verl.training.watchdog import Watchdog
 
 BaseOf = Callable[[Infer], tuple[BaseStats, float]]  # what the base says of the training data, seconds of its pass
@@ -45,12 +47,13 @@ def train_arm(
     objective = objective_of(config)
     reference = (reference_model(objective) or model) if needs_second_model(config, objective) else None
     plain = Sft(k=objective.k)  # for passes before the objective is complete
-    with Watchdog(run.path) as watch:
+    with Watchdog(run.path) as watch, closing(Trackers(config, run)) as trackers:
         steps = total_steps(config, len(examples))
         group = start_workers(config, model, steps, TokenLoss(plain), reference, watch.variables)
         try:
             _require_finite(config, group)
             trainer = Trainer(config, run, group, examples, heldout, model)
+            trainer.trackers = trackers
             trainer.beat = _leaving(stop, watch, run, steps)
             run.update(self_check=self_check(config, group, examples, model))
             trainer.meter = drift_meter(config, trainer, probe, keys)

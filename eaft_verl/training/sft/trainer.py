@@ -27,6 +27,7 @@ from eaft_verl.training.sft.old_policy import OldPolicy
 from eaft_verl.training.sft.order import PADDING, batch_indices, sequential_batches, steps_per_epoch
 from eaft_verl.training.sft.self_check import check_export
 from eaft_verl.training.sft.token_pass import metrics_of
+from eaft_verl.training.trackers import Trackers
 
 LOGGED = (
     *("loss", "nll", "token_accuracy", "entropy", "weight_mean", "weight_p10", "weight_p50", "weight_p90", "ess"),
@@ -68,6 +69,7 @@ class Trainer:
         self.old_policy: OldPolicy | None = None
         self.exported = False
         self.board: Any = None
+        self.trackers: Trackers | None = None
         self.meter: DriftMeter | None = None
         self.validated = (0, math.nan)  # step of the last pass over the held-out rows, their NLL
         self.beat: Callable[..., None] = lambda seconds=None: None  # told of every call that has come back
@@ -186,6 +188,8 @@ class Trainer:
         self.run.log(row)
         for name in row.keys() - {"split", "step", "time"}:
             self.board.add_scalar(f"{row['split']}/{name}", row[name], row["step"])
+        if self.trackers is not None:
+            self.trackers.log(row)
 
     def _batch_state(self, rows: list[int], objective: Objective) -> dict[str, float]:
         """Scalars of the global batch that the objective asks for; an extra forward pass where they must be exact."""
