@@ -1,6 +1,6 @@
 """How far an export's weights lie from the base's, and of how many directions the change is made: secondary evidence.
 
-Both folders are read tensor by tensor from their safetensors files, so that two tensors are in memory at a time. Exports
+Both folders are read tensor by tensor from their safetensors files, so that two are in memory at a time. Exports
 of LoRA arms are merged, so what is found is the adapter's product (and the rounding to the export's dtype).
 Dimension letters: M, N rows and columns of a matrix, S its singular values.
 """
@@ -18,26 +18,27 @@ from torch import Tensor
 from eaft_verl.errors import RunError
 from eaft_verl.files import read_json
 
-LARGEST = 4096  # of the smaller side of a matrix whose spectrum is computed: an 8 GB model's layers in minutes on a CPU
+LARGEST = {"cpu": 1024, "cuda": 8192}  # smaller side of a matrix whose spectrum is computed: minutes for a model
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 Row = dict[str, Any]
 
 
 @torch.inference_mode()
-def weight_change(base: Path, export: Path, *, spectra: bool = True) -> Row:
+def weight_change(base: Path, export: Path) -> Row:
     """{distance, norm, relative, layers: [{layer, relative, stable_rank, effective_rank}], missing: [names]}.
 
     distance = ||W - W0||_F over all weights that both folders hold, norm = ||W0||_F, relative = distance / norm; of a
     layer (None: embeddings, head, last norm) the same. Ranks are means over the layer's matrices that have changed,
-    weighted by the square of their change: `stable_rank` and `effective_rank` of W - W0; None without `spectra`, for
-    matrices beyond LARGEST, or where nothing changed. missing: weights that only one folder holds.
+    weighted by the square of their change: `stable_rank` and `effective_rank` of W - W0; None for matrices beyond
+    LARGEST, or where nothing changed. missing: weights that only one folder holds.
     """
     first, second = _places(base), _places(export)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     layers: dict[int | None, list[tuple[float, float, float | None, float | None]]] = {}
     for name, before, after in _pairs(first, second):
         change = after.float() - before.float()
-        squared, wide = float(change.double().square().sum()), change.ndim == 2 and min(change.shape) <= LARGEST
-        ranks = spectrum_ranks(change) if spectra and wide and squared > 0 else (None, None)
+        squared, fits = float(change.double().square().sum()), change.ndim == 2 and min(change.shape) <= LARGEST[device]
+        ranks = spectrum_ranks(change.to(device)) if fits and squared > 0 else (None, None)
         found = _LAYER.search(name)
         parts = layers.setdefault(int(found[1]) if found else None, [])
         parts.append((squared, float(before.double().square().sum()), *ranks))

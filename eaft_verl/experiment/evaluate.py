@@ -1,5 +1,6 @@
 """`eaft evaluate`: a run's checkpoints, or any model, scored by the recipe's benchmarks into a run directory."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from eaft_verl.evaluation.checkpoints import evaluate_checkpoints
 from eaft_verl.evaluation.model_files import check_model_files
 from eaft_verl.evaluation.settings import EvaluateSettings, evaluation_key
 from eaft_verl.experiment.environment import describe
+from eaft_verl.files import write_json
 from eaft_verl.models import check_model, load_tokenizer, model_key, resolve_model
 from eaft_verl.recipe.checks import check
 from eaft_verl.recipe.config import Config, as_yaml, stored_configuration
@@ -89,5 +91,19 @@ def _score(run: Run, config: Config, settings: EvaluateSettings, checkpoints: di
         except BaseException as error:
             run.update(error=f"evaluation: {cause_of(error)}")
             raise
+        if run.info["kind"] == "arm":
+            _weigh(run, config, checkpoints)
         run.update(evaluated=True, error=None)
     return run
+
+
+def _weigh(run: Run, config: Config, checkpoints: dict[int, Path | str]) -> None:
+    """eval/weights.json: how far the last export lies from the base; nothing for a base without safetensors."""
+    step, base, file = max(checkpoints), Path(resolve_model(config.model)), run.path / "eval" / "weights.json"
+    if file.exists() or not any(base.glob("*.safetensors")):
+        return
+    from eaft_verl.analysis.weight_change import weight_change
+
+    started = time.perf_counter()
+    found = weight_change(base, Path(checkpoints[step]))
+    write_json(file, {"step": step, "seconds": time.perf_counter() - started, **found})

@@ -11,7 +11,7 @@ from markdown_it import MarkdownIt
 from eaft_verl.pages import numbers
 from eaft_verl.pages.colors import palette
 from eaft_verl.pages.shell import figure, shell
-from eaft_verl.reporting import forgetting_tables, markdown, tables, wording
+from eaft_verl.reporting import forgetting_tables, markdown, tables, weights, wording
 
 Row = dict[str, Any]
 _FOLDER = Path(__file__).parent
@@ -29,7 +29,10 @@ def text(report: Row, drawn: set[str]) -> str:
         lstrip_blocks=True,
     )
     environment.globals |= (
-        vars(markdown) | vars(numbers) | vars(wording) | {"tables": tables, "forgetting": forgetting_tables}
+        vars(markdown)
+        | vars(numbers)
+        | vars(wording)
+        | {"tables": tables, "forgetting": forgetting_tables, "weights": weights}
     )
     sides = {column["side"] for column in report["columns"]}
     seeds = max(len(seeds) for seeds in report["seeds"].values())

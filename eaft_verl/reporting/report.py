@@ -25,6 +25,7 @@ from eaft_verl.reporting.spending import budgets, cost
 from eaft_verl.reporting.token_drift import token_drift
 from eaft_verl.reporting.tokens_before import analysis
 from eaft_verl.reporting.transitions import lost_questions, question_paths, transitions
+from eaft_verl.reporting.weights import weights
 from eaft_verl.reporting.wording import headline
 
 SCHEMA = 1
@@ -123,6 +124,7 @@ def measure(
         "transitions": transitions(base, arms),
         "lost": lost_questions(base, arms),
         "token_drift": token_drift(arms, seed),
+        "weights": weights(arms),
         "analysis": analysis(out),
         "environment": environment(base, arms, out),
     }
