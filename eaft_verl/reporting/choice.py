@@ -68,7 +68,8 @@ def choice(board: Board, rule: Rule | None, runs: Sequence[RunData], seed: int) 
     found |= {"probability": None, "bound_probability": None}
     if rule is None:
         return found
-    missing = [name for name in (rule.measure, rule.aim) if name not in board.measures]
+    known = [name for name in board.measures if board.has(name, board.base, board.base.end)]
+    missing = [name for name in (rule.measure, rule.aim) if name not in known]
     if missing or (rule.bound == "general" and not board.measures[rule.measure].percent):
         lacking = f"the runs have no {missing[0]}" if missing else "the general mean is not in percent"
         return found | {"unjudged": lacking}
