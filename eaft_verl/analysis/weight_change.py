@@ -44,7 +44,8 @@ def weight_change(base: Path, export: Path) -> Row:
         parts.append((squared, float(before.double().square().sum()), *ranks))
     if not layers:
         raise RunError(f"{base} and {export} have no weight in common")
-    distance, norm = (math.sqrt(sum(part[i] for parts in layers.values() for part in parts)) for i in (0, 1))
+    every = [part for parts in layers.values() for part in parts]
+    distance, norm = math.sqrt(sum(part[0] for part in every)), math.sqrt(sum(part[1] for part in every))
     ordered = sorted(layers, key=lambda layer: math.inf if layer is None else layer)
     return {
         **{"distance": distance, "norm": norm, "relative": distance / norm},
@@ -83,9 +84,8 @@ def _places(folder: Path) -> dict[str, Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         return {name: folder / file for name, file in read_json(index)["weight_map"].items()}
-    files = sorted(folder.glob("*.safetensors"))
-    found = {}
-    for file in files:
+    found: dict[str, Path] = {}
+    for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as weights:
             found |= dict.fromkeys(weights.keys(), file)
     return found
