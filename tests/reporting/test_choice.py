@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from fake_runs import STEPS, edit, make_arm, make_base
+from reporting.fake_runs import STEPS, edit, make_arm, make_base
 
 from eaft_verl.pages.statistics import jointly_over_seeds, resampled_means
 from eaft_verl.recipe.choose import Rule, rule_of

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from fake_runs import edit_samples, make_arm, make_base
+from reporting.fake_runs import edit_samples, make_arm, make_base
 from scipy.stats import binomtest
 
 from eaft_verl.reporting.collect import load
