@@ -31,6 +31,8 @@ COLLECTIVE_TIMEOUT_S = 1800  # verl waits 10 h for a rank that hangs
 class EaftWorker(TrainingWorker):
     """verl's worker. `config.extra_context`: fused_head, the reference, the seed of what is drawn with the model."""
 
+    loss_fn: Any
+
     def __init__(self, config: TrainingWorkerConfig) -> None:
         # on CPU verl's own backend string names the device twice, which torch refuses; it skips an initialised group
         backend = "gloo" if get_device_name() == "cpu" else None
