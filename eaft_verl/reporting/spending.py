@@ -40,7 +40,8 @@ def _known(rows: list[Row], name: str) -> list[float]:
 
 
 def budgets(arms: list[Arm]) -> Row:
-    """{match, to, tolerance, arms: [{arm, control, spent: {unit: mean over seeds}, generated_tokens, ratio, equal}]}.
+    """{match, to, tolerance, arms: [{arm, control, alarmed, spent: {unit: mean over seeds}, generated_tokens, ratio,
+    equal}]}. alarmed: whether its forgetting meter ended it.
 
     ratio: to the arm the others are matched to, in the matched unit; None where one is not known or nothing is matched.
     equal: whether that is within the tolerance for every seed; None where it is not judged, as for controls.
@@ -58,6 +59,7 @@ def budgets(arms: list[Arm]) -> Row:
                 "spent": {unit: own[unit] for unit in UNITS},
                 "generated_tokens": own["generated_tokens"],
                 "ratio": mine / budget if mine is not None and budget else None,
+                "alarmed": exempt(arm) and arm.control is None,
                 "equal": None if not verdicts or None in verdicts else all(verdicts),
             }
         )

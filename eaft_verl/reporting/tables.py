@@ -208,6 +208,8 @@ def _ratio(found: Row, item: Row) -> Cell:
         return Cell(DASH)
     if item["control"]:
         said = "control, exempt"
+    elif item["alarmed"]:
+        said = "ended by its meter, exempt"
     elif item["arm"] == found["to"]:
         said = "the others are matched to it"
     else:

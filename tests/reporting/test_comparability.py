@@ -251,7 +251,8 @@ def test_an_arm_that_its_meter_ended_is_exempt_from_the_budget_and_said_to_be(tm
     edit(runs[2] / "run.json", lambda info: {**info, "meter": meter})
     base, arms = load(runs)
     assert check(base, arms) == []
-    assert next(row for row in budgets(arms)["arms"] if row["arm"] == "eaft")["equal"] is None
+    row = next(row for row in budgets(arms)["arms"] if row["arm"] == "eaft")
+    assert (row["equal"], row["alarmed"]) == (None, True)
     assert interruptions(arms) == [
         "eaft seed 0: the forgetting meter's alarm went off after update 6, which ended its training"
     ]
