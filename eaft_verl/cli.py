@@ -167,6 +167,12 @@ def _export(options: argparse.Namespace) -> None:
         print("\n".join(how_to_use(run, options.step)))
 
 
+def _choose(options: argparse.Namespace) -> None:
+    from eaft_verl.experiment.choose import choose_command
+
+    print(choose_command(options.what, options.overrides, copy=options.copy))
+
+
 def _doctor(options: argparse.Namespace) -> int:
     from eaft_verl.cluster.doctor import doctor
     from eaft_verl.recipe.checks import check
@@ -228,6 +234,7 @@ VERBS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "report": _report,
     "chat": _chat,
     "export": _export,
+    "choose": _choose,
     "doctor": _doctor,
     "launch": _launch,
     "plan": _plan,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from eaft_verl.errors import RunError
 from eaft_verl.evaluation.model_files import check_model_files
 from eaft_verl.evaluation.settings import EvaluateSettings, evaluation_key
-from eaft_verl.files import computed_once, write_json
+from eaft_verl.files import write_json
 from eaft_verl.models import model_key, resolve_model
 from eaft_verl.runs import Run, step_name
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from eaft_verl.evaluation.benchmarks import Benchmark
 
 __all__ = ["EvaluateSettings", "evaluate_checkpoints", "evaluation_key"]
-FORCED = ("heldout", "drift")  # measured in forward passes over given answers
+FORCED = ("heldout", "drift", "drift_task")  # measured in forward passes over given answers
 Outcome = tuple[dict[str, Any], list[dict[str, Any]]]
 
 
@@ -39,8 +39,9 @@ class _Session:
     work: Path
     benchmarks: dict[str, "Benchmark"] = field(default_factory=dict)
     heldout: Sequence["Example"] = ()
-    probe: Sequence["Example"] = ()
-    base_logits: list["Tensor"] = field(default_factory=list)
+    probes: dict[str, tuple[Sequence["Example"], list["Tensor"]]] = field(
+        default_factory=dict
+    )  # with the base's logits
     loaded: tuple[Path | str, "PreTrainedModel", "PreTrainedTokenizerBase"] | None = None
     mark: float = field(default_factory=time.perf_counter)
 
@@ -90,7 +91,7 @@ def evaluate_checkpoints(
 ) -> None:
     """Evaluate every checkpoint that has not been, writing one record per benchmark through `run`.
 
-    `heldout` and `drift` at every step, the target tasks at the last `points` of them, the general ones at the last. A
+    `heldout` and drift at every step, the target tasks at the last `points` of them, the general ones at the last. A
     benchmark whose record exists is skipped, so a killed evaluation goes on where it stopped. The base run (kind
     'base') passes {0: base_model}; it also gets eval/noise.json, what the base differs from itself by:
     {kl, agreement, nll, accuracy: {task: {changed, n, difference}}, questions}, see `noise`.
@@ -124,7 +125,9 @@ def evaluate_checkpoints(
 
 def _names(settings: EvaluateSettings, left: int, points: int) -> list[str]:
     """Benchmarks of a checkpoint after which `left` others come."""
-    names = [name for name, wanted in (("heldout", settings.heldout), ("drift", settings.drift_settings())) if wanted]
+    drift = settings.drift_settings()
+    known = {"heldout": settings.heldout, "drift": drift, "drift_task": settings.heldout and drift and drift.task_rows}
+    names = [name for name, wanted in known.items() if wanted]
     sides = (("target", left < points), ("general", left == 0))
     return names + [entry.task for side, wanted in sides if wanted for entry in settings.entries(side)]
 
@@ -151,9 +154,9 @@ def _prepare(session: _Session, names: set[str]) -> None:
         from eaft_verl.data.prepare import load_prepared
 
         session.heldout = load_prepared(Path(str(settings.heldout))).examples[: settings.limit]
-    if "drift" in names:
-        with _named("drift", 0):
-            _prepare_drift(session)
+    for name in sorted(names & {"drift", "drift_task"}):
+        with _named(name, 0):
+            _prepare_drift(session, name)
 
 
 def _load_benchmarks(settings: EvaluateSettings, names: set[str]) -> dict[str, "Benchmark"]:
@@ -165,25 +168,24 @@ def _load_benchmarks(settings: EvaluateSettings, names: set[str]) -> dict[str, "
     return {entry.task: load_benchmark(entry) for entry in entries}
 
 
-def _prepare_drift(session: _Session) -> None:
+def _prepare_drift(session: _Session, name: str) -> None:
     """Probe and base logits; after this the base model itself is not needed any more."""
-    from eaft_verl.data.parquet import read_examples, write_examples
+    from eaft_verl.data.prepare import load_prepared
     from eaft_verl.evaluation import drift
 
     wanted = session.settings.drift_settings()
     assert wanted is not None
-    prompts = drift.prompts_of(wanted, session.settings.chat_template_kwargs)
+    if name == "drift":
+        prompts = drift.prompts_of(wanted, session.settings.chat_template_kwargs)
+    else:
+        prompts = drift.task_prompts(load_prepared(Path(str(session.settings.heldout))).examples[: wanted.task_rows])
     model, tokenizer = session.model(session.base)
     if drift.has_answers(prompts):
-        session.probe = drift.given_probe(tokenizer, prompts, wanted, session.settings.max_length)
+        probe = drift.given_probe(tokenizer, prompts, wanted, session.settings.max_length)
     else:
-        path = drift.probe_path(session.work, model_key(session.base), tokenizer, prompts, wanted.new_tokens)
-
-        def make(empty: Path) -> None:
-            write_examples(empty / path.name, drift.make_probe(model, tokenizer, prompts, wanted.new_tokens))
-
-        session.probe = read_examples(computed_once(path.with_suffix(""), path.stem, make) / path.name)
-    session.base_logits = drift.base_logits(model, session.probe, session.token_budget)
+        made = (session.work, model_key(session.base), tokenizer, prompts, wanted.new_tokens)
+        probe = drift.own_answers(*made, lambda: model)
+    session.probes[name] = probe, drift.base_logits(model, probe, session.token_budget)
 
 
 def _evaluate_step(session: _Session, step: int, path: Path | str, names: list[str]) -> None:
@@ -195,13 +197,13 @@ def _evaluate_step(session: _Session, step: int, path: Path | str, names: list[s
 
 
 def _forced(session: _Session, name: str, path: Path | str) -> Outcome:
-    """The `heldout` or the `drift` benchmark."""
+    """The `heldout` benchmark, or one of the two of drift."""
     from eaft_verl.evaluation import drift, teacher_forced
 
     if name == "heldout":
         return teacher_forced.heldout(session.model(path)[0], session.heldout, session.token_budget)
     model = None if session.of_base else session.model(path)[0]
-    return drift.drift(model, session.probe, session.base_logits, session.token_budget)
+    return drift.drift(model, *session.probes[name], session.token_budget)
 
 
 def _apart(work: Callable[..., Any], session: _Session, *arguments: Any) -> Any:
@@ -212,7 +214,7 @@ def _apart(work: Callable[..., Any], session: _Session, *arguments: Any) -> Any:
     if session.settings.backend != "vllm":
         return work(session, *arguments)
     session.free()
-    sent = replace(session, benchmarks={}, heldout=[], probe=[], base_logits=[])
+    sent = replace(session, benchmarks={}, heldout=[], probes={})
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         outcome = pool.submit(work, sent, *arguments).result()
     session.mark = time.perf_counter()  # what came before is booked over there
@@ -252,14 +254,16 @@ def _noise(session: _Session, path: Path | str) -> dict[str, Any]:
     found: dict[str, float | None] = {"kl": None, "agreement": None, "nll": None}
     model = session.model(path)[0]
     if "drift" in names:
-        known = session.run.samples(0, "drift")
-        found.update(noise.drift_noise(model, session.probe, session.base_logits, known))
+        found.update(noise.drift_noise(model, *session.probes["drift"], session.run.samples(0, "drift")))
+    task = {}
+    if "drift_task" in names:
+        task = noise.drift_noise(model, *session.probes["drift_task"], session.run.samples(0, "drift_task"))
     if "heldout" in names:
         nll = noise.heldout_noise(model, session.heldout, session.run.samples(0, "heldout"))
         found["nll"] = max(nll, found["nll"] or 0.0)
     tasks = [name for name in names if name not in FORCED]
     accuracy = _apart(_repeat, session, path, tasks) if tasks else {}
-    return {**found, "accuracy": accuracy, "questions": noise.QUESTIONS}
+    return {**found, "task": task, "accuracy": accuracy, "questions": noise.QUESTIONS}
 
 
 def _repeat(session: _Session, path: Path | str, tasks: list[str]) -> dict[str, Any]:
@@ -284,7 +288,7 @@ def _record(session: _Session, step: int, name: str, measure: Callable[[], Outco
         outcome, samples = measure()
     seconds = round(time.perf_counter() - started, 3)
     targets = {entry.task for entry in session.settings.entries("target")} | {"heldout"}
-    side = "drift" if name == "drift" else "target" if name in targets else "general"
+    side = "drift" if name.startswith("drift") else "target" if name in targets else "general"
     record = {"benchmark": name, "side": side, "step": step, "backend": backend, "seconds": seconds, **outcome}
     session.run.write_eval(step, name, record, samples)
     session.book_time()

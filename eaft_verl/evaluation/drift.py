@@ -3,7 +3,7 @@
 Dimension letters: B prompts of a batch, T answer tokens of one example, V vocabulary.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,13 +14,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from eaft_verl.data.columns import PROMPT_KEYS, RESPONSE_KEYS
 from eaft_verl.data.encode import encode, render
 from eaft_verl.data.formats import to_messages
-from eaft_verl.data.parquet import Example
+from eaft_verl.data.parquet import Example, read_examples, write_examples
 from eaft_verl.data.sources import read_rows
 from eaft_verl.data.spec import RowError
 from eaft_verl.errors import DataError
 from eaft_verl.evaluation.records import Sample, check_ids, digest
 from eaft_verl.evaluation.settings import DriftSettings
 from eaft_verl.evaluation.teacher_forced import CHUNK_TOKENS, TOKEN_BUDGET, answer_logits, labels, token_weighted
+from eaft_verl.files import computed_once
 
 PROBE_BATCH = 32
 _CONVERSATION_KEYS = ("messages", "conversations", *RESPONSE_KEYS)
@@ -53,6 +54,23 @@ def _prompt(row: dict[str, Any], given: Mapping[str, Any] | None) -> dict[str, A
     messages, extra = to_messages(row)
     kwargs = {**(given or {}), **extra.get("chat_template_kwargs", {})}
     return {"messages": messages, "tools": extra.get("tools"), "chat_template_kwargs": kwargs}
+
+
+def task_prompts(examples: Sequence[Example]) -> list[dict[str, Any]]:
+    """The prompts of prepared examples: all that stands before the last answer, in the form of `prompts_of`."""
+    return [
+        {
+            "id": example.id,
+            "messages": example.messages[: _last_answer(example.messages)],
+            "tools": example.tools,
+            "chat_template_kwargs": example.chat_template_kwargs,
+        }
+        for example in examples
+    ]
+
+
+def _last_answer(messages: list[dict[str, Any]]) -> int:
+    return max(index for index, message in enumerate(messages) if message["role"] == "assistant")
 
 
 def has_answers(prompts: list[dict[str, Any]]) -> bool:
@@ -88,6 +106,23 @@ def probe_path(
     """Where the base's answers are kept: the name is made of all they depend on, so stale answers are never found."""
     key = digest([base_key, tokenizer.chat_template, prompts, new_tokens])
     return work / f"drift-probe-{key[:16]}.parquet"
+
+
+def own_answers(
+    work: Path,
+    base_key: str,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[dict[str, Any]],
+    new_tokens: int,
+    load: Callable[[], PreTrainedModel],
+) -> Sequence[Example]:
+    """`make_probe`'s greedy answers, kept in `work`; by the model that `load` gives where they are not there yet."""
+    path = probe_path(work, base_key, tokenizer, prompts, new_tokens)
+
+    def make(empty: Path) -> None:
+        write_examples(empty / path.name, make_probe(load(), tokenizer, prompts, new_tokens))
+
+    return read_examples(computed_once(path.with_suffix(""), path.stem, make) / path.name)
 
 
 @torch.inference_mode()
@@ -189,12 +224,16 @@ def drift(
 ) -> tuple[dict[str, Any], list[Sample]]:
     """(record fields, samples): kl, agreement and nll per answer token, weighted by tokens.
 
-    model None: the base itself, compared with its own logits, so that kl is 0 and agreement 1 exactly.
+    model None: the base itself, compared with its own logits, so that kl is 0 and agreement 1 exactly. A sample's
+    `kl_T` is the KL of each of its tokens, to six digits: a mean hides whether few tokens moved far or all a little.
     """
     scores: dict[int, dict[str, float]] = {}
+    kl: dict[int, list[float]] = {}
     pairs = enumerate(base) if model is None else answer_logits(model, examples, token_budget)
     for index, logits_TV in pairs:
         labels_T = torch.tensor(labels(examples[index]), device=logits_TV.device)
         values = divergence(base[index].to(logits_TV.device), logits_TV, labels_T)
         scores[index] = {name: value_T.double().mean().item() for name, value_T in values.items()}
-    return token_weighted(examples, scores, _HIGHER_IS_BETTER)
+        kl[index] = [float(f"{value:.6g}") for value in values["kl"].tolist()]
+    record, samples = token_weighted(examples, scores, _HIGHER_IS_BETTER)
+    return record, [{**sample, "kl_T": kl[index]} for index, sample in enumerate(samples)]

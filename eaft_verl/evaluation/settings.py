@@ -19,11 +19,15 @@ HF_ARGUMENTS = ("dtype", "attn_implementation", "batch_size", "device", "token_b
 
 @dataclass(frozen=True)
 class DriftSettings:
-    """Drift from the base model: on its own greedy answers to prompts, or on given answers if the rows have them."""
+    """Drift from the base model: on its own greedy answers to prompts, or on given answers if the rows have them.
+
+    task_rows: so many prompts of the held-out data, the task's own, whose answers the base writes too; 0: none.
+    """
 
     data: str = "generate:neutral_prompts"
     rows: int = 48
     new_tokens: int = 48  # answer tokens per prompt at most
+    task_rows: int = 32
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,8 @@ class EvaluateSettings:
             raise ConfigError(f"evaluate.drift is {self.drift!r}; allowed: a mapping with {', '.join(known)}")
         for name in ("rows", "new_tokens"):
             _positive(getattr(self.drift_settings(), name), f"evaluate.drift.{name}", optional=False)
+        if (rows := self.drift.get("task_rows")) != 0:
+            _positive(rows, "evaluate.drift.task_rows", optional="task_rows" not in self.drift)
 
     def _check_backend(self) -> None:
         if self.backend not in BACKENDS:
@@ -125,7 +131,7 @@ def evaluation_key(settings: EvaluateSettings) -> str:
         "entries": {side: [_entry_key(entry) for entry in settings.entries(side)] for side in ("target", "general")},
         "sources": [_source_key(source) for source in sources],
         "heldout": _source_key(settings.heldout),
-        "drift": drift and {"rows": drift.rows, "new_tokens": drift.new_tokens, "data": _source_key(drift.data)},
+        "drift": drift and {**vars(drift), "data": _source_key(drift.data)},
         "limit": settings.limit,
         "backend": settings.backend,
         "backend_args": dict(settings.backend_args),

@@ -13,7 +13,7 @@ from eaft_verl.data.sources import at_hand, names_file
 from eaft_verl.errors import ConfigError
 
 TASK_FILES = Path(__file__).with_name("task_files")
-RESERVED = {"heldout": "evaluate.heldout", "drift": "evaluate.drift"}
+RESERVED = {"heldout": "evaluate.heldout", "drift": "evaluate.drift", "drift_task": "evaluate.drift"}
 _HARNESS_NAME = re.compile(r"^[A-Za-z0-9_.-]+$")
 _ENTRY_KEYS = ("task", "data", "limit", "metric")
 _CLOSE = 0.8  # no built-in task is this close to one of ours, so such a name is a slip of the pen

@@ -27,6 +27,7 @@ def parser() -> argparse.ArgumentParser:
     _add_report(verbs)
     _add_chat(verbs)
     _add_export(verbs)
+    _add_choose(verbs)
     _add_doctor(verbs)
     _add_launch(verbs)
     _add_plan(verbs)
@@ -128,6 +129,13 @@ def _add_export(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument("--out", type=Path, metavar="FOLDER", help="copy it there, with a model card")
     verb.add_argument("--push", metavar="ORG/NAME", help="upload it to this repository, private unless it exists")
     verb.add_argument("--public", action="store_true", help="with --push: make a new repository public")
+
+
+def _add_choose(verbs: argparse._SubParsersAction) -> None:
+    verb = verbs.add_parser("choose", help="link the checkpoint that the recipe's rule chose as OUTPUT/chosen")
+    verb.add_argument("what", metavar="RECIPE|FOLDER", help="a recipe, or the output folder of one, with its report")
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change, e.g. output=runs/mine")
+    verb.add_argument("--copy", action="store_true", help="copy the files instead of linking to them")
 
 
 def _add_doctor(verbs: argparse._SubParsersAction) -> None:

@@ -22,6 +22,7 @@ from eaft_verl.experiment.use import how_to_use
 from eaft_verl.planning.machine import gpus_here
 from eaft_verl.recipe.chains import needed_arms
 from eaft_verl.recipe.checks import check, pending, warn, warn_of
+from eaft_verl.recipe.choose import Rule, rule_of
 from eaft_verl.recipe.config import Config, plain
 from eaft_verl.recipe.model_fit import notes_at_hand
 from eaft_verl.recipe.resolve import Recipe, load_recipe, resolve
@@ -80,16 +81,16 @@ def compare(
     lost = {row["run"] for row in failed}
     finished = [pair[0].run for pair in stages if pair[0].run.name not in lost]
     if finished:
-        _report(base.run, finished, failed, time.monotonic() - started)
+        _report(base.run, finished, failed, rule_of(configs[0].choose), time.monotonic() - started)
     for row in failed:
         print(f"failed: {row['run']}: {row['error']}; run the same command again to go on", file=sys.stderr)
     return 1 if failed else 0
 
 
-def _report(base: Path, finished: list[Path], failed: list[dict[str, Any]], seconds: float) -> None:
+def _report(base: Path, finished: list[Path], failed: list[dict[str, Any]], rule: Rule | None, seconds: float) -> None:
     """Write the report; print its numbers, its path and how the last model is used."""
     out = place_of(base.parent, finished)
-    found = report([base, *finished], out, failed=failed)
+    found = report([base, *finished], out, failed=failed, rule=rule)
     print("\n".join([*summary(found), f"report: {out / 'report.html'} ({seconds:.0f} s in all)"]), flush=True)
     with contextlib.suppress(RunError):  # its exports have been removed since
         print("\n".join(how_to_use(Run(finished[-1]))), flush=True)

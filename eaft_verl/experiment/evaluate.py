@@ -1,6 +1,7 @@
 """`eaft evaluate`: a run's checkpoints, or any model, scored by the recipe's benchmarks into a run directory."""
 
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from eaft_verl.evaluation.settings import EvaluateSettings, evaluation_key
 from eaft_verl.experiment.arguments import DEFAULT_RECIPE
 from eaft_verl.experiment.environment import describe, note_change
 from eaft_verl.experiment.same_inputs import Again
+from eaft_verl.files import write_json
 from eaft_verl.models import check_model, check_same_vocabulary, load_tokenizer, model_key, resolve_model
 from eaft_verl.recipe.checks import check
 from eaft_verl.recipe.config import Config, as_yaml, stored_configuration
@@ -69,7 +71,7 @@ def _evaluate_run(run: Run) -> Run:
 
 
 def evaluate_model(what: str, config: Config, out: Path | None, again: Again | None = None) -> Run:
-    """The run of a model that is not trained here, in `out` (None: a folder of its own), evaluated; what is there is kept.
+    """The run of a model that is not trained here, in `out` (None: its own folder), evaluated; what is there is kept.
 
     again: the run whose configuration this is; RunError where its model or evaluation are not these.
     """
@@ -119,5 +121,19 @@ def _score(run: Run, config: Config, settings: EvaluateSettings, checkpoints: di
         except BaseException as error:
             run.update(error=f"evaluation: {cause_of(error)}")
             raise
+        if run.info["kind"] == "arm":
+            _weigh(run, config, checkpoints)
         run.update(evaluated=True, error=None)
     return run
+
+
+def _weigh(run: Run, config: Config, checkpoints: dict[int, Path | str]) -> None:
+    """eval/weights.json: how far the last export lies from the base; nothing for a base without safetensors."""
+    step, base, file = max(checkpoints), Path(resolve_model(config.model)), run.path / "eval" / "weights.json"
+    if file.exists() or not any(base.glob("*.safetensors")):
+        return
+    from eaft_verl.analysis.weight_change import weight_change
+
+    started = time.perf_counter()
+    found = weight_change(base, Path(checkpoints[step]))
+    write_json(file, {"step": step, "seconds": time.perf_counter() - started, **found})

@@ -123,7 +123,7 @@ def _require_the_same(
 
 
 def _require_before(run: Run, config: Config) -> None:
-    """RunError naming the run that this one starts from or is an average of, unless it has been reproduced beside it."""
+    """RunError naming the run that this one starts from or is made of, unless it has been reproduced beside it."""
     average = config.average or {}
     for arm in (config.start and config.start.arm, average.get("of"), average.get("with")):
         name = run_name(arm, config.seed) if arm and arm != BASE else ""

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from eaft_verl.cluster.doctor import require_disk, require_machine
-from eaft_verl.data.parquet import Examples
+from eaft_verl.data.parquet import Example, Examples
 from eaft_verl.data.prepare import Prepared
 from eaft_verl.errors import Interrupted, RunError, require
+from eaft_verl.evaluation.meter_probe import meter_probe
 from eaft_verl.evaluation.model_files import check_model_files
 from eaft_verl.evaluation.settings import evaluation_key
 from eaft_verl.experiment.chain import Checkpoint, averaged_of, chain_keys, start_of
@@ -24,6 +25,7 @@ from eaft_verl.models import check_same_vocabulary, load_config, load_tokenizer,
 from eaft_verl.recipe.checks import warn_of
 from eaft_verl.recipe.config import Config, as_yaml, changed, plain
 from eaft_verl.recipe.datasets import prepare_data
+from eaft_verl.recipe.meter import meter_of
 from eaft_verl.recipe.model_fit import PACKING, check_model_fits, unpackable
 from eaft_verl.recipe.views import anchor_reference, evaluate_settings, objective_of
 from eaft_verl.runs import Run, cause_of, is_run, run_name
@@ -99,8 +101,19 @@ def _work(
         base = partial(base_of, config, keys, data.examples, tokenizer)
         if start and "base" in objective_of(config).needs:
             store_base(config, keys, data.examples, tokenizer, base_model)
-        return train_sft(config, run, data, heldout.examples if heldout else [], model, keys, base)
+        probe = _meter_probe(config, base_model, tokenizer)
+        return train_sft(config, run, data, heldout.examples if heldout else [], model, keys, base, probe)
     run.update(status="finished", finished=time.time())
+
+
+def _meter_probe(config: Config, model: str, tokenizer: Any) -> Sequence[Example]:
+    """The texts of the arm's meter; none without one."""
+    if (meter := meter_of(config)) is None:
+        return []
+    settings, work = evaluate_settings(config), Path(config.output) / "data"
+    probe = meter_probe(settings, meter.rows, meter.new_tokens, model, tokenizer, work)
+    check_lengths(config, probe)
+    return probe
 
 
 def _noted(error: BaseException, config: Config, run: Run) -> BaseException:

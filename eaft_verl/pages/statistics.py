@@ -96,6 +96,75 @@ def over_seeds(scores_S: Floats, draws_RS: Floats) -> Floats:
     return scores_S.mean() + scale * (center_R - center_R.mean()) + np.sqrt(seeds) * student_R
 
 
+def jointly_over_seeds(values_RSM: Floats, rng: np.random.Generator) -> Floats:
+    """[R, M] means over seeds of M scores of one arm: as measured, then for new draws of examples and of seeds.
+
+    values_RSM: as measured, then resampled over examples; the M columns share those draws and the seeds, so what they
+    have in common stays. Each is scaled and widened as in `over_seeds`; the seeds' part of all of them is
+    sum_s z[s] (y[s] - mean y) / sqrt(S (S - 1)) with z standard normal, times sqrt((S - 1) / chi2(S - 1)): every column
+    by itself is Student's t with S - 1 degrees of freedom. One seed: over examples only.
+    """
+    resamples, seeds, columns = values_RSM.shape
+    found_RM = values_RSM.mean(axis=1)
+    if seeds == 1:
+        return found_RM
+    scores_SM, draws_RM = values_RSM[0], found_RM[1:]
+    center_M = draws_RM.mean(axis=0)
+    for column in range(columns):
+        examples, _ = variance_parts(scores_SM[:, column], values_RSM[1:, :, column])
+        spread = draws_RM[:, column].std(ddof=1)
+        if np.ptp(scores_SM[:, column]) >= _NOISE and spread > 0:
+            draws_RM[:, column] = center_M[column] + np.sqrt(examples) / spread * (
+                draws_RM[:, column] - center_M[column]
+            )
+    apart_SM = scores_SM - scores_SM.mean(axis=0)
+    student_R = np.sqrt((seeds - 1) / rng.chisquare(seeds - 1, resamples - 1))
+    normal_RS = rng.standard_normal((resamples - 1, seeds)) * student_R[:, None]
+    draws_RM += normal_RS @ apart_SM / math.sqrt(seeds * (seeds - 1))
+    return found_RM
+
+
+def sign_flip_p(differences: Sequence[int]) -> float:
+    """Exact two-sided p-value of whole-number differences against a distribution symmetric about zero.
+
+    P(|sum_i s[i] d[i]| >= |sum_i d[i]|) with every sign s[i] = -1 or 1 equally likely, by convolution. For differences
+    of -1, 0 and 1, right or wrong answers to the same questions, it is McNemar's exact test: two-sided binomial with
+    p = 1/2 over the questions that changed (McNemar 1947, Psychometrika 12:153). 1 where none changed.
+    """
+    changed = [abs(value) for value in differences if value]
+    chance = np.ones(1)  # of sums from -total to total, in steps of one
+    for size in changed:
+        chance = 0.5 * (np.pad(chance, (2 * size, 0)) + np.pad(chance, (0, 2 * size)))
+    total, seen = sum(changed), abs(sum(differences))
+    return float(min(1.0, chance[np.abs(np.arange(-total, total + 1)) >= seen].sum()))
+
+
+def clustered_quantiles(
+    values_T: Floats, example_T: NDArray[np.int64], points: Sequence[float], resamples: int, rng: np.random.Generator
+) -> Floats:
+    """[1 + R, points] quantiles over tokens, and those of R resamples of the N examples that they belong to.
+
+    A quantile is the smallest value that at least the share `point` of the tokens does not exceed. Tokens of an example
+    are not independent, so whole examples are drawn, with replacement. Percentile intervals of 40 examples cover the
+    median in about 95 of 100 cases, the 95th percentile in about 88 (simulated in tests).
+    """
+    order = np.argsort(values_T, kind="stable")
+    sorted_T, owner_T = values_T[order], example_T[order]
+    number = int(example_T.max()) + 1
+    found = np.empty((resamples + 1, len(points)))
+    block = max(1, _DRAWS_IN_MEMORY // len(values_T))
+    for start in range(0, resamples + 1, block):
+        size = min(block, resamples + 1 - start)
+        counts = rng.multinomial(number, np.full(number, 1 / number), size=size)
+        if start == 0:
+            counts[0] = 1
+        below = np.cumsum(counts[:, owner_T], axis=1)
+        wanted = np.ceil(np.asarray(points) * below[:, -1:] - 1e-9)  # 0.95 * 100 is 94.99999999999999
+        for row in range(size):
+            found[start + row] = sorted_T[np.searchsorted(below[row], np.maximum(wanted[row], 1))]
+    return found
+
+
 def seeds_interval(scores_S: Floats, draws_RS: Floats, tolerated: float = 0.0) -> Interval:
     """The mean over seeds of paired scores or differences, with its interval over examples and seeds.
 

@@ -16,13 +16,15 @@ from eaft_verl.objectives import TOPK_KIND
 from eaft_verl.recipe.checks_chains import check_chains
 from eaft_verl.recipe.checks_grpo import check_grpo
 from eaft_verl.recipe.checks_values import check_every_value, check_optimizer
+from eaft_verl.recipe.choose import check_rule
 from eaft_verl.recipe.config import Config, plain
+from eaft_verl.recipe.meter import absent_trackers, check_meter
 from eaft_verl.recipe.rehearsal import rehearse
 from eaft_verl.recipe.views import data_spec, evaluate_settings, key_of, objective_of, source_of, world_size
 
-TRAINERS = ("sft", "grpo")
+TRAINERS, SCHEDULES = ("sft", "grpo"), ("constant", "cosine")
 PRECISIONS = ("fp32", "bf16", "fp16", "float32", "bfloat16", "float16")
-SCHEDULES = ("constant", "cosine")
+OFFLOADS = ("param_offload", "optimizer_offload", "offload_policy")
 RESUME = ("fallback", "strict", "changed", "restart")
 
 
@@ -49,6 +51,8 @@ def check(config: Config, *, elsewhere: bool = False, dry_run: bool = False, tra
     _check_matching(config)
     _check_batch(config)
     _check_evaluation(config, trains)
+    check_rule(config)
+    check_meter(config)
     if config.trainer == "grpo":
         check_grpo(config)
     if not (elsewhere and Path(config.model).is_absolute()):
@@ -99,7 +103,8 @@ def pending(config: Config, *, elsewhere: bool = False, contents: bool = False) 
     if drift := settings.drift_settings():
         sources.append(("evaluate.drift.data", str(drift.data)))
     missing = [_absent_source(key, source, elsewhere, contents) for key, source in sources]
-    missing += [] if elsewhere else [absent_package(config.reward.grader)]
+    if not elsewhere:
+        missing += [absent_package(config.reward.grader), *absent_trackers(config)]
     found = [*filter(None, missing), *settings.absent(elsewhere=elsewhere)]
     return found or (rehearse(config) if contents else [])
 
@@ -171,13 +176,9 @@ def _check_attention(config: Config) -> None:
             f"{attention!r} trains on wrong logits without a word; it needs flash_attention_2 and use_remove_padding",
         )
     if config.device == "cpu":
-        offloads = {
-            "param_offload": engine.param_offload,
-            "optimizer_offload": engine.optimizer_offload,
-            "offload_policy": engine.offload_policy,
-        }
-        bad = [name for name, chosen in offloads.items() if chosen]
-        require(not bad, f"verl.engine.{bad[0] if bad else ''}=true has nothing to offload to on device=cpu")
+        chosen = (engine.param_offload, engine.optimizer_offload, engine.offload_policy)
+        bad = [name for name, on in zip(OFFLOADS, chosen, strict=True) if on] or [""]
+        require(not bad[0], f"verl.engine.{bad[0]}=true has nothing to offload to on device=cpu")
         require(
             attention != "flash_attention_2" and not model.use_liger,
             "flash_attention_2 and liger need a GPU; on device=cpu use attn_implementation sdpa or eager",

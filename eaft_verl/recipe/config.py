@@ -217,6 +217,9 @@ class Config:
     data: Data
     reward: Reward
     evaluate: Evaluate
+    choose: Any
+    meter: Any
+    trackers: list[str]
     verl: Verl
 
 

@@ -29,6 +29,8 @@ OURS_INSTEAD = {
 OPEN_KEYS = frozenset(  # dictionaries whose keys somebody else defines
     (
         "objective",
+        "choose",
+        "meter",
         "data.columns",
         "data.chat_template_kwargs",
         "evaluate.drift",

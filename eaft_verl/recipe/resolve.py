@@ -69,8 +69,9 @@ def load_recipe(path: Path | str) -> Recipe:
     name = tree.get("name") or path.stem
     for label in (name, *arms):
         _check_name(label)
-    if bad := [name for name, arm in arms.items() if "compare" in arm]:
-        raise ConfigError(f"{path}: arms.{bad[0]} sets compare, which holds for all arms; move it to the shared part")
+    for key in ("compare", "choose"):
+        if bad := [name for name, arm in arms.items() if key in arm]:
+            raise ConfigError(f"{path}: arms.{bad[0]} sets {key}, which holds for all arms; move it to the shared part")
     if "base" in arms:
         raise ConfigError("an arm cannot be called 'base': that is the untrained model, which is always evaluated")
     return Recipe(path, name, tree, arms)
@@ -93,7 +94,7 @@ def resolve(recipe: Recipe, arm: str, overrides: Iterable[str] = ()) -> Config:
     for where, layer in layers:
         _merge(tree, layer, where, pristine)
     if trainer == "grpo":
-        tree["objective"] = tree["fused_head"] = None
+        tree["objective"] = tree["fused_head"] = tree["meter"] = None
     tree["name"] = tree["name"] or recipe.name
     _check_name(tree["name"])
     tree["output"] = str(Path(tree["output"] or Path("runs") / tree["name"]).expanduser().absolute())
@@ -176,6 +177,8 @@ def _trainer(layers: list[tuple[str, dict[str, Any]]]) -> str:
         for key in ("objective", "fused_head"):
             if trainer == "grpo" and key in layer:
                 raise ConfigError(f"{where}: {key} has no effect with trainer: grpo, whose loss is verl's; remove it")
+        if trainer == "grpo" and layer.get("meter") is not None:
+            raise ConfigError(f"{where}: meter has no effect with trainer: grpo, which cannot read it; remove it")
     return trainer
 
 

@@ -21,7 +21,13 @@ def caveats(report: dict[str, Any], notes: list[str]) -> list[str]:
         lines.append(f"the arms were trained for different numbers of updates: {counts}")
     if report["lost_seeds"]:
         lines.append(f"the arms do not have the same seeds: {'; '.join(report['lost_seeds'])}")
-    lines.append("end points are the last step of each run; no checkpoint was chosen by its scores")
+    chosen = report["choice"]["chosen"]
+    ends = (
+        "no checkpoint was chosen by its scores" if chosen is None else "the first line's choice is the one exception"
+    )
+    lines.append(f"end points are the last step of each run; {ends}")
+    if chosen is not None:
+        lines.append("the chosen checkpoint was the best of several by this score, so its score flatters it a little")
     return lines + list(dict.fromkeys(notes))
 
 
@@ -47,6 +53,13 @@ def interruptions(arms: list[Arm]) -> list[str]:
         ]
         if told := changed + run.info.get("lost_metrics", []):
             lines.append(f"{run.label} was interrupted and gone on with: {'; '.join(told)}")
+        meter = run.info.get("meter") or {}
+        if meter.get("alarm") is not None:
+            then = {"stop": "which ended its training", "keep_best": "after which its best export before was kept"}
+            lines.append(
+                f"{run.label}: the forgetting meter's alarm went off after update {meter['alarm']}, "
+                f"{then.get(meter['then'], 'and training went on')}"
+            )
     return lines
 
 

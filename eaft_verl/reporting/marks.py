@@ -10,7 +10,12 @@ from eaft_verl.reporting.collect import Arm
 
 Row = dict[str, Any]
 MIN_SEEDS = 3  # below it nothing between arms is claimed: two runs say too little of the chance of training
-ONE_WAY = ("drift.kl", "drift.agreement")  # the base is their best value, so every arm is 'worse' than it
+ONE_WAY = (
+    "drift.kl",
+    "drift.agreement",
+    "drift_task.kl",
+    "drift_task.agreement",
+)  # the base is their best value, so every arm is 'worse' than it
 PARTS = {"kl", "agreement", "nll", "accuracy"}
 
 
@@ -39,6 +44,8 @@ def with_floors(columns: list[Row], noise: Row | None) -> list[Row]:
     if noise is not None:
         off = {"drift.kl": (noise["kl"], 0.0), "drift.agreement": (noise["agreement"], 1.0)}
         off |= {"drift.nll": (noise["nll"], 0.0), "heldout": (noise["nll"], 0.0)}
+        if task := noise.get("task"):  # runs of earlier versions have none
+            off |= {"drift_task.kl": (task["kl"], 0.0), "drift_task.agreement": (task["agreement"], 1.0)}
         found = {name: abs(size - exact) for name, (size, exact) in off.items() if size is not None}
         shares = {column["id"] for column in columns if column["percent"]}
         for name, row in noise["accuracy"].items():

@@ -72,10 +72,10 @@ class Board:
 
         Differences of two arms are over the seeds that both have, at least one; the base has no seeds.
         """
-        columns = self._columns(name, arm, point, other)
+        columns = self.columns(name, arm, point, other)
         return seeds_interval(columns[0], columns[1:])
 
-    def _columns(self, name: str, arm: Arm, point: Point, other: Arm | None = None) -> Floats:
+    def columns(self, name: str, arm: Arm, point: Point, other: Arm | None = None) -> Floats:
         """[1 + R, S] scores or differences of every seed, and their resamples."""
         own = self._by_seed(name, arm, point)
         if other is None:
@@ -93,7 +93,7 @@ class Board:
         first, *others = _keys(arm, point)
         if not others and (known := self.measures[name].stderrs.get(first)) is not None:
             return known
-        columns = self._columns(name, arm, point)
+        columns = self.columns(name, arm, point)
         spread = math.sqrt(sum(variance_parts(columns[0], columns[1:])))
         return spread if math.isfinite(spread) else None
 
@@ -135,7 +135,7 @@ def _benchmark(name: str, runs: list[RunData], resamples: int, seed: int, notes:
     drift = first["side"] == "drift"
     rows = [run.samples(step, name) for run, step, _ in entries]
     ids = sorted(set.intersection(*(set(found) for found in rows)))
-    for metric in DRIFT_METRICS if drift else (first["metric"],):
+    for metric in (DRIFT_METRICS if name == "drift" else DRIFT_METRICS[:2]) if drift else (first["metric"],):
         entered = [entry for entry in entries if metric in entry[2]["metrics"]]
         if len(entered) < len(entries) or not entries:
             notes.append(f"{name}: some evaluations lack the metric {metric}; it is left out")

@@ -11,7 +11,7 @@ from markdown_it import MarkdownIt
 from eaft_verl.pages import numbers
 from eaft_verl.pages.colors import palette
 from eaft_verl.pages.shell import figure, shell
-from eaft_verl.reporting import markdown, paper, tables, wording
+from eaft_verl.reporting import forgetting_tables, markdown, paper, tables, weights, wording
 
 Row = dict[str, Any]
 _FOLDER = Path(__file__).parent
@@ -28,7 +28,8 @@ def text(report: Row, drawn: set[str]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= vars(markdown) | vars(numbers) | vars(wording) | {"tables": tables, "paper": paper}
+    rooms = {"tables": tables, "paper": paper, "forgetting": forgetting_tables, "weights": weights}
+    environment.globals |= vars(markdown) | vars(numbers) | vars(wording) | rooms
     sides = {column["side"] for column in report["columns"]}
     seeds = max(len(seeds) for seeds in report["seeds"].values())
     found = environment.get_template("report.md.j2").render(report=report, drawn=drawn, sides=sides, seeds=seeds)

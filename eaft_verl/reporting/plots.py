@@ -134,7 +134,7 @@ def _path(report: Row, axis: str) -> Figure:
     """Every arm as a path from the base: target learning to the right, forgetting upwards."""
     colors, column = palette(report["arms"]), _column(report, axis)
     figure, axes = canvas(6.4, 4.9)
-    labels, taken = [], []
+    labels, taken = [], _decision(axes, report, axis)
     for arm, points in report["paths"][axis].items():
         color, shape = colors[arm], marker(report["arms"].index(arm))
         line = [(point["x"] * _scale(column), point["kl"]) for point in points]
@@ -147,8 +147,9 @@ def _path(report: Row, axis: str) -> Figure:
         steps = [f"{point['step']:,.10g}" for point in points]
         labels += [Label(*spot, step, color) for spot, step in zip(line[1:-1], steps[1:-1], strict=True)]
         labels.append(Label(*line[-1], f"{arm_name(arm)} {steps[-1]}", color, 10.5, "bold"))
-    axes.plot(*taken[0][0], "o", color=colors["base"], markersize=8, zorder=5)
-    labels.insert(0, Label(*taken[0][0], "base", colors["base"], 10.5, "bold"))
+    start = line[0]
+    axes.plot(*start, "o", color=colors["base"], markersize=8, zorder=5)
+    labels.insert(0, Label(*start, "base", colors["base"], 10.5, "bold"))
     axes.margins(0.09)
     axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
     if not column["higher_is_better"]:
@@ -158,6 +159,20 @@ def _path(report: Row, axis: str) -> Figure:
     axes.set_xlabel(f"{column['name']}{unit}  ({arrow})")
     axes.set_ylabel("KL to base, nats per token  (forgetting \u2192)")
     return _labelled(figure, axes, labels, taken)
+
+
+def _decision(axes: Axes, report: Row, axis: str) -> list[list[Point]]:
+    """A dashed line at the rule's bound on KL, a ring around what it chose; returns the lines they take up."""
+    found = report["choice"]
+    if found["rule"] and found["rule"]["bound"] == "kl":
+        axes.axhline(found["rule"]["limit"], color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    if (chosen := found["chosen"]) is None:
+        return []
+    points = [p for p in report["paths"][axis].get(chosen["arm"], []) if p["step"] == chosen["step"]]
+    spots = [(point["x"] * _scale(_column(report, axis)), point["kl"]) for point in points]
+    for spot in spots:
+        axes.plot(*spot, "o", markersize=17, markerfacecolor="none", markeredgecolor=INK, markeredgewidth=2)
+    return [[spot, spot] for spot in spots]
 
 
 def _general(report: Row, across: str) -> Figure:

@@ -5,11 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from eaft_verl.errors import RunError
-from eaft_verl.files import read_json, write_bytes, write_json, write_text
+from eaft_verl.files import read_json, write_bytes, write_json, write_jsonl, write_text
+from eaft_verl.recipe.choose import Rule
 from eaft_verl.reporting import page
+from eaft_verl.reporting.answer import answer
 from eaft_verl.reporting.answers import held_out_answers
 from eaft_verl.reporting.caveats import caveats, interruptions, truncations
 from eaft_verl.reporting.chains import chain_notes
+from eaft_verl.reporting.choice import choice, recorded_rule
 from eaft_verl.reporting.collect import Arm, load
 from eaft_verl.reporting.comparability import check, config_differences
 from eaft_verl.reporting.controls import control_notes, controls
@@ -22,7 +25,10 @@ from eaft_verl.reporting.paths import COST, axes, equal_gain, paths
 from eaft_verl.reporting.provenance import environment, sample_answers
 from eaft_verl.reporting.results import columns, pareto, results, versus
 from eaft_verl.reporting.spending import budgets, cost
+from eaft_verl.reporting.token_drift import token_drift
 from eaft_verl.reporting.tokens_before import analysis
+from eaft_verl.reporting.transitions import lost_questions, question_paths, transitions
+from eaft_verl.reporting.weights import weights
 from eaft_verl.reporting.wording import headline
 
 SCHEMA = 1
@@ -37,10 +43,12 @@ def report(
     seed: int = 0,
     failed: Sequence[dict[str, Any]] = (),
     paper: str | None = None,
+    rule: Rule | None = None,
 ) -> dict[str, Any]:
     """Compare arms with their base; returns what report.json holds.
 
-    Writes OUT/report.{html,md,json} and OUT/figures/*.png, each in one move; an older report there is replaced.
+    Writes OUT/report.{html,md,json}, OUT/questions.jsonl (every question along every run) and OUT/figures/*.png, each
+    in one move; an older report there is replaced.
     Args: runs: one base run and one or more arm runs, several seeds per arm allowed. force: report on runs that are
     not comparable, with every reason in a banner. seed: of the bootstrap. failed: [{arm, seed, run, error}] that are
     not among `runs`; runs whose status is 'failed' are added to them, or compared as far as they came with `force`.
@@ -57,7 +65,7 @@ def report(
     failed = [*failed, *broken]
     base, arms = load(good)
     problems = check(base, arms, force=force, failed=failed)
-    found = measure(base, arms, out, problems=problems, seed=seed, failed=failed)
+    found = measure(base, arms, out, problems=problems, seed=seed, failed=failed, rule=rule)
     found["paper"] = beside(found, paper) if paper else None
     figures = plots.draw(found)
     text = page.text(found, set(figures))
@@ -66,6 +74,7 @@ def report(
         write_bytes(out / "figures" / f"{name}.png", data)
     for stale in {path.stem for path in (out / "figures").glob("*.png")} & set(plots.NAMES) - set(figures):
         (out / "figures" / f"{stale}.png").unlink()
+    write_jsonl(out / "questions.jsonl", question_paths(base, arms))
     write_text(out / "report.md", text)
     write_text(out / "report.html", page.html(text, found["arms"], figures))
     return found
@@ -81,7 +90,14 @@ def _require_free(out: Path) -> None:
 
 
 def measure(
-    base: Arm, arms: list[Arm], out: Path, *, problems: list[str], seed: int, failed: Sequence[dict[str, Any]] = ()
+    base: Arm,
+    arms: list[Arm],
+    out: Path,
+    *,
+    problems: list[str],
+    seed: int,
+    failed: Sequence[dict[str, Any]] = (),
+    rule: Rule | None = None,
 ) -> dict[str, Any]:
     """Everything the report states, as plain data; `out` only makes the run folders relative."""
     resamples = _resamples(base, arms)
@@ -106,6 +122,7 @@ def measure(
         "general": paths(board, "general_mean") if {"general_mean", COST} <= board.measures.keys() else {},
         "equal_gain": {axis: equal_gain(board, axis) for axis in tracks},
         "pareto": pareto(table),
+        "choice": choice(board, rule or recorded_rule(arms), [run for arm in arms for run in arm.runs], seed),
         "curves": curves(arms, board.notes),
         "config_differences": config_differences(arms),
         "budgets": budgets(arms),
@@ -113,12 +130,16 @@ def measure(
         "sources": arms[0].runs[0].info.get("sources", {}),
         "answers": held_out_answers(base, arms),
         "samples": sample_answers(base, arms),
+        "transitions": transitions(base, arms),
+        "lost": lost_questions(base, arms),
+        "token_drift": token_drift(arms, seed),
+        "weights": weights(arms),
         "analysis": analysis(out),
         "environment": environment(base, arms, out),
     }
     set_marks(found)
     notes = [*chain_notes(arms), *control_notes(arms), *interruptions(arms), *truncations(base, arms), *board.notes]
-    return found | {"headline": headline(found), "caveats": caveats(found, notes)}
+    return found | {"answer": answer(found), "headline": headline(found), "caveats": caveats(found, notes)}
 
 
 def _resamples(base: Arm, arms: list[Arm]) -> int:

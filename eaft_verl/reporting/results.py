@@ -13,12 +13,16 @@ NAMES = {
     "drift.kl": "KL to base",
     "drift.agreement": "Agreement",
     "drift.nll": "General NLL",
+    "drift_task.kl": "KL, task prompts",
+    "drift_task.agreement": "Agreement, task prompts",
     "heldout": "Held-out NLL",
 }
 DESCRIBED = {
     "drift.kl": "nats per token",
     "drift.agreement": "% of tokens",
     "drift.nll": "nats per token",
+    "drift_task.kl": "nats per token",
+    "drift_task.agreement": "% of tokens",
     "heldout": "nats per token",
 }
 

@@ -41,8 +41,8 @@ def _known(rows: list[Row], name: str) -> list[float]:
 
 
 def budgets(arms: list[Arm]) -> Row:
-    """{match, to, tolerance, arms: [{arm, control, average, before, spent: {unit: mean over seeds}, generated_tokens,
-    ratio, equal}]}.
+    """{match, to, tolerance, arms: [{arm, control, average, before, alarmed, spent: {unit: mean over seeds},
+    generated_tokens, ratio, equal}]}. alarmed: whether its forgetting meter ended it.
 
     before: {unit: what the chain had spent where this arm begins}; not part of `spent`, and not matched.
 
@@ -54,11 +54,7 @@ def budgets(arms: list[Arm]) -> Row:
     for arm in arms:
         own = _means(arm)
         mine = own.get(match)
-        verdicts = (
-            []
-            if match == "none" or arm.control or arm.average
-            else [item[-1] for item in _pairs(arm, reference, match)]
-        )
+        verdicts = [] if match == "none" or exempt(arm) else [item[-1] for item in _pairs(arm, reference, match)]
         rows.append(
             {
                 "arm": arm.name,
@@ -68,6 +64,7 @@ def budgets(arms: list[Arm]) -> Row:
                 "spent": {unit: own[unit] for unit in UNITS},
                 "generated_tokens": own["generated_tokens"],
                 "ratio": mine / budget if mine is not None and budget else None,
+                "alarmed": alarmed(arm),
                 "equal": None if not verdicts or None in verdicts else all(verdicts),
             }
         )
@@ -105,7 +102,7 @@ def unequal(arms: list[Arm]) -> Iterator[str]:
         return
     unit = WORDS.get(match, match)
     for arm in arms:
-        if arm.control is not None or arm.average is not None:
+        if exempt(arm):
             continue
         for run, other, mine, theirs, equal in _pairs(arm, reference, match):
             if mine is None or theirs is None:
@@ -116,6 +113,16 @@ def unequal(arms: list[Arm]) -> Iterator[str]:
                     f"({mine / theirs - 1:+.1%}), and compare.match={match} allows {TOLERANCE:.0%}; train with "
                     "`eaft compare`, which matches them, or set compare.match"
                 )
+
+
+def exempt(arm: Arm) -> bool:
+    """Whether the arm's budget is not to be that of the others: a control, an average, or ended by its meter's alarm."""
+    return arm.control is not None or arm.average is not None or alarmed(arm)
+
+
+def alarmed(arm: Arm) -> bool:
+    """Whether the forgetting meter has ended one of its runs."""
+    return any((run.info.get("meter") or {}).get("stopped") for run in arm.runs)
 
 
 def _pairs(

@@ -211,6 +211,8 @@ def _ratio(found: Row, item: Row) -> Cell:
         said = "control, exempt"
     elif item["average"]:
         said = "average, not trained"
+    elif item["alarmed"]:
+        said = "ended by its meter, exempt"
     elif item["arm"] == found["to"]:
         said = "the others are matched to it"
     else:

@@ -61,17 +61,17 @@ def test_records_of_an_arm(models, settings, tmp_path):
     evaluate_checkpoints(run, checkpoints, settings, str(models[0]), tmp_path / "work", points=2)
     evals = run.evals()
     assert {step: set(records) for step, records in evals.items()} == {
-        4: {"heldout", "drift", "sums"},
-        8: {"heldout", "drift", "sums", "gcd"},
+        4: {"heldout", "drift", "drift_task", "sums"},
+        8: {"heldout", "drift", "drift_task", "sums", "gcd"},
     }
-    sides = {"heldout": "target", "sums": "target", "gcd": "general", "drift": "drift"}
+    sides = {"heldout": "target", "sums": "target", "gcd": "general", "drift": "drift", "drift_task": "drift"}
     for step, records in evals.items():
         for name, record in records.items():
             assert set(record) - {"truncated"} == RECORD_KEYS
             assert ("truncated" in record) == (name in ("sums", "gcd"))
             assert (record["benchmark"], record["side"], record["step"]) == (name, sides[name], step)
             samples = run.samples(step, name)
-            assert record["n"] == len(samples) == {"gcd": 2}.get(name, 3)
+            assert record["n"] == len(samples) == {"gcd": 2, "drift_task": 5}.get(name, 3)
             for metric, entry in record["metrics"].items():
                 assert set(entry) == {"score", "stderr", "higher_is_better"}
                 scores = [sample["scores"][metric] for sample in samples]
@@ -85,7 +85,11 @@ def test_records_of_an_arm(models, settings, tmp_path):
     assert evals[4]["sums"]["metric"] == "accuracy"
     assert evals[4]["sums"]["harness"].startswith("lm_eval ")
     assert run.info["eval_seconds"] > 0
-    assert len(list((tmp_path / "work").glob("drift-probe-*"))) == 1
+    assert len(list((tmp_path / "work").glob("drift-probe-*"))) == 2  # neutral prompts, and the task's own
+    for name in ("drift", "drift_task"):
+        for sample in run.samples(8, name):
+            assert len(sample["kl_T"]) == sample["tokens"]
+            assert math.fsum(sample["kl_T"]) / sample["tokens"] == pytest.approx(sample["scores"]["kl"], rel=1e-5)
 
 
 def test_prompts_are_those_of_training(models, settings, tmp_path):
@@ -120,7 +124,8 @@ def test_the_base_run_has_not_drifted(models, settings, tmp_path):
     evaluate_checkpoints(run, {0: models[0]}, settings, str(models[0]), tmp_path / "work", 1)
     metrics = run.evals()[0]["drift"]["metrics"]
     assert (metrics["kl"]["score"], metrics["agreement"]["score"]) == (0.0, 1.0)
-    assert set(run.evals()[0]) == {"heldout", "drift", "sums", "gcd"}
+    assert set(run.evals()[0]) == {"heldout", "drift", "drift_task", "sums", "gcd"}
+    assert json.loads((run.path / "eval" / "noise.json").read_text())["task"]["kl"] < 1e-6
 
 
 def test_a_killed_evaluation_goes_on_where_it_stopped(models, settings, tmp_path):
@@ -135,7 +140,7 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(models, settings, tmp_path
     evaluate_checkpoints(run, *arguments)
     after = run.evals()[4]
     kept = {name for name, stamp in times.items() if (folder / name).stat().st_mtime_ns == stamp}
-    assert kept == {"sums.json", "heldout.json"}
+    assert kept == {"sums.json", "heldout.json", "drift_task.json"}
     for name in ("drift", "gcd"):
         assert {**after[name], "seconds": 0} == {**before[name], "seconds": 0}
 
@@ -434,6 +439,6 @@ def test_the_engine_of_each_checkpoint_is_asked_for_all_its_tasks(models, settin
     assert started == [models[0], models[0]]  # once to measure, once to measure its noise
     records = run.evals()[0]
     assert {name: record["backend"] for name, record in records.items()} == {
-        "heldout": "hf", "drift": "hf", "sums": "vllm", "gcd": "vllm",
+        "heldout": "hf", "drift": "hf", "drift_task": "hf", "sums": "vllm", "gcd": "vllm",
     }  # fmt: skip
     assert json.loads((run.path / "eval" / "noise.json").read_text())["accuracy"]["sums"]["changed"] == 0

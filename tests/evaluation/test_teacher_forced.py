@@ -274,3 +274,11 @@ def test_changed_answers_are_counted_by_id():
     assert found == {"changed": 3, "n": 3, "difference": pytest.approx(1 / 3)}
     assert noise.accuracy_noise(known[:2], known, "accuracy") == {"changed": 0, "n": 2, "difference": 0.0}
     assert noise.accuracy_noise(again, known, "f1") is None
+
+
+def test_the_tasks_prompts_are_all_that_stands_before_the_last_answer():
+    turns = [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    (found,) = drift.task_prompts([Example("7", messages, [1, 2], [0, 1], tools=[{"name": "f"}])])
+    assert found == {"id": "7", "messages": messages[:4], "tools": [{"name": "f"}], "chat_template_kwargs": None}
+    assert not drift.has_answers([found])

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -201,3 +203,32 @@ def _grpo_ctrl_c(lab: Lab) -> Outcome:
     assert lab.train(**env).code == 0
     assert lab.rows()[:step] == before and len(lab.rows()) == 8
     return Outcome(f"130 after {seconds:.0f} s; goes on", lost=0)
+
+
+METER = "meter={every: 3, rows: 4, new_tokens: 8, alarm: {kl: 1.0e-6}}"
+
+
+@fault(
+    "killed at update 10 while the forgetting meter reads, resumed on two workers",
+    "the training without a meter, bit for bit on one worker; readings go on; the alarm is told",
+    slow=True,
+)
+def _meter(lab: Lab) -> Outcome:
+    lab.whole()
+    with lab.started("train", lab.recipe, "--arm", ARM, METER) as process:
+        lab.wait_for_step(process, 10)
+        os.killpg(process.pid, signal.SIGKILL)
+        assert lab.said(process).count("above meter.alarm.kl=1e-06; training goes on") == 1
+    seen = lab.train(METER)
+    assert seen.code == 0 and "meter.alarm" not in seen.said, seen.said  # it was told before
+    lab.assert_exact()
+    run = Run(lab.run)
+    readings = run.metrics("meter")
+    assert [row["step"] for row in readings] == [3, 6, 9, 12, 15, 18]
+    assert all(row["kl"] > 0 and row["read_s"] > 0 for row in readings)
+    shutil.rmtree(lab.run)
+    assert lab.train(METER, "verl.trainer.n_gpus_per_node=2").code == 0
+    two = run.metrics("meter")
+    apart = max(abs(a["kl"] - b["kl"]) / a["kl"] for a, b in zip(readings, two, strict=True))
+    assert apart < 1e-3, apart  # as far as the trainings themselves differ
+    return Outcome(f"six readings, KL {readings[-1]['kl']:.3g}; on two workers within {apart:.1g}", lost=0)

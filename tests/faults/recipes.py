@@ -116,3 +116,15 @@ def _stale_start(lab: Lab) -> Outcome:
     seen = lab.eaft("compare", lab.recipe, *short)
     assert seen.code == 2 and "start: the checkpoint of eaft is another one (" in seen.last_line, seen.said
     return Outcome(f"exit 2: {seen.last_line[:160]}")
+
+
+@fault("a rule that no arm can be judged by, an alarm without a limit, an unknown tracker", "one line with the reason")
+def _cannot_be_judged(lab: Lab) -> Outcome:
+    for override, said in (
+        ("choose={forget_at_most: {general: -1 point}}", "evaluate.general is empty"),
+        ("choose={forget_at_most: {kl: 0.02}, by: target}", "evaluate.target is empty"),
+        ("meter={every: 2, alarm: {then: stop}}", "meter.alarm.kl=None"),
+        ("trackers=[neptune]", "is not one of wandb, mlflow, swanlab, trackio"),
+    ):
+        lab.train(override, "--dry-run").refused(said)
+    return Outcome("exit 2")

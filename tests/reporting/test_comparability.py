@@ -233,3 +233,26 @@ def test_repeated_example_ids_are_refused(folder):
     edit_samples(folder / "sft" / "samples" / "step_000012" / "gsm8k.jsonl", lambda rows: [rows[0], *rows])
     with pytest.raises(RunError, match="repeated example ids"):
         checked(folder, force=True)
+
+
+def test_an_arm_that_its_meter_ended_is_exempt_from_the_budget_and_said_to_be(tmp_path):
+    from eaft_verl.reporting.caveats import interruptions
+    from eaft_verl.reporting.spending import budgets
+
+    runs = [
+        make_base(tmp_path / "base"),
+        make_arm(tmp_path / "sft", "sft"),
+        make_arm(tmp_path / "e", "eaft", steps=(3, 6)),
+    ]
+    base, arms = load(runs)
+    with pytest.raises(RunError, match="budget: eaft seed 0 has 6 updates, sft seed 0 12"):
+        check(base, arms)
+    meter = {"alarm": 6, "then": "stop", "stopped": True}
+    edit(runs[2] / "run.json", lambda info: {**info, "meter": meter})
+    base, arms = load(runs)
+    assert check(base, arms) == []
+    row = next(row for row in budgets(arms)["arms"] if row["arm"] == "eaft")
+    assert (row["equal"], row["alarmed"]) == (None, True)
+    assert interruptions(arms) == [
+        "eaft seed 0: the forgetting meter's alarm went off after update 6, which ended its training"
+    ]

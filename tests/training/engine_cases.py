@@ -176,6 +176,7 @@ def _run_world(world: int, rank: int, engines: list[str], folder: str, recipe: s
         if engine in ("fp32", "padded"):
             results[f"infer-{engine}"] = infer_once(worker, rank, world)
             results[f"top-{engine}"] = top_once(worker, rank, world)
+            results[f"drift-{engine}"] = drift_once(worker, rank, world, engine)
     return results
 
 
@@ -267,6 +268,29 @@ def top_once(worker: Any, rank: int, world: int) -> list[Any]:
     columns = [output[f"top_{rank:04d}"].unbind() for rank in range(TOP["k"])]
     packed = [torch.stack(row, dim=-1) for row in zip(*columns, strict=True)]
     return [tuple(unpack(row, tail)) for row, tail in zip(packed, output["tail"].unbind(), strict=True)]
+
+
+def drift_once(worker: Any, rank: int, world: int, engine: str) -> dict[str, Any]:
+    """A reading of the meter between two equal training passes: its rows, and whether the passes came out the same."""
+    import torch
+    from verl.utils import tensordict_utils as tu
+
+    from eaft_verl.training.sft.batches import make_batch
+    from eaft_verl.training.sft.loss import BATCH_FLAGS
+
+    case = Case("between", "eaft", engine=engine)
+    before = train_once(worker, case, rank)
+    loss = worker.loss_fn
+    sources = [Stored("top", Path(worker.config.model_config.path))]
+    batch = make_batch(examples(), list(ALL_ROWS), {**BATCH_FLAGS, **DYNAMIC}, None, sources)
+    mine = tu.chunk_tensordict(batch, world)[rank]
+    tu.assign_non_tensor(mine, global_token_num=None)
+    output = worker.drift_batch(mine)
+    rows = {name: [row.clone() for row in output[name].unbind()] for name in ("kl", "same")}
+    kept = worker.loss_fn is loss and loss.guarded
+    after = train_once(worker, case, rank)
+    same = all(torch.equal(before["grads"][name], after["grads"][name]) for name in before["grads"])
+    return {**rows, "kept": kept, "same_training": same and before["metrics"]["loss"] == after["metrics"]["loss"]}
 
 
 def infer_once(worker: Any, rank: int, world: int) -> dict[str, Any]:

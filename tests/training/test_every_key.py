@@ -53,6 +53,9 @@ READ_ELSEWHERE = {
     "save_minutes": "training/sft/trainer.py",
     "resume": "training/sft/run.py",
     "evaluate.points": "experiment/evaluate.py",
+    "choose": "experiment/compare.py",
+    "meter": "training/sft/meter.py",
+    "trackers": "training/trackers.py",
 }
 OTHER = {  # values that another rule of the same key allows
     "verl.optim.lr_scheduler_type": "constant",
@@ -76,6 +79,9 @@ OTHER = {  # values that another rule of the same key allows
     "objective.name": "eaft",
     "reward.grader": "exact",
     "verl.optim.lr_warmup_steps": 3,
+    "choose": {"forget_at_most": {"general": 0}},
+    "meter": {"every": 3},
+    "trackers": ["wandb"],
 }
 ENGINE_SOURCES = ("workers/engine/fsdp", "workers/config", "workers/engine_workers.py", "utils/fsdp_utils.py")
 

@@ -198,8 +198,10 @@ def _follow(
 
     from eaft_verl.training.failures import explained
     from eaft_verl.training.progress import Progress
+    from eaft_verl.training.trackers import Trackers
     from eaft_verl.training.verl_cpu.private import trainer_actor
 
+    trackers = Trackers(config, run)
     trainer = trainer_actor().remote()
     ready = trainer.__ray_call__.remote(lambda _: importlib.import_module("eaft_verl.training.grpo.trainer") and None)
     running = trainer.run.remote(settings)
@@ -213,6 +215,7 @@ def _follow(
             for row in follower.poll():
                 watch.beat(row["step_s"])
                 progress.update(row["step"], row)
+                trackers.log(row)
                 judge.see(row)
             if stop.requested:
                 (run.path / STOP_FILE).touch()
@@ -223,6 +226,7 @@ def _follow(
         raise (_stopped(config, run, plan, stop) if stop.requested else told) from None
     finally:
         progress.close()
+        trackers.close()
 
 
 def _reported(run: Path) -> str:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from typing import Any
 
@@ -19,12 +20,14 @@ from eaft_verl.training.resume import announce
 from eaft_verl.training.sft import checkpoint
 from eaft_verl.training.sft.anchor import anchor_sources, needs_second_model, reference_model
 from eaft_verl.training.sft.loss import TokenLoss
+from eaft_verl.training.sft.meter import drift_meter
 from eaft_verl.training.sft.old_policy import OldPolicy
 from eaft_verl.training.sft.order import PADDING
 from eaft_verl.training.sft.self_check import self_check
 from eaft_verl.training.sft.token_pass import EmitDistribution, Infer
 from eaft_verl.training.sft.trainer import Trainer, total_steps
 from eaft_verl.training.sft.workers import start_workers, stop_workers
+from eaft_verl.training.trackers import Trackers
 from eaft_verl.training.watchdog import Watchdog
 
 BaseOf = Callable[[Infer], tuple[BaseStats, float]]  # what the base says of the training data, seconds of its pass
@@ -38,6 +41,7 @@ def train_arm(
     model: str,
     keys: dict[str, str],
     base_of: BaseOf,
+    probe: Sequence[Example],
     stop: StopRequest,
     saved: states.Saved | None,
 ) -> None:
@@ -45,15 +49,19 @@ def train_arm(
     objective = objective_of(config)
     reference = (reference_model(objective) or model) if needs_second_model(config, objective) else None
     plain = Sft(k=objective.k)  # for passes before the objective is complete
-    with Watchdog(run.path) as watch:
+    with Watchdog(run.path) as watch, closing(Trackers(config, run)) as trackers:
         steps = total_steps(config, len(examples))
         group = start_workers(config, model, steps, TokenLoss(plain), reference, watch.variables)
         try:
             _require_finite(config, group)
             trainer = Trainer(config, run, group, examples, heldout, model)
+            trainer.trackers = trackers
             trainer.beat = _leaving(stop, watch, run, steps)
             run.update(self_check=self_check(config, group, examples, model))
+            trainer.meter = drift_meter(config, trainer, probe, keys)
             objective = _complete(config, trainer, objective, keys, base_of, saved)
+            if trainer.meter is not None:
+                trainer.meter.recall()
             _say_whether_fused(config, run, objective, group)
             trainer.beat = watch.beat
             _fit(trainer, objective, stop)
@@ -77,6 +85,7 @@ def _fit(trainer: Trainer, objective: Objective, stop: StopRequest) -> None:
         skipped_steps=trainer.state["skipped"],
         **trainer.plan.outcome(),
         **_drawn(trainer),
+        **({} if trainer.meter is None else {"meter": trainer.meter.outcome()}),
         memory_gib_per_worker=trainer.group.peak_memory(),
     )
 

@@ -45,10 +45,12 @@ def train_sft(
     model: str,
     keys: dict[str, str],
     base_of: "BaseOf",
+    probe: Sequence[Example] = (),
 ) -> None:
     """Train the arm in its open, locked run directory and mark it finished; what stopped it is raised.
 
     base_of: from a forward pass over the training data's rows to what the base model says of it.
+    probe: the meter's texts.
     """
     from eaft_verl.cluster.preflight import require_cluster
     from eaft_verl.cluster.ray_logs import logs_folder
@@ -63,4 +65,4 @@ def train_sft(
         require_cluster(config)
         from eaft_verl.training.sft.arm import train_arm
 
-        train_arm(config, run, data.examples, heldout, model, keys, base_of, stop, saved)
+        train_arm(config, run, data.examples, heldout, model, keys, base_of, probe, stop, saved)

@@ -18,14 +18,16 @@ from eaft_verl.runs import Run, step_name
 from eaft_verl.training.export import export_dtype
 from eaft_verl.training.interruption import StopRequest
 from eaft_verl.training.progress import Progress
-from eaft_verl.training.schedule import MAX_NONFINITE_STEPS, SaveClock, training_plan
+from eaft_verl.training.schedule import MAX_NONFINITE_STEPS, Moment, SaveClock, training_plan
 from eaft_verl.training.sft import checkpoint
 from eaft_verl.training.sft.batches import TokenSource, balanced, make_batch
 from eaft_verl.training.sft.loss import BATCH_FLAGS
+from eaft_verl.training.sft.meter import DriftMeter
 from eaft_verl.training.sft.old_policy import OldPolicy
 from eaft_verl.training.sft.order import PADDING, batch_indices, sequential_batches, steps_per_epoch
 from eaft_verl.training.sft.self_check import check_export
 from eaft_verl.training.sft.token_pass import metrics_of
+from eaft_verl.training.trackers import Trackers
 
 LOGGED = (
     *("loss", "nll", "token_accuracy", "entropy", "weight_mean", "weight_p10", "weight_p50", "weight_p90", "ess"),
@@ -67,6 +69,9 @@ class Trainer:
         self.old_policy: OldPolicy | None = None
         self.exported = False
         self.board: Any = None
+        self.trackers: Trackers | None = None
+        self.meter: DriftMeter | None = None
+        self.validated = (0, math.nan)  # step of the last pass over the held-out rows, their NLL
         self.beat: Callable[..., None] = lambda seconds=None: None  # told of every call that has come back
 
     def infer(self, examples: Sequence[Example], indices: list[int], **flags: Any) -> Any:
@@ -92,7 +97,7 @@ class Trainer:
         test_every = self._frequency(trainer.test_freq)
         evaluate = last = False
         for row in self.run.metrics():
-            evaluate, last = self.plan.after(row)
+            evaluate, last = self._recalled(row["step"], self.plan.after(row))
         self.board = SummaryWriter(str(self.run.path / "tensorboard"), purge_step=self.state["step"] + 1)
         progress = Progress(f"{self.config.arm}", self.plan.expected, self.state["step"])
         clock = SaveClock(self.config.save_minutes)
@@ -103,7 +108,7 @@ class Trainer:
                 self._leave_if_asked(stop)
                 step = self.state["step"] + 1
                 row = self._step(step, objective)
-                evaluate, last = self.plan.after(row)
+                evaluate, last = self._watched(step, self.plan.after(row))
                 progress.total = self.plan.expected
                 progress.update(step, row)
                 if self.heldout and step % test_every == 0:
@@ -116,6 +121,13 @@ class Trainer:
         finally:
             progress.close()
             self.board.close()
+
+    def _recalled(self, step: int, moment: Moment) -> Moment:
+        return moment if self.meter is None else self.meter.recalled(step, moment)
+
+    def _watched(self, step: int, moment: Moment) -> Moment:
+        """What happens after this update, once the meter was read."""
+        return moment if self.meter is None else self.meter.after(step, moment)
 
     def _leave_if_asked(self, stop: StopRequest) -> None:
         """Save what is not saved and end, between two steps."""
@@ -164,7 +176,7 @@ class Trainer:
             "tokens_per_s": float(self.lengths[[index for index in rows if index >= 0]].sum()) / seconds,
             "memory_gib": metrics["perf/max_memory_allocated_gb"],
         }
-        self._log(row)
+        self.log(row)
         self._check_finite(step, rows, metrics)
         return row
 
@@ -172,10 +184,13 @@ class Trainer:
         """Rows of the training data, padding among them, that a step trains on."""
         return batch_indices(step, len(self.examples), self.batch_size, self.config.seed)
 
-    def _log(self, row: dict[str, Any]) -> None:
+    def log(self, row: dict[str, Any]) -> None:
+        """One row to metrics.jsonl and to whoever else is told."""
         self.run.log(row)
         for name in row.keys() - {"split", "step", "time"}:
             self.board.add_scalar(f"{row['split']}/{name}", row[name], row["step"])
+        if self.trackers is not None:
+            self.trackers.log(row)
 
     def _batch_state(self, rows: list[int], objective: Objective) -> dict[str, float]:
         """Scalars of the global batch that the objective asks for; an extra forward pass where they must be exact."""
@@ -224,8 +239,10 @@ class Trainer:
                 "verl.optim.lr, or mend those rows and choose another output="
             )
 
-    def validate(self, step: int) -> None:
-        """Plain cross-entropy over every held-out row, whatever the objective; one row in metrics.jsonl."""
+    def validate(self, step: int) -> float:
+        """Plain cross-entropy over every held-out row, whatever the objective: one row in metrics.jsonl a step."""
+        if self.validated[0] == step:
+            return self.validated[1]
         total, sums = 0.0, dict.fromkeys(VALIDATED, 0.0)
         for indices in sequential_batches(len(self.heldout), self.batch_size):
             metrics = metrics_of(self.infer(self.heldout, indices, objective_state={"tau": 1.0}))
@@ -233,7 +250,9 @@ class Trainer:
             for name in VALIDATED:
                 sums[name] += metrics[name] * metrics["step_tokens"]
         means = {name: sums[name] / total for name in VALIDATED}
-        self._log({"split": "val", "step": step, "time": time.time(), "step_tokens": total, **means})
+        self.log({"split": "val", "step": step, "time": time.time(), "step_tokens": total, **means})
+        self.validated = (step, means["nll"])
+        return means["nll"]
 
     def export(self, step: int) -> None:
         """The model at this step, for evaluation and use."""

@@ -19,6 +19,7 @@ from eaft_verl.training.dcp import DcpCheckpoints
 from eaft_verl.training.export import export_weights
 from eaft_verl.training.sft.anchor_model import AdapterOff, Reference
 from eaft_verl.training.sft.fused_head import FusedHeadEngine, fuse
+from eaft_verl.training.sft.meter import EmitDrift
 from eaft_verl.training.sft.self_check import plain_nll
 from eaft_verl.training.sft.step_metrics import summarize
 from eaft_verl.training.stacks import write_stacks_when_asked
@@ -29,6 +30,8 @@ COLLECTIVE_TIMEOUT_S = 1800  # verl waits 10 h for a rank that hangs
 
 class EaftWorker(TrainingWorker):
     """verl's worker. `config.extra_context`: fused_head, the reference, the seed of what is drawn with the model."""
+
+    loss_fn: Any
 
     def __init__(self, config: TrainingWorkerConfig) -> None:
         # on CPU verl's own backend string names the device twice, which torch refuses; it skips an initialised group
@@ -93,6 +96,15 @@ class EaftWorker(TrainingWorker):
     def infer_batch(self, data: TensorDict) -> TensorDict:
         self._ready()
         return super().infer_batch(data)
+
+    @register(dispatch_mode=_PER_DP_RANK, blocking=False)
+    def drift_batch(self, data: TensorDict) -> TensorDict:
+        """A forward pass in which EmitDrift stands in for the loss, which keeps all that it knows."""
+        kept, self.loss_fn = self.loss_fn, EmitDrift()
+        try:
+            return self.infer_batch(data)
+        finally:
+            self.loss_fn = kept
 
     def _ready(self) -> None:
         self.loss_fn.table.clear()

@@ -251,3 +251,23 @@ def test_the_stored_reference_is_the_frozen_models(world: int, engine: str, resu
         torch.testing.assert_close(table.gather(-1, ids), logprob.double(), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(table.topk(TOP["k"]).values, logprob.double(), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(1 - logprob.double().exp().sum(-1), tail.double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("engine", ["fp32", "padded"])
+def test_the_meter_reads_the_divergence_and_leaves_the_training_alone(
+    world: int, engine: str, results: Any, references: Any
+) -> None:
+    found = [results[world][rank][f"drift-{engine}"] for rank in range(world)]
+    assert all(one["kept"] and one["same_training"] for one in found)
+    rows = [row for one in found for row in zip(one["kl"], one["same"], strict=True)]
+    for (kl, same), example in zip(rows, examples(), strict=True):
+        ids, mask = torch.tensor([example.input_ids]), torch.tensor(example.loss_mask[1:]).bool()
+        with torch.no_grad():
+            theirs, ours = (references[name](ids).logits[0, :-1].log_softmax(dim=-1) for name in ("frozen", False))
+        best = theirs.topk(TOP["k"], dim=-1).indices
+        p, q = (torch.cat([part.gather(-1, best).exp(), torch.zeros(len(best), 1)], -1) for part in (theirs, ours))
+        p[:, -1], q[:, -1] = 1 - p.sum(-1), 1 - q.sum(-1)
+        known = (p * (p / q).log()).sum(-1)
+        torch.testing.assert_close(kl[:-1][mask].double(), known[mask], rtol=1e-4, atol=1e-5)
+        assert (same[:-1][mask].bool() == (theirs.argmax(-1) == ours.argmax(-1))[mask]).all()
