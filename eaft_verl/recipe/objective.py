@@ -4,7 +4,7 @@ import importlib
 from dataclasses import fields
 from typing import Any
 
-from eaft_verl.objectives import KINDS, LABEL_ESTIMATORS, OBJECTIVES, TOPK_KIND, Anchor, Objective
+from eaft_verl.objectives import KINDS, L2_KIND, LABEL_ESTIMATORS, OBJECTIVES, TOPK_KIND, Anchor, Objective
 
 
 def build_objective(name: str, **params: Any) -> Objective:
@@ -62,4 +62,9 @@ def build_anchor(params: Any) -> Anchor:
         )
     if "k" in params and params.get("kind") != TOPK_KIND:
         raise ValueError(f"objective.anchor.k belongs to kind={TOPK_KIND}; {kind or 'forward_kl'} uses every token")
+    if kind == L2_KIND and "coef" not in params:
+        raise ValueError(
+            "objective.anchor.coef is needed for kind=l2, whose pull per update is lr * coef: 1 / (lr * updates) holds "
+            "the weights noticeably"
+        )
     return Anchor(**params)

@@ -17,7 +17,7 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from eaft_verl.tokens.head import Head, head_statistics
 from eaft_verl.training.sft.guard import check_head
-from eaft_verl.training.sft.loss import TokenLoss, channels, local_shard, shifted
+from eaft_verl.training.sft.loss import TokenLoss, channels, extras, local_shard, shifted
 
 AFTER_THE_HEAD = (  # keys of Hugging Face configurations: what a model does to its logits
     *("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier_scale"),
@@ -64,10 +64,13 @@ class FusedHead:
         labels_T, mask_T = (local_shard(part, batch) for part in shifted(batch))
         objective = loss.objective
         stats = head_statistics(
-            *(hidden_TD, head, labels_T, mask_T),
+            hidden_TD,
+            head,
+            labels_T,
+            mask_T,
             gate=loss.gate(batch, loss.vocab),
             k=objective.k,
-            sum_p2="sum_p2" in objective.needs,
+            **extras(objective),
         )
         if not loss.guarded:
             check_head(stats, hidden_TD, head, labels_T, mask_T, objective)
