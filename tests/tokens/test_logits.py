@@ -35,7 +35,9 @@ def numpy_stats(logits_TV: torch.Tensor, labels_T: torch.Tensor, k: int) -> Logi
             best_K = np.sort(prob_V)[::-1][:size]
             share_K = best_K[best_K > 0] / best_K.sum()
             entropies.append(-(share_K * np.log(share_K)).sum())
-        rows.append([-np.log(prob_V[label]), *entropies, float(prob_V.argmax() == label), (prob_V**2).sum()])
+        some_V = prob_V[prob_V > 0]
+        full = -(some_V * np.log(some_V)).sum()
+        rows.append([-np.log(prob_V[label]), *entropies, float(prob_V.argmax() == label), (prob_V**2).sum(), full])
     return LogitStats(*torch.tensor(np.array(rows)).unbind(-1))
 
 
@@ -138,7 +140,7 @@ def test_low_precision_gradient_is_rounded_once():
 def test_only_nll_carries_a_gradient():
     logits_TV, labels_T, mask_T, _ = random_tokens(5)
     stats = logit_stats(logits_TV.requires_grad_(), labels_T, mask_T, sum_p2=True, full_entropy=True)
-    assert [value.requires_grad for value in stats] == [True, False, False, False, False]
+    assert [value.requires_grad for value in stats] == [True, False, False, False, False, False]
     with torch.no_grad():
         assert not logit_stats(logits_TV, labels_T, mask_T).nll_T.requires_grad
 
