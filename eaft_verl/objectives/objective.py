@@ -30,7 +30,7 @@ def normalized_entropy(stats: TokenStats, normalizer: str = "ln_k") -> Tensor:
     return (stats.entropy_T / math.log(max(stats.k, 2))).clamp(0.0, 1.0)  # rounding may leave 1 + 1e-7
 
 
-def weighted_nll(nll_T: Tensor, weight_T: Tensor, mask_T: Tensor, num_tokens: float) -> Tensor:
+def weighted_nll(nll_T: Tensor, weight_T: Tensor, mask_T: Tensor, num_tokens: float | Tensor) -> Tensor:
     """Sum over trained tokens of w * nll, divided by the trained tokens of the global batch; scalar.
 
     `where`, not a product, so that NaN on masked tokens cannot leak; with an empty mask the result is a zero that is
@@ -74,6 +74,11 @@ class Objective:
     def needs_base(self) -> bool:
         """Whether the starting model must pass over the data before the first step."""
         return self.stats == "base" or "base" in self.needs
+
+    @property
+    def extras(self) -> dict[str, bool]:
+        """Statistics that cost a pass over the vocabulary each: {name: whether it needs it}."""
+        return {name: name in self.needs for name in ("sum_p2", "full_entropy")}
 
     @property
     def divergence(self) -> Anchor | None:

@@ -107,7 +107,7 @@ class TokenLoss(LogitsHook):
             made, vocab = self._from_head(logits_TV)
         else:
             labels_T, mask_T = (local_shard(part, data) for part in shifted(data))
-            made = logit_stats(logits_TV, labels_T, mask_T, k=self.objective.k, **extras(self.objective))
+            made = logit_stats(logits_TV, labels_T, mask_T, k=self.objective.k, **self.objective.extras)
             vocab = logits_TV.shape[-1]
             if not self.guarded:
                 check_statistics(made, logits_TV, labels_T, mask_T, self.objective)
@@ -121,7 +121,7 @@ class TokenLoss(LogitsHook):
         *made, vocab_T = channels_TC.unbind(-1)
         if not self.guarded and (channels_TC.dtype != torch.float32 or bool((vocab_T != self.vocab).any())):
             raise RuntimeError("the model changes its logits after its head: set fused_head=false in the recipe")
-        return asked(LogitStats(*made), **extras(self.objective)), self.vocab
+        return asked(LogitStats(*made), **self.objective.extras), self.vocab
 
     def _anchor(self, anchor: Anchor, logits_TV: Tensor, labels_T: Tensor, mask_T: Tensor, data: TensorDict) -> Tensor:
         reference: Tensor | TopReference
@@ -206,14 +206,9 @@ class TokenLoss(LogitsHook):
         )
 
 
-def extras(objective: Objective) -> dict[str, bool]:
-    """Statistics that cost a pass over the vocabulary: {name: whether the objective asks for it}."""
-    return {name: name in objective.needs for name in ("sum_p2", "full_entropy")}
-
-
 def base_columns(objective: Objective) -> list[str]:
     """What the weights of an objective with stats=base are made of."""
-    return [name for name in STATISTICS if extras(objective).get(name, True)]
+    return [name for name in STATISTICS if objective.extras.get(name, True)]
 
 
 def named(made: LogitStats) -> dict[str, Tensor]:

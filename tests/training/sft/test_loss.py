@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from batch_examples import EXAMPLES
+from batch_examples import EXAMPLES, both_calls
 from objective_fixtures import Tokens, random_tokens, ready, token_stats
 from verl.utils import tensordict_utils as tu
 
@@ -30,14 +30,6 @@ def micro_batch(rows: tuple[int, ...] = (0, 1, 2), **flags: Any) -> Any:
 def logits_of(batch: Any) -> torch.Tensor:
     torch.manual_seed(0)
     return (torch.randn(1, len(batch["input_ids"].values()), 50) * 3).requires_grad_()
-
-
-def both_calls(token_loss: TokenLoss, batch: Any, logits: torch.Tensor) -> torch.Tensor:
-    """As the engine does: the hook, then the loss."""
-    hook = token_loss(student_logits=logits, data=batch)
-    offsets = batch["input_ids"].offsets()
-    output = {name: torch.nested.nested_tensor_from_jagged(part[0], offsets) for name, part in hook.items()}
-    return token_loss(model_output=output, data=batch)[0]
 
 
 def test_the_guard_passes_once_and_the_table_keeps_the_trained_tokens() -> None:
