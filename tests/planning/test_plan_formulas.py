@@ -244,3 +244,13 @@ def test_recomputation_trades_time_for_memory(setup: Setup) -> None:
     kept, again = (replace(setup, checkpointing=flag) for flag in (False, True))
     assert peak_gib(again) <= peak_gib(kept)
     assert update_flops(again) > update_flops(kept)
+
+
+def test_a_held_start_is_one_more_copy_of_the_weights() -> None:
+    plain, held = (training_phases(paper_setup(held=held)) for held in (False, True))
+    for name, parts in held.items():
+        assert parts.pop("starting weights") == 4 * QWEN_32B.parameters / 8
+        assert parts == plain[name]
+    assert "starting weights" not in training_phases(paper_setup(held=True, offload_policy=True))["loss"] or (
+        training_phases(paper_setup(held=True, offload_policy=True))["loss"]["starting weights"] == 0
+    )
