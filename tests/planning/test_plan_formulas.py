@@ -251,6 +251,7 @@ def test_a_held_start_is_one_more_copy_of_the_weights() -> None:
     for name, parts in held.items():
         assert parts.pop("starting weights") == 4 * QWEN_32B.parameters / 8
         assert parts == plain[name]
-    assert "starting weights" not in training_phases(paper_setup(held=True, offload_policy=True))["loss"] or (
-        training_phases(paper_setup(held=True, offload_policy=True))["loss"]["starting weights"] == 0
-    )
+    offloaded = paper_setup(held=True, offload_policy=True)
+    assert training_phases(offloaded)["loss"]["starting weights"] == 0
+    more = host_bytes(offloaded, 2)["offloaded"] - host_bytes(paper_setup(offload_policy=True), 2)["offloaded"]
+    assert more == 4 * QWEN_32B.parameters

@@ -25,9 +25,10 @@ def require_version() -> None:
     if installed != VERL_VERSION:
         raise ConfigError(f"verl {installed} is installed; this project is made for exactly verl=={VERL_VERSION}")
     if importlib.util.find_spec("trl") and not importlib.util.find_spec("trl.experimental.ppo"):
+        trl = importlib.metadata.version("trl")
         raise ConfigError(
-            f"trl {importlib.metadata.version('trl')} is installed, and verl {VERL_VERSION} cannot build a model beside "
-            "it: uninstall trl here, and keep an environment of its own for it"
+            f"trl {trl} is installed, and verl {VERL_VERSION} cannot build a model beside it: uninstall trl here, and "
+            "keep an environment of its own for it"
         )
 
 
