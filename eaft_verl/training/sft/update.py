@@ -11,12 +11,12 @@ from eaft_verl.training.sft.loss import TokenLoss
 
 
 class Update:
-    """Hooks of one optimizer. `begin` before a batch, `metrics` after it; collective over the optimizer's ranks."""
+    """Hooks of one optimizer. `begin` before a batch, `metrics` after it. Steps are collective, metrics are not."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, group: Any) -> None:
         self.optimizer, self.group = optimizer, group
         self.start: list[Tensor] = []
-        self.coef = 0.0
+        self.coef = self.distance = 0.0
         optimizer.register_step_pre_hook(self._before)
         optimizer.register_step_post_hook(self._after)
 
@@ -36,7 +36,7 @@ class Update:
         if _sets_rates(self.loss):
             found["step_factor"] = self.factor
         if self.start:
-            found["anchor_l2"] = self._distance()
+            found["anchor_l2"] = self.distance
         return found
 
     def _weights(self) -> list[Tensor]:
@@ -57,15 +57,17 @@ class Update:
                 for weight in group["params"]:
                     local(weight).lerp_(local(next(start)), min(1.0, group["lr"] * self.coef))
             group["lr"] = rate
+        if self.start:
+            self.distance = self._distance()
 
-    @torch.no_grad()
     def _distance(self) -> float:
         """|theta - theta_0|_2 over all weights; shards are summed, and copies of a shard counted once."""
-        total = torch.zeros((), dtype=torch.float64)
-        for weight, start in zip(self._weights(), self.start, strict=True):
-            total += (local(weight) - local(start)).float().square().sum().double().cpu() / _copies(weight)
+        squares = [
+            (local(weight) - local(start)).float().square().sum().double() / _copies(weight)
+            for weight, start in zip(self._weights(), self.start, strict=True)
+        ]
+        total = torch.stack(squares).sum()
         if dist.is_initialized() and dist.get_world_size() > 1:
-            total = total.to(self.start[0].device)
             dist.all_reduce(total)
         return float(total.sqrt())
 

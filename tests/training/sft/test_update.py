@@ -105,3 +105,54 @@ def test_a_skipped_step_pulls_nothing() -> None:
     update.hold(coef=5.0)
     update.begin(SimpleNamespace())
     assert not update.made and torch.equal(weight.detach(), START) and update.metrics["lr"] == RATE
+
+
+def sharded(rank: int, folder: str) -> None:
+    """Two ranks, weights of five rows in shards of three and two; what each found in FOLDER/RANK.pt."""
+    import os
+
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    os.environ.update({"VERL_PLATFORM": "cpu", "VERL_ENGINE_DEVICE": "cuda"})
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    model = linear()
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    update = Update(torch.optim.SGD(model.parameters(), lr=RATE), dist.group.WORLD)
+    update.hold(coef=4.0)
+    loss = TokenLoss(build_objective("finch"))
+    table = torch.zeros(1 + 2 * rank, 6, dtype=torch.float64)  # one token of 10 nats here, three of 2 there
+    table[:, 0] = 2.0 if rank else 10.0
+    loss.table.parts = [table]
+    update.begin(loss)
+    model(torch.ones(1, 3)).sum().backward()
+    update.optimizer.step()
+    weights = {name: weight.full_tensor() for name, weight in model.state_dict().items()}
+    torch.save((weights, update.metrics), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def linear() -> torch.nn.Linear:
+    torch.manual_seed(0)
+    return torch.nn.Linear(3, 5)
+
+
+@pytest.mark.slow
+def test_shards_of_two_ranks_are_one_model(tmp_path: Any) -> None:
+    import torch.multiprocessing as mp
+
+    mp.spawn(sharded, args=(str(tmp_path),), nprocs=2)
+    whole = linear()
+    start = {name: weight.detach().clone() for name, weight in whole.named_parameters()}
+    whole(torch.ones(1, 3)).sum().backward()
+    rate, distance = RATE * math.sqrt(1.0 / 4.0), 0.0  # (10 + 3 * 2) / 4 tokens = 4 nats
+    for name, weight in whole.named_parameters():
+        moved = weight.detach() - rate * weight.grad
+        weight.data = moved - rate * 4.0 * (moved - start[name])
+        distance += float((weight.data - start[name]).square().sum())
+    for rank in range(2):
+        found, metrics = torch.load(tmp_path / f"{rank}.pt")
+        for name, weight in whole.state_dict().items():
+            torch.testing.assert_close(found[name], weight, rtol=1e-6, atol=1e-7)
+        assert metrics == pytest.approx({"lr": rate, "step_factor": 0.5, "anchor_l2": math.sqrt(distance)}, rel=1e-5)
