@@ -1,13 +1,13 @@
-"""Weights of the starting model, GIFT, FINCH and the l2 anchor through Ray, in one cluster."""
+"""Weights of the starting model, GIFT, FINCH and the l2 anchor in `eaft train`, with one worker in this process."""
 
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
+from one_worker import without_ray
 
 from eaft_verl.errors import ConfigError, DataError
 from eaft_verl.experiment.train import train
@@ -15,7 +15,6 @@ from eaft_verl.recipe.checks import check
 from eaft_verl.recipe.resolve import declared_keys, load_recipe, resolve
 from eaft_verl.runs import Run
 
-pytestmark = pytest.mark.slow
 RECIPE = """
 model: {folder}/model
 device: cpu
@@ -53,10 +52,7 @@ arms:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Run]]:
     """Every arm, trained once when it is asked for."""
-    from eaft_verl.cluster.session import ray_session
-
     folder = tmp_path_factory.mktemp("rivals")
-    before = dict(os.environ)
     tiny.tiny_model(folder / "model")
     tiny.write_sums(folder / "train.jsonl", 16, 1)
     (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder), encoding="utf-8")
@@ -69,10 +65,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Run]]:
             self[arm] = train(config, declared_keys(recipe, arm))
             return self[arm]
 
-    with ray_session("cpu", 1):
+    with without_ray(folder):
         yield Trained(recipe=recipe)
-    os.environ.clear()
-    os.environ.update(before)
 
 
 def steps(run: Run) -> list[dict[str, Any]]:
@@ -83,10 +77,10 @@ def steps(run: Run) -> list[dict[str, Any]]:
     ("base", "current"),
     [
         ("eaft_base", "eaft"),
-        ("prift", "dft"),
         ("talr_base", "talr"),
-        ("mile_base", "mile"),
-        ("idft_base", "idft"),
+        pytest.param("prift", "dft", marks=pytest.mark.slow),
+        pytest.param("mile_base", "mile", marks=pytest.mark.slow),
+        pytest.param("idft_base", "idft", marks=pytest.mark.slow),
     ],
 )
 def test_at_the_first_step_the_starting_model_is_the_model(base: str, current: str, runs: dict[str, Run]) -> None:
@@ -97,6 +91,7 @@ def test_at_the_first_step_the_starting_model_is_the_model(base: str, current: s
     assert ours[2]["loss"] != pytest.approx(theirs[2]["loss"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_weights_of_the_starting_model_stay_what_they_were(runs: dict[str, Run]) -> None:
     """Epoch 2 sees the rows of epoch 1 again, in other batches; step 3 of 3 is its first half."""
     means = [row["weight_mean"] for row in steps(runs["prift"])]
@@ -105,6 +100,7 @@ def test_weights_of_the_starting_model_stay_what_they_were(runs: dict[str, Run])
     assert learned[2] > means[2], "the current model has come to believe its data"
 
 
+@pytest.mark.slow
 def test_one_pass_serves_every_arm(runs: dict[str, Run]) -> None:
     file = Path(resolve(runs["recipe"], "masked").output) / "data" / "token_stats_k20" / "tokens.parquet"
     runs["eaft_base"]
@@ -113,6 +109,7 @@ def test_one_pass_serves_every_arm(runs: dict[str, Run]) -> None:
     assert file.stat().st_mtime_ns == made
 
 
+@pytest.mark.slow
 def test_padded_is_packed(runs: dict[str, Run]) -> None:
     for padded, packed in zip(steps(runs["prift_padded"]), steps(runs["prift"]), strict=True):
         assert padded["loss"] == pytest.approx(packed["loss"], rel=1e-4)
@@ -128,11 +125,13 @@ def test_a_pass_of_another_tokenizer_is_refused(runs: dict[str, Run], tmp_path: 
         train(config, [])
 
 
+@pytest.mark.slow
 def test_mile_has_mean_one(runs: dict[str, Run]) -> None:
     for row in steps(runs["mile"]):
         assert row["weight_mean"] == pytest.approx(1.0, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_gift_from_a_stored_reference_is_gift_beside_a_live_one(runs: dict[str, Run]) -> None:
     live, stored = steps(runs["gift"]), steps(runs["gift_stored"])
     for name in ("loss", "nll", "anchor_kl", "grad_norm", "weight_mean"):
