@@ -132,8 +132,8 @@ def test_the_trajectory_is_that_of_the_arms_worker(tiny_model_path: Path, tmp_pa
 
 def arm_steps(model: Path, folder: Path, rows: list[Any], order: list[int]) -> list[tuple[float, float]]:
     """(loss, gradient norm) of our worker's steps with verl's data set in verl's order."""
-    from engine_cases import build_worker
     from omegaconf import OmegaConf
+    from one_worker import start_worker
     from transformers import AutoTokenizer
     from verl.utils import tensordict_utils as tu
     from verl.utils.dataset.multiturn_sft_dataset import MultiTurnSFTDataset
@@ -141,6 +141,7 @@ def arm_steps(model: Path, folder: Path, rows: list[Any], order: list[int]) -> l
     from eaft_verl.cluster.session import verl_variables
     from eaft_verl.data.parquet import Example
     from eaft_verl.recipe.objective import build_objective
+    from eaft_verl.recipe.resolve import load_recipe, resolve
     from eaft_verl.training.sft.batches import make_batch
     from eaft_verl.training.sft.inference import rendezvous
     from eaft_verl.training.sft.loss import BATCH_FLAGS, TokenLoss
@@ -159,14 +160,13 @@ def arm_steps(model: Path, folder: Path, rows: list[Any], order: list[int]) -> l
     )
     made = []
     with verl_variables("cpu", 1, rendezvous(str(folder))):
-        worker = build_worker(str(recipe), str(model), [])
-        worker.set_loss_fn(TokenLoss(build_objective("eaft")))
+        config = resolve(load_recipe(recipe), "sft")
+        group = start_worker(config, str(model), STEPS, TokenLoss(build_objective("eaft")), None)
         try:
             for step in range(STEPS):
                 flags = {**BATCH_FLAGS, "use_dynamic_bsz": True, "max_token_len_per_gpu": 256}
                 batch = make_batch(examples, order[step * BATCH : (step + 1) * BATCH], flags, None)
-                tu.assign_non_tensor(batch, global_token_num=None)
-                metrics = tu.get(worker.train_batch(batch), "metrics")
+                metrics = tu.get(group.train_batch(batch).get(), "metrics")
                 made.append((metrics["loss"], metrics["grad_norm"]))
         finally:
             torch.distributed.destroy_process_group()
