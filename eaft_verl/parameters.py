@@ -1,9 +1,17 @@
-"""Dataclass fields that know what they accept; `Objective.__post_init__` runs the checks."""
+"""Dataclass fields that know what they accept; `check_fields` runs the checks."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import field
+from dataclasses import field, fields
 from typing import Any
+
+
+def check_fields(instance: Any, prefix: str = "") -> None:
+    """ValueError for the first field of a dataclass whose value is not allowed."""
+    for item in fields(instance):
+        check, value = item.metadata.get("check"), vars(instance)[item.name]
+        if check and (allowed := check(value)):
+            raise ValueError(f"{prefix}{item.name}={value!r} must be {allowed}")
 
 
 def choice(default: str, allowed: Sequence[str]) -> Any:

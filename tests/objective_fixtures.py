@@ -15,6 +15,7 @@ few = settings(max_examples=6, deadline=None, derandomize=True, database=None)
 EXACT = {"rtol": 0.0, "atol": 1e-12}  # for float64
 EXAMPLES = 4
 TAU = 1.3  # nats
+PROGRESS = 0.25  # in the middle of IDFT's transition
 BASE = BaseStats(
     entropy=torch.linspace(0.0, 1.0, 101, dtype=torch.float64),
     prob=torch.linspace(0.0, 1.0, 101, dtype=torch.float64),
@@ -65,13 +66,16 @@ def token_stats(objective: Objective, tokens: Tokens, stats: LogitStats) -> Toke
         sample_weight_T=sample_weights_B[tokens.example_T] if "sample_weight" in needs else None,
         tau=TAU if "tau" in needs else None,
         old_logprob_T=-0.8 * stats.nll_T.detach() - 0.1 if "old_logprob" in needs else None,
+        full_entropy_T=stats.full_entropy_T if "full_entropy" in needs else None,
+        progress=PROGRESS if "progress" in needs else None,
     )
 
 
 def shipped(objective: Objective, tokens: Tokens, num_tokens: float) -> tuple[Tensor, Tensor]:
     """Loss (with its graph to tokens.logits_TV) and weights [T], by logit_stats and weighted_nll."""
     logits_TV, labels_T, mask_T, _ = tokens
-    stats = logit_stats(logits_TV, labels_T, mask_T, k=objective.k, sum_p2="sum_p2" in objective.needs)
+    asked = {name: name in objective.needs for name in ("sum_p2", "full_entropy")}
+    stats = logit_stats(logits_TV, labels_T, mask_T, k=objective.k, **asked)
     weight_T = objective.weight(token_stats(objective, tokens, stats._replace(nll_T=stats.nll_T.detach())))
     return weighted_nll(stats.nll_T, weight_T, mask_T, num_tokens), weight_T
 
@@ -83,7 +87,9 @@ def with_graph(objective: Objective, tokens: Tokens, num_tokens: float) -> tuple
     nll_T = -logprob_TV.gather(-1, labels_T[:, None])[:, 0]
     top_TK = logits_TV.topk(min(objective.k, logits_TV.shape[-1])).values.log_softmax(-1)
     entropy_T = -(top_TK.exp() * top_TK).sum(-1)
-    stats = LogitStats(nll_T, entropy_T, entropy_T, entropy_T, logprob_TV.exp().square().sum(-1))
+    prob_TV = logprob_TV.exp()
+    full_T = -(prob_TV * logprob_TV.masked_fill(prob_TV == 0, 0.0)).sum(-1)
+    stats = LogitStats(nll_T, entropy_T, entropy_T, entropy_T, prob_TV.square().sum(-1), full_T)
     weight_T = objective.weight(token_stats(objective, tokens, stats))
     return weighted_nll(nll_T, weight_T, mask_T, num_tokens), weight_T
 

@@ -182,3 +182,118 @@ def test_flow_weighs_the_median_example_one_over_e():
     assert even.tolist() == pytest.approx([math.exp(-value / 1.5) for value in (0.5, 1, 2, 4)])
     fixed = build_objective("flow", temperature=2.0).sample_weights(QUANTILE_BASE)
     assert fixed.tolist() == pytest.approx([math.exp(-1.5), math.exp(-0.25), math.exp(-1)])
+
+
+# --- the entropy of the whole vocabulary -----------------------------------------------------------------------------
+
+
+def distributions(seed: int = 0, tokens: int = 9, vocab: int = 11) -> tuple[list[list[float]], list[int]]:
+    """p of some tokens as plain lists, and their labels."""
+    tokens_ = random_tokens(seed, tokens=tokens, vocab=vocab)
+    return tokens_.logits_TV.softmax(-1).tolist(), tokens_.labels_T.tolist()
+
+
+def full_stats(prob: list[float], label: int, **more) -> TokenStats:
+    entropy = -math.fsum(p * math.log(p) for p in prob)
+    full = torch.tensor([entropy], dtype=torch.float64)
+    return stats_of(prob=prob[label], full_entropy_T=full, **more)
+
+
+@pytest.mark.parametrize("power", [0.0, 1.0, 2.5])
+def test_mile_by_hand(power):
+    for prob, label in zip(*distributions(), strict=True):
+        entropy = -math.fsum(p * math.log(p) for p in prob)
+        assert weight_of("mile", full_stats(prob, label), power=power) == pytest.approx((1 + entropy) ** power)
+    assert build_objective("mile").weight_norm == "batch_mean"
+    uniform = full_stats([0.25] * 4, 0)
+    assert weight_of("mile", uniform) == pytest.approx(1 + math.log(4))
+
+
+@pytest.mark.parametrize(
+    ("progress", "blend"), [(0.0, 0.0), (0.2, 0.0), (0.25, 0.5), (0.3, 1.0), (0.99, 1.0)], ids=lambda value: str(value)
+)
+def test_idft_by_hand(progress, blend):
+    for prob, label in zip(*distributions(1), strict=True):
+        entropy, chosen = -math.fsum(p * math.log(p) for p in prob), prob[label]
+        raw = min(2.0, max(0.1, 1.0 / (chosen * math.exp(entropy))))  # exp(-(ln p + H)) = 1 / (p e^H)
+        expected = chosen ** (1.0 + blend * (raw - 1.0))
+        found = weight_of("idft", full_stats(prob, label, progress=progress))
+        assert found == pytest.approx(expected, rel=1e-9)
+
+
+def test_idft_at_its_edges():
+    sure = full_stats([1 - 1e-12, 1e-12], 0, progress=1.0)
+    assert weight_of("idft", sure) == pytest.approx(1.0)
+    switched = build_objective("idft", warmup=0.0, transition=0.0)
+    assert switched.needs == {"full_entropy"}
+    unlikely = full_stats([0.999, 0.001], 1)
+    assert float(switched.weight(unlikely)) == pytest.approx(0.001**2)  # the exponent is at its largest
+    assert weight_of("idft", full_stats([0.5, 0.5], 0, progress=0.4), transition=0.0, warmup=0.5) == pytest.approx(0.5)
+    impossible = unlikely._replace(logprob_T=torch.tensor([-math.inf], dtype=torch.float64))
+    assert float(switched.weight(impossible)) == 0.0
+
+
+def soft_targets(base: list[float], label: int, boost: float) -> list[float]:
+    """softmax(ln p_0 + boost * onehot), summed exactly."""
+    raised = [p * (math.exp(boost) if v == label else 1.0) for v, p in enumerate(base)]
+    return [x / math.fsum(raised) for x in raised]
+
+
+@pytest.mark.parametrize("boost", [0.5, 3.0, 20.0])
+def test_gift_is_the_cross_entropy_to_its_soft_target(boost):
+    """Value up to the constant that the module names, and gradient p - q, both from q itself."""
+    ours, theirs = random_tokens(2, tokens=9, vocab=11), random_tokens(3, tokens=9, vocab=11)
+    objective = build_objective("gift", boost=boost)
+    assert objective.stats == "base" and objective.anchor.kind == "forward_kl" and objective.anchor.coef == 1.0
+    base_TV = theirs.logits_TV.log_softmax(-1)
+    base = TokenStats(base_TV.gather(-1, ours.labels_T[:, None])[:, 0], torch.zeros(9), 11)
+    weight_T = objective.weight(base)
+    logits_TV = ours.logits_TV.clone().requires_grad_()
+    logp_TV = logits_TV.log_softmax(-1)
+    nll_T = -logp_TV.gather(-1, ours.labels_T[:, None])[:, 0]
+    kl_T = (base_TV.exp() * (base_TV - logp_TV)).sum(-1)
+    (weight_T * nll_T + objective.anchor_weight(weight_T) * kl_T).sum().backward()
+    for t, (base_row, label) in enumerate(zip(base_TV.exp().tolist(), ours.labels_T.tolist(), strict=True)):
+        target = torch.tensor(soft_targets(base_row, label, boost), dtype=torch.float64)
+        assert_close(logits_TV.grad[t], logp_TV[t].detach().exp() - target, rtol=0, atol=1e-9)
+        constant = (1 - weight_T[t]) * -(base_TV[t].exp() * base_TV[t]).sum()
+        cross_entropy = -(target * logp_TV[t].detach()).sum()
+        value = weight_T[t] * nll_T[t].detach() + (1 - weight_T[t]) * kl_T[t].detach()
+        assert_close(value + constant, cross_entropy, rtol=1e-9, atol=1e-9)
+
+
+def test_gift_switches_at_its_boost():
+    for logprob, expected in [(-20.0, 0.5), (-10.0, 1.0), (-30.0, 0.0)]:
+        stats = stats_of()._replace(logprob_T=torch.tensor([logprob], dtype=torch.float64))
+        assert weight_of("gift", stats) == pytest.approx(expected, abs=1e-4)
+
+
+# --- steps and statistics --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("nll", "factor"), [(1.0, 1.0), (4.0, 0.5), (0.25, 2.0), (0.01, 2.0), (1e6, 0.1), (0.0, 2.0)])
+def test_finch_follows_the_square_root_of_the_loss(nll, factor):
+    finch = build_objective("finch")
+    assert finch.step_factor(nll) == pytest.approx(factor)
+    assert finch.sets_rates and not build_objective("sft").sets_rates
+    assert build_objective("sft").step_factor(nll) == 1.0
+    assert weight_of("finch", stats_of()) == 1.0
+
+
+def test_finch_at_another_level():
+    assert build_objective("finch", level=2.25).step_factor(4.0) == pytest.approx(0.75)
+
+
+def test_who_needs_the_base_models_pass():
+    for name, asked in [("eaft", False), ("dft", False), ("prift", True), ("gift", True), ("masked", True)]:
+        assert build_objective(name).needs_base is asked, name
+        if name != "gift":
+            assert build_objective(name, stats="base").needs_base
+    assert build_objective("prift") == build_objective("dft", stats="base")
+
+
+def test_what_acts_on_tokens_is_told_from_what_acts_on_weights():
+    l2 = build_objective("eaft", anchor={"kind": "l2", "coef": 3.0})
+    assert l2.anchor is not None and l2.divergence is None and not l2.anchor.full
+    masked = build_objective("mask_target")
+    assert masked.divergence == masked.anchor and masked.anchor.full

@@ -15,4 +15,6 @@ def base_stats(store: TokenStore) -> BaseStats:
     nll_sum = torch.zeros(store.meta["samples"], dtype=torch.float64).index_add_(0, sample, -logprob.double())
     mean_nll = nll_sum / sample.bincount(minlength=store.meta["samples"])
     normalized = normalized_entropy(TokenStats(logprob, entropy, store.meta["k"]))
-    return BaseStats(normalized, logprob.exp(), mean_nll.float())
+    return BaseStats(
+        normalized, logprob.exp(), mean_nll.float(), lambda name: torch.tensor(store.column(name).to_numpy())
+    )

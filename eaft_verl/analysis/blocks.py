@@ -40,9 +40,9 @@ class Block:
     @cached_property
     def stats(self) -> TokenStats:
         """What objectives read. Before the first update the old policy of `psft` is the model itself."""
-        names = ("logprob", "entropy", "sum_p2")
-        logprob_T, entropy_T, sum_p2_T = (torch.from_numpy(self[name].copy()) for name in names)
-        return TokenStats(logprob_T, entropy_T, self.k, sum_p2_T, old_logprob_T=logprob_T)
+        names = ("logprob", "entropy", "sum_p2", "full_entropy")
+        logprob_T, entropy_T, sum_p2_T, full_T = (torch.from_numpy(self[name].copy()) for name in names)
+        return TokenStats(logprob_T, entropy_T, self.k, sum_p2_T, old_logprob_T=logprob_T, full_entropy_T=full_T)
 
     @cached_property
     def prob_T(self) -> Array:

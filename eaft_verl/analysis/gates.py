@@ -2,7 +2,8 @@
 
 Weights come from the objectives themselves, on what the store knows of each token: thresholds of `masked` and
 `pilot_mask` are quantiles of the store, `flow`'s are of its samples, `talr`'s tau is the median over all samples of
-their mean loss, and `psft` is seen before its first update, where the ratio is 1. Anchors are not counted.
+their mean loss, `psft` is seen before its first update, where the ratio is 1, and `idft` after its warm-up. Anchors are
+not counted. The store is the base model's: `stats=base` and `stats=current` are the same here.
 The gradient of a token is w |softmax - onehot|_2 = w sqrt(1 - 2 p + sum_v p_v^2).
 """
 
@@ -23,8 +24,11 @@ from eaft_verl.errors import ConfigError, require
 from eaft_verl.objectives import Objective
 from eaft_verl.recipe.objective import build_objective
 
-WORDS = ("sft", "eaft", "eaft_2", "eaft_3", "eaft_sigmoid", "masked", "pilot_mask", "dft", "talr", "flow", "deft")
-COLUMNS = ("sample", "logprob", "entropy", "sum_p2")
+WORDS = (
+    *("sft", "eaft", "eaft_2", "eaft_3", "eaft_sigmoid", "masked", "pilot_mask", "dft", "talr", "flow", "deft"),
+    *("mile", "idft", "gift"),  # before the first update `prift` is `dft`, and `finch` `sft`
+)
+COLUMNS = ("sample", "logprob", "entropy", "sum_p2", "full_entropy")
 MOST = 48  # gates of one sweep
 TOP = 0.1  # share of tokens that count as top-weighted
 _EXACT = 1 << 13  # tokens summed in float32, before float64
@@ -97,7 +101,7 @@ class Gates:
         found_GT = np.empty((len(self._names), len(block)), np.float32)
         for row_T, name, objective, weight_S in zip(found_GT, self._names, self.objectives, self._samples, strict=True):
             own = weight_S[sample] if weight_S is not None else None
-            row_T[:] = objective.weight(block.stats._replace(sample_weight_T=own, tau=self._tau)).numpy()
+            row_T[:] = objective.weight(block.stats._replace(sample_weight_T=own, tau=self._tau, progress=1.0)).numpy()
             if not (row_T.min() >= 0 and row_T.max() < np.inf):  # NaN is neither
                 raise ConfigError(f"--gates {name}: its weights are not all finite and at least 0; look at weight()")
         return found_GT

@@ -46,7 +46,7 @@ def evaluate_command(
     if not config.model:  # a recipe of settings only
         config = resolve(loaded, arm, [*overrides, f"model={what}"])
     check(config)
-    return _evaluate_model(what, config, out)
+    return evaluate_model(what, config, out)
 
 
 def settings_for(config: Config, tokenizer: Any) -> EvaluateSettings:

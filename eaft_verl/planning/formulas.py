@@ -66,6 +66,7 @@ class Setup:
     unsynced: bool = False  # whole gradients kept over micro-batches
     reference: Architecture | None = None  # a second engine
     anchored: bool = False  # full reference logits in every step
+    held: bool = False  # an l2 anchor keeps the starting weights
     cache_k: int = 0  # candidates of a reference cache on disk
     extra_forwards: float = 0.0  # passes over the batch beside the trained one, per update
     rollout: Rollout | None = None
@@ -93,6 +94,7 @@ class Setup:
             "parameters": weights,
             "gradients": self.master * self.trained,
             "optimizer": self.moments * self.trained,
+            **({"starting weights": weights} if self.held else {}),
         }
 
 

@@ -50,7 +50,7 @@ def arm_of(config: Config) -> Arm:
         updates_per_epoch=per_epoch,
         updates=updates,
         reference_tokens=(amount.trained or 0.0) if setup.cache_k else 0.0,
-        passes=(setup.cache_k > 0) + (objective is not None and "base" in objective.needs),
+        passes=(setup.cache_k > 0) + (objective is not None and objective.needs_base),
         notes=tuple(note for note, holds in _notes(config, amount, setup, objective).items() if holds),
     )
 
@@ -137,8 +137,9 @@ def _loss_terms(
     own = None if config.verl.model.lora_rank and not from_start else model
     if objective is None:
         return {"reference": own if rollout and rollout.reference else None}
-    if (anchor := objective.anchor) is None:
-        return {"fused": bool(config.fused_head and config.verl.model.use_remove_padding)}
+    if (anchor := objective.divergence) is None:
+        fused = bool(config.fused_head and config.verl.model.use_remove_padding)
+        return {"fused": fused, "held": objective.anchor is not None}
     if not anchor.full:
         return {"cache_k": anchor.k}  # a reference of another model is loaded for the one pass, before Adam exists
     reference = anchor_reference(config)
@@ -149,7 +150,7 @@ def _extra_forwards(objective: Objective | None, rollout: Rollout | None) -> flo
     """Forward passes over the batch besides the trained one: old and reference log-probabilities, statistics."""
     if objective is None:
         return 1.0 + (rollout is not None and rollout.reference)
-    exact_tau = "tau" in objective.needs and vars(objective).get("tau") == "batch"
+    exact_tau = "tau" in objective.needs and vars(objective).get("tau") == "batch" and objective.stats == "current"
     return float((objective.weight_norm == "batch_mean") + exact_tau + ("old_logprob" in objective.needs))
 
 
@@ -178,4 +179,6 @@ def _notes(config: Config, amount: Amount, setup: Setup, objective: Objective | 
         f"its length is set by the finished run of arm {of}; the recipe's own is planned": of,
         length: setup.rollout,
         "the objective's own forward passes are counted": "tau" in needs or "old_logprob" in needs,
+        "the l2 anchor keeps a second copy of the weights": setup.held,
+        "stats=base: the starting model passes over the data once": objective and objective.stats == "base",
     }

@@ -15,7 +15,7 @@ from eaft_verl.models import check_model
 from eaft_verl.objectives import TOPK_KIND
 from eaft_verl.recipe.checks_chains import check_chains
 from eaft_verl.recipe.checks_grpo import check_grpo
-from eaft_verl.recipe.checks_values import check_every_value, check_optimizer
+from eaft_verl.recipe.checks_values import check_anchor, check_every_value, check_optimizer
 from eaft_verl.recipe.choose import check_rule
 from eaft_verl.recipe.config import Config, plain
 from eaft_verl.recipe.meter import absent_trackers, check_meter
@@ -39,6 +39,8 @@ def check(config: Config, *, elsewhere: bool = False, dry_run: bool = False, tra
     require(config.data.train, "data.train is missing: a file, a hub id, or generate:NAME")
     _choice("trainer", config.trainer, TRAINERS)
     require(config.seed >= 0, f"seed={config.seed} must be 0 or more")
+    if config.trainer == "sft" and (anchor := objective_of(config).anchor):
+        check_anchor(config, anchor)
     for which in ("train", "heldout"):
         _check_data(config, which)
     check_chains(config)

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from eaft_verl.errors import require
+from eaft_verl.models import check_model
+from eaft_verl.objectives import L2_KIND, Anchor
 from eaft_verl.recipe.config import Config, plain
 
 # of torch.optim, those that take the arguments which verl gives: lr, weight_decay and, to the Adams, betas
@@ -31,6 +33,26 @@ def _leaves(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(item, f"{key}[{number}]")
     else:
         yield key, tree
+
+
+def check_anchor(config: Config, anchor: Anchor) -> None:
+    """ConfigError for a reference that is no model, or a pull on the weights that cannot be what is meant."""
+    if anchor.reference:
+        check_model(anchor.reference)
+    if anchor.kind != L2_KIND:
+        return
+    rate, rank = config.verl.optim.lr, config.verl.model.lora_rank
+    require(
+        rate * anchor.coef <= 1,
+        f"objective.anchor.coef={anchor.coef:g} times verl.optim.lr={rate:g} is above 1: a step would overshoot the "
+        f"starting weights; at most {1 / rate:g}",
+    )
+    require(
+        not rank,
+        f"objective.anchor.kind=l2 with verl.model.lora_rank={rank}: the distance is that of the product of two "
+        "matrices, which a pull on each does not shrink in proportion; verl.optim.weight_decay draws an adapter to its "
+        "start, or choose a kind that compares outputs",
+    )
 
 
 def check_optimizer(config: Config) -> None:

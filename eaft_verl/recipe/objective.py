@@ -4,7 +4,7 @@ import importlib
 from dataclasses import fields
 from typing import Any
 
-from eaft_verl.objectives import KINDS, LABEL_ESTIMATORS, OBJECTIVES, TOPK_KIND, Anchor, Objective
+from eaft_verl.objectives import KINDS, L2_KIND, LABEL_ESTIMATORS, OBJECTIVES, TOPK_KIND, Anchor, Objective
 
 
 def build_objective(name: str, **params: Any) -> Objective:
@@ -22,6 +22,32 @@ def build_objective(name: str, **params: Any) -> Objective:
         return cls(**{**preset, **params})
     except ValueError as error:
         raise ValueError(f"objective {name!r}: {error}") from None
+
+
+LACKING = {  # need of an objective: what only an arm of `eaft train` gives, and how to do without
+    "base": "a forward pass of the starting model over the data",
+    "sample_weight": "a weight of each example",
+    "tau": "the median loss of the whole batch; give a number, e.g. tau=1",
+    "progress": "the share of updates made; warmup=0, transition=0 do without",
+    "old_logprob": "log-probabilities of an earlier model",
+}
+
+
+def build_stateless(name: str, **params: Any) -> Objective:
+    """The named objective for a trainer that gives a loss one micro-batch and nothing else; ValueError says what it
+    would need besides."""
+    objective = build_objective(name, **params)
+    needs = objective.needs | ({"base"} if objective.needs_base else set())
+    lacking = [what for need, what in LACKING.items() if need in needs]
+    if objective.weight_norm == "batch_mean":
+        lacking.append("the mean weight of the whole batch; weight_norm=none does without, at another scale")
+    if objective.anchor is not None:
+        lacking.append("a frozen reference or the starting weights (anchor)")
+    if objective.sets_rates:
+        lacking.append("the optimizer's learning rate")
+    if lacking:
+        raise ValueError(f"objective {name!r} needs {lacking[0]}; as it is, it runs as an arm of `eaft train` only")
+    return objective
 
 
 def _known_objective(name: str) -> tuple[type[Objective], dict[str, Any]]:
@@ -62,4 +88,9 @@ def build_anchor(params: Any) -> Anchor:
         )
     if "k" in params and params.get("kind") != TOPK_KIND:
         raise ValueError(f"objective.anchor.k belongs to kind={TOPK_KIND}; {kind or 'forward_kl'} uses every token")
+    if kind == L2_KIND and "coef" not in params:
+        raise ValueError(
+            "objective.anchor.coef is needed for kind=l2, whose pull per update is lr * coef: 1 / (lr * updates) holds "
+            "the weights noticeably"
+        )
     return Anchor(**params)

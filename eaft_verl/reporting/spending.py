@@ -116,7 +116,7 @@ def unequal(arms: list[Arm]) -> Iterator[str]:
 
 
 def exempt(arm: Arm) -> bool:
-    """Whether the arm's budget is not to be that of the others: a control, an average, or ended by its meter's alarm."""
+    """Whether the arm's budget is not to be that of the others: a control, an average, or ended by its meter."""
     return arm.control is not None or arm.average is not None or alarmed(arm)
 
 

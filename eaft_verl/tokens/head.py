@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from eaft_verl.tokens.chunks import head_chunk
-from eaft_verl.tokens.logits import LogitStats, accumulator, row_gradient, row_statistics
+from eaft_verl.tokens.logits import LogitStats, accumulator, asked, row_gradient, row_statistics
 from eaft_verl.tokens.stats import TOPK
 
 Gate = Callable[[LogitStats, Tensor], Tensor]  # statistics [C] of some tokens and which of the T they are -> weight [C]
@@ -40,6 +40,7 @@ def head_statistics(
     gate: Gate | None = None,
     k: int = TOPK,
     sum_p2: bool = False,
+    full_entropy: bool = False,
 ) -> LogitStats:
     """`logit_stats(hidden @ weight^T + bias, ...)` in chunks; rows with mask 0 are not multiplied.
 
@@ -57,10 +58,10 @@ def head_statistics(
     rows_R = mask_T.nonzero().squeeze(-1)
     with torch.autocast(device, enabled=False):
         made = _FusedHead.apply(
-            hidden_TD, head.weight_VD, head.bias_V, labels_T, rows_R, gate, k, sum_p2, torch.is_grad_enabled()
+            *(hidden_TD, head.weight_VD, head.bias_V, labels_T, rows_R),
+            *(gate, k, sum_p2, full_entropy, torch.is_grad_enabled()),
         )
-    stats = LogitStats(*made)
-    return stats if sum_p2 else stats._replace(sum_p2_T=None)
+    return asked(LogitStats(*made), sum_p2, full_entropy)
 
 
 class _FusedHead(torch.autograd.Function):
@@ -75,25 +76,28 @@ class _FusedHead(torch.autograd.Function):
         gate: Gate | None,
         k: int,
         sum_p2: bool,
+        full_entropy: bool,
         grad: bool,
     ) -> tuple[Tensor, ...]:
-        out_5T = torch.zeros(5, hidden_TD.shape[0], dtype=accumulator(hidden_TD), device=hidden_TD.device)
+        out_6T = torch.zeros(6, hidden_TD.shape[0], dtype=accumulator(hidden_TD), device=hidden_TD.device)
         wanted = tuple(grad and needs for needs in ctx.needs_input_grad[:3])
         speculate = gate is not None and any(wanted)
         head = Head(weight_VD, bias_V)
         sums = _Gradients(hidden_TD, head, len(rows_R), wanted) if speculate else None
-        weight_R = out_5T.new_empty(len(rows_R))
+        weight_R = out_6T.new_empty(len(rows_R))
         for start, rows in _chunks(rows_R, head):
             hidden_CD, labels_C = hidden_TD[rows], labels_T[rows]
-            out_5T[:, rows], exp_CV, total_C = row_statistics(_logits(hidden_CD, head), labels_C, k, sum_p2)
+            out_6T[:, rows], exp_CV, total_C = row_statistics(
+                _logits(hidden_CD, head), labels_C, k, sum_p2, full_entropy
+            )
             if gate is not None and sums is not None:
-                weight_C = weight_R[start : start + len(rows)].copy_(gate(LogitStats(*out_5T[:, rows].unbind()), rows))
+                weight_C = weight_R[start : start + len(rows)].copy_(gate(LogitStats(*out_6T[:, rows].unbind()), rows))
                 sums.add(start, hidden_CD, head, row_gradient(exp_CV, total_C, labels_C, weight_C, hidden_CD.dtype))
             del exp_CV  # before the next chunk's logits are formed
         ctx.sums, ctx.weight_R = sums, weight_R
         ctx.wanted, ctx.k = wanted, k
         ctx.save_for_backward(hidden_TD, weight_VD, bias_V, labels_T, rows_R)
-        nll_T, *rest = out_5T.unbind()
+        nll_T, *rest = out_6T.unbind()
         ctx.mark_non_differentiable(*rest)
         return nll_T, *rest
 
@@ -107,7 +111,7 @@ class _FusedHead(torch.autograd.Function):
         head = Head(weight_VD, bias_V)
         if sums is None or factor is None:
             factor, sums = None, _recomputed(hidden_TD, head, labels_T, rows_R, upstream_R, ctx.wanted)
-        return *sums.results(rows_R, hidden_TD, factor), None, None, None, None, None, None
+        return *sums.results(rows_R, hidden_TD, factor), *[None] * 7
 
 
 def _chunks(rows_R: Tensor, head: Head) -> list[tuple[int, Tensor]]:

@@ -25,6 +25,7 @@ class LogitStats(NamedTuple):
     entropy20_T: Tensor  # top-20 entropy, nats: the yardstick logged for every objective
     correct_T: Tensor  # 1.0 where the label is the most likely token
     sum_p2_T: Tensor | None
+    full_entropy_T: Tensor | None = None  # over the vocabulary, nats
 
 
 class Distribution(NamedTuple):
@@ -56,11 +57,19 @@ def reference_stats(logits_TV: Tensor, labels_T: Tensor, k: int = TOPK) -> Logit
     vocab = logits_TV.shape[-1]
     entropy_T, entropy20_T = (topk_entropy(logits_TV.detach().topk(min(size, vocab)).values) for size in (k, TOPK))
     correct_T = (logits_TV.argmax(dim=-1) == labels_T).to(nll_T.dtype)
-    return LogitStats(nll_T, entropy_T, entropy20_T, correct_T, logprob_TV.detach().exp().square().sum(dim=-1))
+    prob_TV = logprob_TV.detach().exp()
+    full_entropy_T = torch.special.entr(prob_TV).sum(dim=-1)
+    return LogitStats(nll_T, entropy_T, entropy20_T, correct_T, prob_TV.square().sum(dim=-1), full_entropy_T)
 
 
 def logit_stats(
-    logits_TV: Tensor, labels_T: Tensor, mask_T: Tensor, *, k: int = TOPK, sum_p2: bool = False
+    logits_TV: Tensor,
+    labels_T: Tensor,
+    mask_T: Tensor,
+    *,
+    k: int = TOPK,
+    sum_p2: bool = False,
+    full_entropy: bool = False,
 ) -> LogitStats:
     """Cross-entropy with its gradient, and the statistics of every token with mask 1, in chunks.
 
@@ -72,10 +81,15 @@ def logit_stats(
     """
     wants_grad = torch.is_grad_enabled() and logits_TV.requires_grad
     rows_R = mask_T.nonzero().squeeze(-1)
-    nll_T, entropy_T, entropy20_T, correct_T, sum_p2_T = _ChunkedStats.apply(
-        logits_TV, labels_T, rows_R, k, sum_p2, wants_grad
+    made = LogitStats(*_ChunkedStats.apply(logits_TV, labels_T, rows_R, k, sum_p2, full_entropy, wants_grad))
+    return asked(made, sum_p2, full_entropy)
+
+
+def asked(made: LogitStats, sum_p2: bool, full_entropy: bool) -> LogitStats:
+    """The statistics without those that nobody asked for."""
+    return made._replace(
+        sum_p2_T=made.sum_p2_T if sum_p2 else None, full_entropy_T=made.full_entropy_T if full_entropy else None
     )
-    return LogitStats(nll_T, entropy_T, entropy20_T, correct_T, sum_p2_T if sum_p2 else None)
 
 
 @torch.no_grad()
@@ -124,17 +138,24 @@ def _relative(logits_RV: Tensor, labels_R: Tensor, k: int) -> tuple[Tensor, Tens
 class _ChunkedStats(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits_TV: Tensor, labels_T: Tensor, rows_R: Tensor, k: int, sum_p2: bool, wants_grad: bool
+        ctx: Any,
+        logits_TV: Tensor,
+        labels_T: Tensor,
+        rows_R: Tensor,
+        k: int,
+        sum_p2: bool,
+        full_entropy: bool,
+        wants_grad: bool,
     ) -> tuple[Tensor, ...]:
-        out_5T = torch.zeros(5, logits_TV.shape[0], dtype=accumulator(logits_TV), device=logits_TV.device)
+        out_6T = torch.zeros(6, logits_TV.shape[0], dtype=accumulator(logits_TV), device=logits_TV.device)
         grad_TV = torch.zeros_like(logits_TV) if wants_grad else None
         for rows in rows_R.split(CHUNK_TOKENS):
             labels_R = labels_T[rows]
-            out_5T[:, rows], exp_RV, total_R = row_statistics(logits_TV[rows], labels_R, k, sum_p2)
+            out_6T[:, rows], exp_RV, total_R = row_statistics(logits_TV[rows], labels_R, k, sum_p2, full_entropy)
             if grad_TV is not None:
                 grad_TV[rows] = row_gradient(exp_RV, total_R, labels_R, torch.ones_like(total_R), grad_TV.dtype)
         ctx.grad_TV = grad_TV
-        nll_T, *rest = out_5T.unbind()
+        nll_T, *rest = out_6T.unbind()
         ctx.mark_non_differentiable(*rest)
         return nll_T, *rest
 
@@ -144,11 +165,13 @@ class _ChunkedStats(torch.autograd.Function):
         grad_TV, ctx.grad_TV = ctx.grad_TV, None
         if grad_TV is None:
             raise RuntimeError("token statistics: backward ran twice, or on a pass made without gradients")
-        return grad_TV.mul_(upstream_T[:, None].to(grad_TV.dtype)), None, None, None, None, None
+        return grad_TV.mul_(upstream_T[:, None].to(grad_TV.dtype)), None, None, None, None, None, None
 
 
-def row_statistics(logits_RV: Tensor, labels_R: Tensor, k: int, sum_p2: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(five statistics [5, R] in the order of LogitStats, exp(logits - largest) [R, V], its sum [R]).
+def row_statistics(
+    logits_RV: Tensor, labels_R: Tensor, k: int, sum_p2: bool, full_entropy: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(six statistics [6, R] in the order of LogitStats, exp(logits - largest) [R, V], its sum [R]).
 
     Uses the logits up: float32 ones are overwritten, others are freed as soon as they are upcast.
     """
@@ -160,8 +183,12 @@ def row_statistics(logits_RV: Tensor, labels_R: Tensor, k: int, sum_p2: bool) ->
     total_R = exp_RV.sum(dim=-1)
     nll_R = total_R.log() - label_R
     sum_p2_R = exp_RV.square().sum(dim=-1) / total_R.square() if sum_p2 else torch.zeros_like(nll_R)
+    # H = ln S - sum_v (e_v / S) ln e_v, with e_v = exp(z_v - largest) and S their sum; entr(0) = 0
+    full_entropy_R = (
+        total_R.log() + torch.special.entr(exp_RV).sum(dim=-1) / total_R if full_entropy else torch.zeros_like(nll_R)
+    )
     correct_R = (label_R == 0).to(nll_R.dtype)
-    return torch.stack([nll_R, entropy_R, entropy20_R, correct_R, sum_p2_R]), exp_RV, total_R
+    return torch.stack([nll_R, entropy_R, entropy20_R, correct_R, sum_p2_R, full_entropy_R]), exp_RV, total_R
 
 
 def row_gradient(exp_RV: Tensor, total_R: Tensor, labels_R: Tensor, weight_R: Tensor, dtype: torch.dtype) -> Tensor:

@@ -2,7 +2,8 @@
 
 Dimension letters: T tokens of a packed micro-batch, V vocabulary, K reference candidates, R rows of a chunk. Sums run
 in float32 (float64 for float64 logits). The gradient is taken at once, because another consumer of the logits
-(flash-attention's cross-entropy works in place) may overwrite them before backward runs. Formulas: `anchors.py`.
+(flash-attention's cross-entropy works in place) may overwrite them before backward runs.
+Formulas: `objectives/anchors.py`.
 
 0 ln(0 / q) counts as 0, as in a padded vocabulary. p ln(p / 0) with p > 0 is infinite, and NaN logits give NaN: neither
 is a number that training could go on with. Only the tail of a TopReference is bounded: its probabilities count as TINY
@@ -40,8 +41,13 @@ def top_reference(logits_TV: Tensor, k: int) -> TopReference:
     return TopReference(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
-def plain_kl(kind: str, logits_TV: Tensor, reference: Tensor | TopReference) -> Tensor:
+def plain_kl(kind: str, logits_TV: Tensor, reference: Tensor | TopReference, labels_T: Tensor | None = None) -> Tensor:
     """The definition, differentiable by autograd, without chunks: what `reference_kl` must equal; [T]."""
+    if kind == "mask_target":
+        assert isinstance(reference, Tensor) and labels_T is not None
+        others_TV = torch.ones_like(logits_TV, dtype=torch.bool).scatter(-1, labels_T[:, None], False)
+        logits_TV, reference = (part[others_TV].view(len(part), -1) for part in (logits_TV, reference))
+        kind = "forward_kl"
     logp_TV = logits_TV.to(accumulator(logits_TV)).log_softmax(dim=-1)
     if isinstance(reference, TopReference):
         ids_TK = reference.ids_TK.long()
@@ -58,34 +64,50 @@ def _weighed(weight: Tensor, ratio: Tensor) -> Tensor:
     return (weight * ratio.masked_fill(weight == 0, 0.0)).sum(dim=-1)
 
 
-def reference_kl(kind: str, logits_TV: Tensor, reference: Tensor | TopReference, mask_T: Tensor) -> Tensor:
+def reference_kl(
+    kind: str,
+    logits_TV: Tensor,
+    reference: Tensor | TopReference,
+    mask_T: Tensor,
+    labels_T: Tensor | None = None,
+) -> Tensor:
     """KL of each token with mask 1, [T] float32 (float64 in, float64 out); the others cost nothing and are 0.
 
-    Args: kind: of `anchors.KINDS`. logits_TV: [T, V] of the model, any float dtype. reference: [T, V] logits for
-    forward_kl and reverse_kl, a TopReference for forward_kl_topk; constant. mask_T: [T] bool.
-    Differentiable once, towards logits_TV. ValueError: vocabularies of different sizes.
+    Args: kind: of `anchors.DIVERGENCES`. logits_TV: [T, V] of the model, any float dtype. reference: [T, V] logits for
+    the full kinds, a TopReference for forward_kl_topk; constant. mask_T: [T] bool. labels_T: [T], for mask_target.
+    Differentiable once, towards logits_TV. ValueError: vocabularies of different sizes, or no labels.
     """
     if kind in FULL_KINDS:
         assert isinstance(reference, Tensor)
         if reference.shape != logits_TV.shape:
             raise ValueError(f"logits {tuple(logits_TV.shape)} and reference {tuple(reference.shape)} differ in shape")
     wants_grad = torch.is_grad_enabled() and logits_TV.requires_grad
-    return _ChunkedKl.apply(logits_TV, reference, mask_T.nonzero().squeeze(-1), kind, wants_grad)
+    if kind == "mask_target" and labels_T is None:
+        raise ValueError("mask_target needs the labels that it leaves out")
+    left_out_T = labels_T if kind == "mask_target" else None
+    return _ChunkedKl.apply(logits_TV, reference, mask_T.nonzero().squeeze(-1), kind, left_out_T, wants_grad)
 
 
 class _ChunkedKl(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits_TV: Tensor, reference: Tensor | TopReference, rows_R: Tensor, kind: str, wants_grad: bool
+        ctx: Any,
+        logits_TV: Tensor,
+        reference: Tensor | TopReference,
+        rows_R: Tensor,
+        kind: str,
+        left_out_T: Tensor | None,
+        wants_grad: bool,
     ) -> Tensor:
         kl_T = torch.zeros(logits_TV.shape[0], dtype=accumulator(logits_TV), device=logits_TV.device)
         grad_TV = torch.zeros_like(logits_TV) if wants_grad else None
         for rows in rows_R.split(CHUNK_TOKENS):
-            logp_RV = logits_TV[rows].to(kl_T.dtype).log_softmax(dim=-1)
+            left_out_R = None if left_out_T is None else left_out_T[rows]
+            logp_RV = _log_softmax(logits_TV[rows].to(kl_T.dtype), left_out_R)
             if isinstance(reference, TopReference):
                 kl_R, grad_RV = _topk(logp_RV, TopReference(*(part[rows] for part in reference)))
             else:
-                kl_R, grad_RV = _full(kind, logp_RV, reference[rows].to(kl_T.dtype).log_softmax(dim=-1))
+                kl_R, grad_RV = _full(kind, logp_RV, _log_softmax(reference[rows].to(kl_T.dtype), left_out_R))
             kl_T[rows] = kl_R
             if grad_TV is not None:
                 grad_TV[rows] = grad_RV.to(grad_TV.dtype)
@@ -98,18 +120,25 @@ class _ChunkedKl(torch.autograd.Function):
         grad_TV, ctx.grad_TV = ctx.grad_TV, None
         if grad_TV is None:
             raise RuntimeError("anchor: backward ran twice, or on a pass made without gradients")
-        return grad_TV.mul_(upstream_T[:, None].to(grad_TV.dtype)), None, None, None, None
+        return grad_TV.mul_(upstream_T[:, None].to(grad_TV.dtype)), None, None, None, None, None
+
+
+def _log_softmax(logits_RV: Tensor, left_out_R: Tensor | None) -> Tensor:
+    """Over the vocabulary, or over it without one token of each row, which then has no probability."""
+    if left_out_R is not None:
+        logits_RV = logits_RV.scatter(-1, left_out_R[:, None], -torch.inf)
+    return logits_RV.log_softmax(dim=-1)
 
 
 def _full(kind: str, logp_RV: Tensor, logr_RV: Tensor) -> tuple[Tensor, Tensor]:
     """KL [R] and its gradient [R, V] over the whole vocabulary; overwrites its arguments."""
-    first_RV, second_RV = (logr_RV, logp_RV) if kind == "forward_kl" else (logp_RV, logr_RV)
+    first_RV, second_RV = (logp_RV, logr_RV) if kind == "reverse_kl" else (logr_RV, logp_RV)
     weight_RV = first_RV.exp()
     ratio_RV = first_RV.sub_(second_RV).masked_fill_(weight_RV == 0, 0.0)
     kl_R = (weight_RV * ratio_RV).sum(dim=-1)  # autocast would do vecdot in bf16
-    if kind == "forward_kl":
-        return kl_R, logp_RV.exp_().sub_(weight_RV)
-    return kl_R, weight_RV.mul_(ratio_RV.sub_(kl_R[:, None]))
+    if kind == "reverse_kl":
+        return kl_R, weight_RV.mul_(ratio_RV.sub_(kl_R[:, None]))
+    return kl_R, logp_RV.exp_().sub_(weight_RV)
 
 
 def _topk(logp_RV: Tensor, top: TopReference) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ Dimension letters: T tokens of a packed micro-batch.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,7 +17,7 @@ TOPK = 20  # arXiv 2601.02151, Sec. 5.2: at K = 20 the top-K entropy tracks the 
 LOW_ENTROPY = 0.5  # nats; arXiv 2601.02151, Fig. 4 groups tokens by H <= 0.5 and H >= 2.0
 HIGH_ENTROPY = 2.0
 CONFLICT_PROB = 0.2  # a confident conflict: H <= 0.5 and p(label) < 0.2 (the paper draws the region without numbers)
-FULL_KINDS = ("forward_kl", "reverse_kl")  # divergences that need the reference's logits in every step
+FULL_KINDS = ("forward_kl", "reverse_kl", "mask_target")  # divergences that need the reference's logits in every step
 
 
 class TokenStats(NamedTuple):
@@ -29,6 +30,8 @@ class TokenStats(NamedTuple):
     sample_weight_T: Tensor | None = None  # weight of the token's example, fixed before training
     tau: float | None = None  # median over the global batch of the examples' mean loss, nats
     old_logprob_T: Tensor | None = None  # log p(label) of the model a few updates ago, nats
+    full_entropy_T: Tensor | None = None  # entropy over the vocabulary, nats
+    progress: float | None = None  # share of the run's updates that are made, in [0, 1)
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class BaseStats:
     entropy: Tensor  # [tokens] top-K entropy normalised by ln K, in [0, 1]
     prob: Tensor  # [tokens] p(label), in [0, 1]
     mean_nll: Tensor  # [examples] mean of -log p(label) over the example's trained tokens, nats
+    column: Callable[[str], Tensor] | None = None  # name of a field of TokenStats, less its _T -> [tokens]
 
     def quantile(self, name: str, q: float) -> float:
         """Linear-interpolated quantile of one field; sorted because torch.quantile stops at 16 million values."""

@@ -54,6 +54,11 @@ BY_HAND = {
     "deft": P**SUM_P2,
     "chord": P * (1 - P),
     "psft": np.ones_like(P),
+    "mile:weight_norm=none": 1 + COLUMNS["full_entropy"],
+    "idft": P ** np.clip(np.exp(-(np.log(P) + COLUMNS["full_entropy"])), 0.1, 2.0),
+    "gift:boost=3": P * (math.exp(3) - 1) / (1 + P * (math.exp(3) - 1)),
+    "prift": P,
+    "finch": np.ones_like(P),
     "analysis.test_gates:Squared:slope=2": 2 * P**2,
 }
 ERROR = np.sqrt(1 - 2 * P + SUM_P2)

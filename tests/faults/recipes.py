@@ -128,3 +128,19 @@ def _cannot_be_judged(lab: Lab) -> Outcome:
     ):
         lab.train(override, "--dry-run").refused(said)
     return Outcome("exit 2")
+
+
+@fault(
+    "objectives and anchors that cannot be meant: a parameter with a typo, l2 under LoRA",
+    "refused at the dry run in one line that names the key and the way out",
+)
+def _objectives(lab: Lab) -> Outcome:
+    for overrides, words in (
+        (["objective.powr=2"], ("objective.powr is unknown", "power")),
+        (
+            ["objective={name: sft, anchor: {kind: l2, coef: 10}}", "verl.model.lora_rank=4"],
+            ("verl.model.lora_rank=4", "weight_decay"),
+        ),
+    ):
+        lab.train(*overrides, "--dry-run").refused(*words)
+    return Outcome("exit 2")

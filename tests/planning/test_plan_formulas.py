@@ -244,3 +244,14 @@ def test_recomputation_trades_time_for_memory(setup: Setup) -> None:
     kept, again = (replace(setup, checkpointing=flag) for flag in (False, True))
     assert peak_gib(again) <= peak_gib(kept)
     assert update_flops(again) > update_flops(kept)
+
+
+def test_a_held_start_is_one_more_copy_of_the_weights() -> None:
+    plain, held = (training_phases(paper_setup(held=held)) for held in (False, True))
+    for name, parts in held.items():
+        assert parts.pop("starting weights") == 4 * QWEN_32B.parameters / 8
+        assert parts == plain[name]
+    offloaded = paper_setup(held=True, offload_policy=True)
+    assert training_phases(offloaded)["loss"]["starting weights"] == 0
+    more = host_bytes(offloaded, 2)["offloaded"] - host_bytes(paper_setup(offload_policy=True), 2)["offloaded"]
+    assert more == 4 * QWEN_32B.parameters

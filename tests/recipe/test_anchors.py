@@ -40,13 +40,20 @@ def test_label_token_estimators_are_refused_with_the_reason(kind: str) -> None:
 @pytest.mark.parametrize(
     ("anchor", "words"),
     [
-        ({"kind": "kl_forward"}, ["anchor.kind='kl_forward'", "forward_kl, reverse_kl, forward_kl_topk"]),
+        (
+            {"kind": "kl_forward"},
+            ["anchor.kind='kl_forward'", "forward_kl, reverse_kl, mask_target, forward_kl_topk, l2"],
+        ),
         ({"kind": "forward_kl", "coef": 0}, ["anchor.coef=0", "a number in (0, inf)"]),
         ({"kind": "forward_kl", "coef": "big"}, ["anchor.coef='big'"]),
         ({"kind": "forward_kl", "beta": 1}, ["objective.anchor.beta is unknown", "kind, coef, k, reference"]),
         ({"kind": "forward_kl", "k": 10}, ["objective.anchor.k belongs to kind=forward_kl_topk"]),
         ({"kind": "forward_kl_topk", "k": 1}, ["anchor.k=1", "at least 2"]),
         ({"kind": "forward_kl", "reference": 3}, ["anchor.reference=3", "folder or hub id"]),
+        ({"kind": "l2"}, ["objective.anchor.coef is needed for kind=l2", "1 / (lr * updates)"]),
+        ({"kind": "l2", "coef": 1, "reference": "m"}, ["anchor.reference must be null for kind=l2"]),
+        ({"kind": "l2", "coef": 1, "k": 8}, ["objective.anchor.k belongs to kind=forward_kl_topk"]),
+        ({"kind": "mask_target", "k": 8}, ["objective.anchor.k belongs to kind=forward_kl_topk"]),
         ("forward_kl", ["objective.anchor='forward_kl' must be a mapping"]),
         (True, ["must be a mapping"]),
     ],
@@ -63,6 +70,7 @@ def test_what_is_wrong_is_named(anchor: Any, words: list[str]) -> None:
         ({"updates_per_refresh": 2.0}, "a whole number of at least 1"),
         ({"clip_low": 1.5}, "[0, 1]"),
         ({"weight_norm": "batch_mean"}, "must be none"),
+        ({"stats": "base"}, "must be current"),
     ],
 )
 def test_psft_parameters(params: dict[str, Any], words: str) -> None:

@@ -56,6 +56,12 @@ def accepted(recipe: Recipe, *overrides: str) -> Any:
 WRONG = [
     (["verl.trainer.test_freq=3"], "test_freq=3 has no effect without data.heldout"),
     (["verl.model.lora_adapter_path=/nonexistent"], "the bare base model would be trained"),
+    (["objective={name: eaft, stats: frozen}"], "stats='frozen' must be one of current, base"),
+    (["objective={name: psft, stats: base}"], "stats='base' must be current"),
+    (["objective={name: sft, anchor: {kind: l2}}"], "objective.anchor.coef is needed for kind=l2"),
+    (["objective={name: sft, anchor: {kind: l2, coef: 1e9}}"], "would overshoot the starting weights"),
+    (["objective={name: sft, anchor: {kind: l2, coef: 1}}", "verl.model.lora_rank=4"], "the product of two matrices"),
+    (["objective={name: idft, exponent_min: 3}"], "exponent_min=3 must be at most exponent_max"),
     # what an arm needs
     (["model=null"], "model is missing: a hub id"),
     (["model=''"], "model is missing"),

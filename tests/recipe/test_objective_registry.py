@@ -90,6 +90,16 @@ def test_unknown_parameter_lists_the_known(name):
         ("talr", "floor", 2, "[0, 1]"),
         ("flow", "temperature", 0.0, "(0, inf"),
         ("power_p", "exponent", -1, "[0, inf"),
+        ("eaft", "stats", "frozen", "one of current, base"),
+        ("mile", "power", -1, "[0, inf"),
+        ("idft", "scale", 0, "(0, inf"),
+        ("idft", "warmup", 1.5, "[0, 1]"),
+        ("idft", "exponent_min", 3.0, "at most exponent_max"),
+        ("gift", "boost", 0, "(0, 80]"),
+        ("gift", "boost", 100, "(0, 80]"),
+        ("finch", "level", 0, "(0, inf"),
+        ("finch", "lowest", 2, "[0, 1]"),
+        ("finch", "highest", 0.5, "[1, inf"),
     ],
 )
 def test_a_value_out_of_range_is_named_with_what_is_allowed(name, key, value, allowed):

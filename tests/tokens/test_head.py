@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from eaft_verl.objectives import Deft, Eaft, Objective, Sft, weighted_nll
+from eaft_verl.objectives import Deft, Eaft, Mile, Objective, Sft, weighted_nll
 from eaft_verl.tokens import head as fused
 from eaft_verl.tokens.chunks import head_chunk
 from eaft_verl.tokens.head import Gate, Head, head_statistics
@@ -19,6 +19,7 @@ from eaft_verl.tokens.logits import LogitStats, reference_stats
 from eaft_verl.tokens.stats import TokenStats
 
 T, D, V = 37, 24, 301
+OBJECTIVES = [Sft(), Eaft(), Eaft(power=2, k=7), Deft(), Mile()]
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +56,10 @@ class Inputs:
 def gate_of(objective: Objective) -> Gate:
     def gate(stats: LogitStats, rows: Tensor) -> Tensor:
         return objective.weight(
-            TokenStats(-stats.nll_T.detach(), stats.entropy_T.detach(), min(objective.k, V), stats.sum_p2_T)
+            TokenStats(
+                *(-stats.nll_T.detach(), stats.entropy_T.detach(), min(objective.k, V), stats.sum_p2_T),
+                full_entropy_T=stats.full_entropy_T,
+            )
         )
 
     return gate
@@ -74,7 +78,7 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-@pytest.mark.parametrize("objective", [Sft(), Eaft(), Eaft(power=2, k=7), Deft()], ids=["sft", "eaft", "k7", "deft"])
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=["sft", "eaft", "k7", "deft", "mile"])
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("speculate", [True, False], ids=["three products", "four products"])
 def test_statistics_and_gradients(
@@ -85,7 +89,9 @@ def test_statistics_and_gradients(
     loss = loss_of(objective, given.mask)
     gate = gate_of(objective) if speculate else None
     options = {"k": objective.k}
-    stats = head_statistics(given.hidden, given.head, given.labels, given.mask, gate=gate, sum_p2=True, **options)
+    stats = head_statistics(
+        given.hidden, given.head, given.labels, given.mask, gate=gate, sum_p2=True, full_entropy=True, **options
+    )
     loss(stats).backward()
     truth, grads = given.truth(loss, **options)
     for name, ours, theirs in zip(LogitStats._fields, stats, truth, strict=True):
@@ -242,7 +248,7 @@ def test_memory_at_the_size_of_the_32b_model(monkeypatch: pytest.MonkeyPatch) ->
     weight = torch.empty(vocab, hidden_size, dtype=torch.bfloat16, device="meta", requires_grad=True)
     labels, rows = (torch.empty(tokens, dtype=torch.long, device="meta") for _ in range(2))
     with Storages() as storages:
-        fused._FusedHead.apply(hidden, weight, None, labels, rows, gate_of(Eaft()), 20, False, True)
+        fused._FusedHead.apply(hidden, weight, None, labels, rows, gate_of(Eaft()), 20, False, False, True)
     result = 2 * (tokens * hidden_size + vocab * hidden_size)  # bytes of dX and dW
     assert storages.peak <= (6 * chunk * vocab + result) * 1.03
     assert storages.peak <= (2 * 4096 * vocab + result) * 1.03

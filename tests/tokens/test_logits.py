@@ -35,7 +35,9 @@ def numpy_stats(logits_TV: torch.Tensor, labels_T: torch.Tensor, k: int) -> Logi
             best_K = np.sort(prob_V)[::-1][:size]
             share_K = best_K[best_K > 0] / best_K.sum()
             entropies.append(-(share_K * np.log(share_K)).sum())
-        rows.append([-np.log(prob_V[label]), *entropies, float(prob_V.argmax() == label), (prob_V**2).sum()])
+        some_V = prob_V[prob_V > 0]
+        full = -(some_V * np.log(some_V)).sum()
+        rows.append([-np.log(prob_V[label]), *entropies, float(prob_V.argmax() == label), (prob_V**2).sum(), full])
     return LogitStats(*torch.tensor(np.array(rows)).unbind(-1))
 
 
@@ -49,7 +51,7 @@ def full_entropy(logits_TV: torch.Tensor) -> torch.Tensor:
 def test_both_paths_are_the_definition(seed, k, scale):
     logits_TV, labels_T, _, _ = random_tokens(seed, scale=scale)
     truth = numpy_stats(logits_TV, labels_T, k)
-    fast = logit_stats(logits_TV, labels_T, torch.ones(12, dtype=torch.bool), k=k, sum_p2=True)
+    fast = logit_stats(logits_TV, labels_T, torch.ones(12, dtype=torch.bool), k=k, sum_p2=True, full_entropy=True)
     for name, ours, plain, expected in zip(
         LogitStats._fields, fast, reference_stats(logits_TV, labels_T, k), truth, strict=True
     ):
@@ -64,7 +66,7 @@ def test_error_against_float64_is_no_larger_than_the_plain_paths(dtype, scale):
     low_TV = logits_TV.to(dtype)
     truth = numpy_stats(low_TV, labels_T, 7)
     tolerance = 1e-6 + torch.finfo(torch.float32).eps * float(low_TV.abs().max())  # one rounding of a logit
-    fast = logit_stats(low_TV, labels_T, torch.ones(200, dtype=torch.bool), k=7, sum_p2=True)
+    fast = logit_stats(low_TV, labels_T, torch.ones(200, dtype=torch.bool), k=7, sum_p2=True, full_entropy=True)
     for name, ours, plain, expected in zip(
         LogitStats._fields, fast, reference_stats(low_TV, labels_T, 7), truth, strict=True
     ):
@@ -80,7 +82,7 @@ def test_chunks_do_not_show(tokens, trained):
     logits_TV, labels_T, mask_T, _ = random_tokens(tokens, tokens=tokens, vocab=24, trained=trained)
     mask_T[-1] = True
     ours_TV, plain_TV = logits_TV.clone().requires_grad_(), logits_TV.clone().requires_grad_()
-    fast = logit_stats(ours_TV, labels_T, mask_T, k=5, sum_p2=True)
+    fast = logit_stats(ours_TV, labels_T, mask_T, k=5, sum_p2=True, full_entropy=True)
     plain = reference_stats(plain_TV, labels_T, 5)
     fast.nll_T.sum().backward()
     plain.nll_T[mask_T].sum().backward()
@@ -93,7 +95,11 @@ def test_chunks_do_not_show(tokens, trained):
 def test_nothing_to_train_on(tokens):
     logits_TV = torch.full((tokens, 9), math.nan, requires_grad=True)
     stats = logit_stats(
-        logits_TV, torch.zeros(tokens, dtype=torch.int64), torch.zeros(tokens, dtype=torch.bool), sum_p2=True
+        logits_TV,
+        torch.zeros(tokens, dtype=torch.int64),
+        torch.zeros(tokens, dtype=torch.bool),
+        sum_p2=True,
+        full_entropy=True,
     )
     stats.nll_T.sum().backward()
     assert all(value.tolist() == [0.0] * tokens for value in stats)
@@ -115,7 +121,7 @@ def test_gradient_is_that_of_log_softmax(seed):
 def test_gradient_norms_in_closed_form():
     logits_TV, labels_T, _, _ = random_tokens(3)
     logits_TV.requires_grad_()
-    stats = logit_stats(logits_TV, labels_T, torch.ones(12, dtype=torch.bool), sum_p2=True)
+    stats = logit_stats(logits_TV, labels_T, torch.ones(12, dtype=torch.bool), sum_p2=True, full_entropy=True)
     stats.nll_T.sum().backward()
     prob_T = (-stats.nll_T.detach()).exp()
     assert_close(logits_TV.grad.norm(dim=-1), (1 - 2 * prob_T + stats.sum_p2_T).sqrt(), **EXACT)
@@ -133,8 +139,8 @@ def test_low_precision_gradient_is_rounded_once():
 
 def test_only_nll_carries_a_gradient():
     logits_TV, labels_T, mask_T, _ = random_tokens(5)
-    stats = logit_stats(logits_TV.requires_grad_(), labels_T, mask_T, sum_p2=True)
-    assert [value.requires_grad for value in stats] == [True, False, False, False, False]
+    stats = logit_stats(logits_TV.requires_grad_(), labels_T, mask_T, sum_p2=True, full_entropy=True)
+    assert [value.requires_grad for value in stats] == [True, False, False, False, False, False]
     with torch.no_grad():
         assert not logit_stats(logits_TV, labels_T, mask_T).nll_T.requires_grad
 
@@ -166,7 +172,7 @@ def test_the_inputs_are_left_alone():
     tokens = random_tokens(8)
     copies = [value.clone() for value in tokens]
     logits_TV = tokens.logits_TV.requires_grad_()
-    logit_stats(logits_TV, tokens.labels_T, tokens.mask_T, sum_p2=True).nll_T.sum().backward()
+    logit_stats(logits_TV, tokens.labels_T, tokens.mask_T, sum_p2=True, full_entropy=True).nll_T.sum().backward()
     assert all(torch.equal(value, copy) for value, copy in zip(tokens, copies, strict=True))
 
 
@@ -247,14 +253,14 @@ def test_topk_commutes_with_the_upcast_bit_for_bit():
 
 def test_bfloat16_logits_give_the_entropy_of_their_upcast_bit_for_bit():
     logits_TV, labels_T, mask_T, _ = random_tokens(9, vocab=500)
-    low = logit_stats(logits_TV.bfloat16(), labels_T, mask_T, sum_p2=True)
-    wide = logit_stats(logits_TV.bfloat16().float(), labels_T, mask_T, sum_p2=True)
+    low = logit_stats(logits_TV.bfloat16(), labels_T, mask_T, sum_p2=True, full_entropy=True)
+    wide = logit_stats(logits_TV.bfloat16().float(), labels_T, mask_T, sum_p2=True, full_entropy=True)
     assert all(torch.equal(a, b) for name, a, b in zip(low._fields, low, wide, strict=True) if name != "correct_T")
 
 
 def test_an_impossible_label_costs_infinitely_and_the_rest_is_finite():
     logits_TV = torch.tensor([[0.0, 0.0, -math.inf]], dtype=torch.float64, requires_grad=True)
-    stats = logit_stats(logits_TV, torch.tensor([2]), torch.tensor([True]), sum_p2=True)
+    stats = logit_stats(logits_TV, torch.tensor([2]), torch.tensor([True]), sum_p2=True, full_entropy=True)
     stats.nll_T.sum().backward()
     assert stats.nll_T.item() == math.inf
     assert float(stats.entropy_T) == pytest.approx(math.log(2)) and float(stats.sum_p2_T) == pytest.approx(0.5)
@@ -319,7 +325,7 @@ def test_distribution_in_low_precision_is_float32_arithmetic(dtype, scale):
 @given(seed=SEEDS)
 def test_training_and_the_pass_say_the_same_of_a_token(seed):
     logits_TV, labels_T, mask_T, _ = random_tokens(seed)
-    trained = logit_stats(logits_TV.float(), labels_T, mask_T, k=5, sum_p2=True)
+    trained = logit_stats(logits_TV.float(), labels_T, mask_T, k=5, sum_p2=True, full_entropy=True)
     seen = distribution_stats(logits_TV.float(), labels_T, mask_T, k=5)
     assert torch.equal(trained.nll_T, seen.nll_T) and torch.equal(trained.entropy_T, seen.entropy_T)
     assert torch.equal(trained.correct_T.bool(), (seen.argmax_T == labels_T) & mask_T)

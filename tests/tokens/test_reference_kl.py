@@ -7,12 +7,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from eaft_verl.objectives import KINDS, TOPK_KIND
+from eaft_verl.objectives import DIVERGENCES, TOPK_KIND
 from eaft_verl.tokens import reference_kl as module
-from eaft_verl.tokens.reference_kl import TopReference, plain_kl, reference_kl, top_reference
-from eaft_verl.tokens.stats import FULL_KINDS
+from eaft_verl.tokens.reference_kl import TopReference, top_reference
 
 TOKENS, VOCAB = 40, 23
+LABELS = torch.arange(TOKENS) % 4  # of mask_target; no test poisons these columns
+
+
+def reference_kl(kind: str, logits: Tensor, reference: Tensor | TopReference, mask: Tensor) -> Tensor:
+    return module.reference_kl(kind, logits, reference, mask, LABELS[: len(logits)])
+
+
+def plain_kl(kind: str, logits: Tensor, reference: Tensor | TopReference) -> Tensor:
+    return module.plain_kl(kind, logits, reference, LABELS[: len(logits)])
 
 
 def pair(seed: int = 0, dtype: torch.dtype = torch.float64, scale: float = 2.0) -> tuple[Tensor, Tensor]:
@@ -34,14 +42,18 @@ def test_by_hand() -> None:
     ours = torch.tensor([[0.5, 0.25, 0.25]], dtype=torch.float64).log()
     theirs = torch.tensor([[0.25, 0.5, 0.25]], dtype=torch.float64).log()
     forward = 0.25 * math.log(0.5) + 0.5 * math.log(2.0)
-    for kind in FULL_KINDS:  # equal here by symmetry
+    for kind in ("forward_kl", "reverse_kl"):  # equal here by symmetry
         assert reference_kl(kind, ours, theirs, everything(1)).item() == pytest.approx(forward, abs=1e-12)
+    without_the_first = 2 / 3 * math.log(4 / 3) + 1 / 3 * math.log(2 / 3)  # of (1/2, 1/4) and (1/4, 1/4), renormalised
+    assert reference_kl("mask_target", ours, theirs, everything(1)).item() == pytest.approx(
+        without_the_first, abs=1e-12
+    )
     one_bucket = 0.5 * math.log(2.0) + 0.5 * math.log(0.5 / 0.75)  # candidate 1, and 0 and 2 together
     found = reference_kl(TOPK_KIND, ours, top_reference(theirs, 1), everything(1))
     assert found.item() == pytest.approx(one_bucket, abs=1e-12)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DIVERGENCES)
 @pytest.mark.parametrize("seed", range(3))
 def test_value_and_gradient_are_those_of_the_plain_formula(kind: str, seed: int) -> None:
     ours, theirs = pair(seed)
@@ -61,7 +73,7 @@ def test_value_and_gradient_are_those_of_the_plain_formula(kind: str, seed: int)
     torch.testing.assert_close(grads[1], grads[0], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DIVERGENCES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_equal_models_have_exactly_no_divergence_and_no_gradient(kind: str, dtype: torch.dtype) -> None:
     ours, _ = pair(1, dtype)
@@ -87,7 +99,7 @@ def test_top_k_grows_with_k() -> None:
     assert all((small <= large + 1e-12).all() for small, large in itertools.pairwise(values))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DIVERGENCES)
 def test_rows_outside_the_mask_cost_nothing_and_may_be_nan(kind: str) -> None:
     ours, theirs = pair(4)
     mask = torch.arange(TOKENS) % 3 == 0
@@ -101,7 +113,7 @@ def test_rows_outside_the_mask_cost_nothing_and_may_be_nan(kind: str) -> None:
     assert torch.isfinite(logits.grad).all() and not logits.grad[~mask].any()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DIVERGENCES)
 def test_chunks_change_nothing(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = pair(5)
     whole = reference_kl(kind, ours, constant(kind, theirs), everything())
@@ -109,7 +121,7 @@ def test_chunks_change_nothing(kind: str, monkeypatch: pytest.MonkeyPatch) -> No
     torch.testing.assert_close(reference_kl(kind, ours, constant(kind, theirs), everything()), whole, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DIVERGENCES)
 def test_overwriting_the_logits_before_backward_does_no_harm(kind: str) -> None:
     """flash-attention's cross-entropy writes its gradient into the logits."""
     ours, theirs = pair(6)
@@ -125,7 +137,7 @@ def test_overwriting_the_logits_before_backward_does_no_harm(kind: str) -> None:
     assert torch.equal(*grads)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DIVERGENCES)
 def test_padded_vocabularies(kind: str) -> None:
     ours, theirs = pair(8)
     expected = reference_kl(kind, ours, constant(kind, theirs), everything())
@@ -138,7 +150,7 @@ def test_padded_vocabularies(kind: str) -> None:
     assert torch.isfinite(logits.grad).all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DIVERGENCES)
 @pytest.mark.parametrize("broken", ["ours", "theirs"])
 def test_nan_is_never_a_divergence_of_zero(kind: str, broken: str) -> None:
     ours, theirs = pair(11)
@@ -178,7 +190,7 @@ def test_top_k_bounds_an_empty_tail_and_not_an_impossible_candidate() -> None:
     assert reference_kl(TOPK_KIND, short, top_reference(short, 3), everything(1)).item() == pytest.approx(0, abs=1e-12)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DIVERGENCES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sums_run_in_float32_under_autocast(kind: str, dtype: torch.dtype) -> None:
     ours, theirs = pair(9, dtype)
@@ -199,6 +211,35 @@ def test_k1_on_given_data_is_plain_sft_scaled() -> None:
     (plain,) = torch.autograd.grad(-logp.sum(), logits, retain_graph=True)
     (anchored,) = torch.autograd.grad((-logp + beta * (logp - logr)).sum(), logits)
     torch.testing.assert_close(anchored, (1 - beta) * plain, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_mask_target_leaves_the_label_alone(seed: int) -> None:
+    """Re-derived from probabilities: r' and p' over the others; what the label's logit is makes no difference."""
+    ours, theirs = pair(seed)
+    moved = ours.scatter_add(-1, LABELS[:, None], torch.linspace(-5, 5, TOKENS, dtype=torch.float64)[:, None])
+    values, grads = [], []
+    for logits in (ours, moved):
+        logits = logits.clone().requires_grad_()
+        value = reference_kl("mask_target", logits, theirs, everything())
+        value.sum().backward()
+        values.append(value.detach())
+        grads.append(logits.grad)
+    torch.testing.assert_close(values[1], values[0], rtol=0, atol=1e-12)
+    torch.testing.assert_close(grads[1], grads[0], rtol=0, atol=1e-12)
+    assert not grads[0].gather(-1, LABELS[:, None]).any()
+    for t, label in enumerate(LABELS.tolist()):
+        p, r = (part[t].softmax(-1).tolist() for part in (ours, theirs))
+        others = [v for v in range(VOCAB) if v != label]
+        by_hand = math.fsum(
+            r[v] / (1 - r[label]) * math.log(r[v] / (1 - r[label]) / (p[v] / (1 - p[label]))) for v in others
+        )
+        assert values[0][t].item() == pytest.approx(by_hand, abs=1e-10)
+
+
+def test_mask_target_without_labels_is_refused() -> None:
+    with pytest.raises(ValueError, match="needs the labels"):
+        module.reference_kl("mask_target", *pair(), everything())
 
 
 def test_different_vocabularies_are_refused() -> None:

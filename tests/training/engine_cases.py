@@ -22,7 +22,8 @@ class Case:
     layout: dict[str, Any] = field(default_factory=lambda: SMALL)
     rows: tuple[int, ...] = ALL_ROWS
     state: dict[str, float] = field(default_factory=dict)
-    source: str | None = None  # what the batch carries besides: "top" (stored reference), "old" (an older policy)
+    # what the batch carries besides: "top" (stored reference), "old" (an older policy), "base" (the starting model)
+    source: str | None = None
 
 
 ENGINES: dict[str, list[str]] = {  # overrides of the recipe
@@ -72,6 +73,7 @@ def cases(world: int) -> list[Case]:
     made.append(Case("eaft-small_k", "eaft", {"k": 5, "power": 2.0}))
     made.extend(_padding_cases())
     made.extend(_anchored_cases(world))
+    made.extend(_rival_cases(world))
     if world == 2:
         for label, layout in (("micro2", SMALL), ("dynamic", DYNAMIC)):
             made.append(Case(f"eaft-ulysses-{label}", "eaft", engine="ulysses", layout=layout))
@@ -100,6 +102,27 @@ def _anchored_cases(world: int) -> list[Case]:
             made.append(Case(f"sft_kl-ulysses-{label}", "sft", {"anchor": ANCHOR}, "ulysses", layout))
             made.append(Case(f"sft-top-ulysses-{label}", "sft", {"anchor": TOP}, "ulysses", layout, source="top"))
             made.append(Case(f"psft-ulysses-{label}", "psft", {}, "ulysses", layout, source="old"))
+    return made
+
+
+def _rival_cases(world: int) -> list[Case]:
+    """Entropy of the whole vocabulary, a share of the run, weights of the starting model, an anchor by its weight."""
+    made, half = [], (3, 6, 1, 7, *[PADDED] * 4)
+    base, mask = {"stats": "base"}, {"anchor": {"kind": "mask_target", "coef": 0.3}}
+    top = {"boost": 3.0, "anchor": TOP | {"coef": 1.0}}
+    for engine in ("fp32", "padded"):
+        for label, layout in (("micro2", _one(2)), ("dynamic", DYNAMIC)):
+            made.append(Case(f"mile-{engine}-{label}", "mile", {}, engine, layout, state={"weight_scale": 0.4}))
+            made.append(Case(f"idft-{engine}-{label}", "idft", {}, engine, layout, state={"progress": 0.27}))
+            made.append(Case(f"gift-{engine}-{label}", "gift", {"boost": 3.0}, engine, layout, source="base"))
+            made.append(Case(f"eaft-base-{engine}-{label}", "eaft", base, engine, layout, source="base"))
+        made.append(Case(f"mile-base-{engine}", "mile", {**base, "weight_norm": "none"}, engine, source="base"))
+        made.append(Case(f"mask_target-{engine}", "sft", mask, engine, DYNAMIC))
+    made.append(Case("prift-padding", "prift", {}, layout=_one(1), rows=half, source="base"))
+    made.append(Case("gift-top", "gift", top, source="top base"))
+    if world == 2:
+        made.append(Case("eaft-base-ulysses", "eaft", base, "ulysses", DYNAMIC, source="base"))
+        made.append(Case("mask_target-ulysses", "sft", mask, "ulysses"))
     return made
 
 
@@ -203,7 +226,8 @@ def train_once(worker: Any, case: Case, rank: int) -> dict[str, Any]:
 
     weights = sample_weights() if case.objective == "flow" else None
     flags = {**BATCH_FLAGS, **case.layout, "objective_state": case.state}
-    sources = [] if case.source is None else [Stored(case.source, Path(worker.config.model_config.path))]
+    model = Path(worker.config.model_config.path)
+    sources = [Stored(kind, model) for kind in (case.source or "").split()]
     batch = make_batch(examples(), list(case.rows), flags, weights, sources)
     parallel = worker.engine.get_data_parallel_size()
     mine = tu.chunk_tensordict(batch, parallel)[worker.engine.get_data_parallel_rank()]
@@ -242,6 +266,16 @@ class Stored:
         if self.kind == "old":
             label = torch.tensor([*examples()[index].input_ids[1:], 0])
             return {"old_logprob": table.gather(-1, label[:, None])[:, 0].float()}
+        if self.kind == "base":
+            label = torch.tensor([*examples()[index].input_ids[1:], 0])
+            best = table.topk(20).values.log_softmax(-1)
+            found = {
+                "logprob": table.gather(-1, label[:, None])[:, 0],
+                "entropy": -(best.exp() * best).sum(-1),
+                "full_entropy": -(table.exp() * table).sum(-1),
+                "sum_p2": (table.exp() ** 2).sum(-1),
+            }
+            return {f"base_{name}": values.float() for name, values in found.items()}
         top = table.topk(TOP["k"], dim=-1)
         tail = 1.0 - top.values.exp().sum(-1)
         return {

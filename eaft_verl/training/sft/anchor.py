@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from eaft_verl.models import model_key, resolve_model
-from eaft_verl.objectives import Anchor, Objective
+from eaft_verl.objectives import L2_KIND, Anchor, Objective
 from eaft_verl.recipe.config import Config
 from eaft_verl.recipe.views import own_rows
 from eaft_verl.training.sft.anchor_cache import EmitTop, ReferenceCache, reference_cache
@@ -31,6 +31,9 @@ def anchor_sources(config: Config, trainer: Any, objective: Objective, keys: dic
         return []
     if anchor.full:
         trainer.group.open_reference()
+        return []
+    if anchor.kind == L2_KIND:
+        trainer.group.hold_weights(anchor.coef)  # before a saved state is loaded
         return []
     cache = _cache(config, trainer, anchor, keys)
     trainer.state["seconds"] += cache.seconds

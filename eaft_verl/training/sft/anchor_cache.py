@@ -51,7 +51,7 @@ class ReferenceCache:
     def __init__(self, folder: Path, examples: Sequence[Example]) -> None:
         self.examples = examples
         self.arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in FIELDS}
-        self.starts = _starts(examples)
+        self.starts = token_starts(examples)
         for name, array in self.arrays.items():
             if len(array) != self.starts[-1]:
                 raise RunError(
@@ -62,7 +62,7 @@ class ReferenceCache:
 
     def tokens(self, index: int) -> dict[str, Tensor]:
         """anchor_ids, anchor_logprob [length, K] and anchor_tail [length]; zero where nothing is trained."""
-        trained = _trained(self.examples[index])
+        trained = trained_positions(self.examples[index])
         found = {}
         for name, array in self.arrays.items():
             whole = np.zeros((len(trained), *array.shape[1:]), array.dtype)
@@ -85,7 +85,7 @@ def reference_cache(
 def _fill(
     folder: Path, examples: Sequence[Example], k: int, infer: Callable[[list[int]], Any], batch_size: int
 ) -> None:
-    starts = _starts(examples)
+    starts = token_starts(examples)
     arrays: dict[str, np.memmap] = {}
     for indices in sequential_batches(len(examples), batch_size):
         output = infer(indices)
@@ -101,7 +101,7 @@ def _fill(
         for index, row, tail in zip(indices, rows, output["tail"].unbind(), strict=True):
             if index == PADDING:
                 continue
-            trained, where = _trained(examples[index]), slice(starts[index], starts[index + 1])
+            trained, where = trained_positions(examples[index]), slice(starts[index], starts[index + 1])
             top = unpack(torch.stack(row, dim=-1)[trained], tail[trained])
             for name, values in zip(arrays, top, strict=True):
                 arrays[name][where] = values.numpy()
@@ -116,11 +116,11 @@ def unpack(packed_TK: Tensor, tail_T: Tensor) -> TopReference:
     return TopReference(packed_TK >> _SHIFT, signed_TK.view(torch.float32), tail_T)
 
 
-def _trained(example: Example) -> np.ndarray:
+def trained_positions(example: Example) -> np.ndarray:
     """[length] bool: positions whose prediction is trained; the last one predicts nothing."""
     return np.append(np.array(example.loss_mask, bool)[1:], False)
 
 
-def _starts(examples: Sequence[Example]) -> np.ndarray:
+def token_starts(examples: Sequence[Example]) -> np.ndarray:
     """[examples + 1]: where each example's trained tokens begin."""
     return np.concatenate([[0], np.cumsum(trained_of(examples))])

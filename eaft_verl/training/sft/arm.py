@@ -19,7 +19,8 @@ from eaft_verl.training.interruption import StopRequest
 from eaft_verl.training.resume import announce
 from eaft_verl.training.sft import checkpoint
 from eaft_verl.training.sft.anchor import anchor_sources, needs_second_model, reference_model
-from eaft_verl.training.sft.loss import TokenLoss
+from eaft_verl.training.sft.base_tokens import BaseTokens
+from eaft_verl.training.sft.loss import TokenLoss, base_columns
 from eaft_verl.training.sft.meter import drift_meter
 from eaft_verl.training.sft.old_policy import OldPolicy
 from eaft_verl.training.sft.order import PADDING
@@ -117,7 +118,7 @@ def _leaving(stop: StopRequest, watch: Watchdog, run: Run, steps: int) -> Callab
 
 def _say_whether_fused(config: Config, run: Run, objective: Objective, group: Any) -> None:
     reason = group.plain_head()[0]
-    if reason is None and objective.anchor is not None:
+    if reason is None and objective.divergence is not None:
         reason = "the anchor is computed from them"
     if reason is None and not config.verl.model.use_remove_padding:
         reason = "verl.model.use_remove_padding=false"
@@ -162,12 +163,15 @@ def _complete(
 
 def _calibrate(trainer: Trainer, objective: Objective, base_of: BaseOf) -> Objective:
     """Thresholds and sample weights from the base model's pass over the data, where the objective takes them there."""
-    if "base" not in objective.needs:
+    if not objective.needs_base:
         return objective
     trainer.group.set_loss_fn(EmitDistribution(objective.k))
     base, seconds = base_of(lambda rows: trainer.infer(trainer.examples, rows))
     weights = objective.sample_weights(base)
     trainer.sample_weights = None if weights is None else weights.tolist()
+    if objective.stats == "base":
+        trainer.base = BaseTokens(trainer.examples, base, base_columns(objective))
+        trainer.sources.append(trainer.base)
     calibrated = objective.calibrate(base)
     trainer.state["seconds"] += seconds
     trainer.run.update(calibrated=asdict(calibrated), base_pass={"seconds": seconds})  # anchors included

@@ -16,13 +16,9 @@ from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from eaft_verl.tokens.head import Head, head_statistics
+from eaft_verl.training.output_head import output_head
 from eaft_verl.training.sft.guard import check_head
 from eaft_verl.training.sft.loss import TokenLoss, channels, local_shard, shifted
-
-AFTER_THE_HEAD = (  # keys of Hugging Face configurations: what a model does to its logits
-    *("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier_scale"),
-    *("logits_soft_cap", "output_logits_scaling"),
-)
 
 
 # verl looks for the engine of a vendor first; its own is the one of the device
@@ -64,10 +60,13 @@ class FusedHead:
         labels_T, mask_T = (local_shard(part, batch) for part in shifted(batch))
         objective = loss.objective
         stats = head_statistics(
-            *(hidden_TD, head, labels_T, mask_T),
+            hidden_TD,
+            head,
+            labels_T,
+            mask_T,
             gate=loss.gate(batch, loss.vocab),
             k=objective.k,
-            sum_p2="sum_p2" in objective.needs,
+            **objective.extras,
         )
         if not loss.guarded:
             check_head(stats, hidden_TD, head, labels_T, mask_T, objective)
@@ -79,10 +78,7 @@ def fuse(engine: Any) -> str | None:
     if not isinstance(engine, FusedHeadEngine):
         return f"verl chose {type(engine).__name__} for this device"
     model: Any = engine.module.get_base_model() if isinstance(engine.module, PeftModel) else engine.module
-    linear, config = model.get_output_embeddings(), model.config.get_text_config().to_dict()
-    if not isinstance(linear, torch.nn.Linear):
-        return f"its head is {type(linear).__name__}, not a plain Linear"
-    if changed := [name for name in AFTER_THE_HEAD if config.get(name) not in (None, 1)]:
-        return f"it changes its logits after the head ({changed[0]}={config[changed[0]]})"
+    if isinstance(linear := output_head(model), str):
+        return linear
     engine.head = FusedHead(linear)
     return None

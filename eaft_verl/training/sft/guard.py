@@ -13,8 +13,12 @@ from eaft_verl.objectives import (
     Dft,
     Eaft,
     EaftSigmoid,
+    Finch,
     Flow,
+    Gift,
+    Idft,
     Masked,
+    Mile,
     Objective,
     PilotMask,
     PowerP,
@@ -86,14 +90,15 @@ def check_weight(objective: Objective, stats: TokenStats, weight_T: Tensor, mask
     if formula is None:
         return
     for token in mask_T.nonzero().squeeze(-1)[:FEW].tolist():
-        sum_p2, sample, old = (
-            None if part is None else float(part[token])
-            for part in (stats.sum_p2_T, stats.sample_weight_T, stats.old_logprob_T)
+        logprob, entropy, sum_p2, sample, old, full = (
+            math.nan if part is None else float(part[token])  # what it needs is there, or weight() had raised
+            for part in (
+                *(stats.logprob_T, stats.entropy_T, stats.sum_p2_T, stats.sample_weight_T, stats.old_logprob_T),
+                stats.full_entropy_T,
+            )
         )
-        logprob, entropy = float(stats.logprob_T[token]), float(stats.entropy_T[token])
-        known = Token(
-            math.exp(logprob), logprob, entropy, entropy / math.log(max(stats.k, 2)), sum_p2, sample, stats.tau, old
-        )
+        share = entropy / math.log(max(stats.k, 2))
+        known = Token(math.exp(logprob), logprob, entropy, share, sum_p2, sample, stats.tau, old, full, stats.progress)
         if not _on_a_cut(objective, known):
             truth = torch.tensor(formula(objective, known), dtype=torch.float64)
             _agree(f"weight of {type(objective).__name__}", weight_T.detach()[token].cpu(), truth)
@@ -106,10 +111,12 @@ class Token(NamedTuple):
     logprob: float
     entropy: float  # nats
     share: float  # of ln K
-    sum_p2: float | None
-    sample_weight: float | None
+    sum_p2: float
+    sample_weight: float
     tau: float | None
-    old_logprob: float | None
+    old_logprob: float
+    full_entropy: float
+    progress: float | None
 
 
 def _eaft(objective: Any, token: Token) -> float:
@@ -125,8 +132,22 @@ def _talr(objective: Any, token: Token) -> float:
 
 
 def _psft(objective: Any, token: Token) -> float:
-    ratio = math.exp(min(max(token.logprob - float(token.old_logprob or 0.0), -20.0), 20.0))
+    ratio = math.exp(min(max(token.logprob - token.old_logprob, -20.0), 20.0))
     return ratio if ratio <= 1.0 + objective.clip_high else 0.0
+
+
+def _idft(objective: Any, token: Token) -> float:
+    surplus = max(token.logprob, -1e30) + token.full_entropy
+    raw = math.exp(min(-surplus / objective.scale, 80.0))
+    exponent = min(max(raw, objective.exponent_min), objective.exponent_max)
+    begin, end = objective.warmup, objective.warmup + objective.transition
+    at = 1.0 if token.progress is None or token.progress >= end else max(0.0, token.progress - begin) / (end - begin)
+    return token.p ** (at * exponent + 1.0 - at)
+
+
+def _gift(objective: Any, token: Token) -> float:
+    odds = token.p * (math.exp(objective.boost) - 1.0)  # of the label against all others, in the target
+    return odds / (1.0 + odds)
 
 
 FORMULAS: dict[type[Objective], Callable[[Any, Token], float]] = {
@@ -141,11 +162,15 @@ FORMULAS: dict[type[Objective], Callable[[Any, Token], float]] = {
     ),
     Dft: lambda objective, token: token.p,
     Talr: _talr,
-    Flow: lambda objective, token: float(token.sample_weight or 0.0),
+    Flow: lambda objective, token: token.sample_weight,
     PowerP: lambda objective, token: token.p**objective.exponent,
-    Deft: lambda objective, token: token.p ** float(token.sum_p2 or 0.0),
+    Deft: lambda objective, token: token.p**token.sum_p2,
     Chord: lambda objective, token: token.p * (1.0 - token.p),
     Psft: _psft,
+    Mile: lambda objective, token: (1.0 + max(token.full_entropy, 0.0)) ** objective.power,
+    Idft: _idft,
+    Gift: _gift,
+    Finch: lambda objective, token: 1.0,
 }
 
 
@@ -153,23 +178,36 @@ def _on_a_cut(objective: Any, token: Token) -> bool:
     """Whether rounding alone decides on which side of a threshold the token falls."""
     cuts = {"threshold": token.share, "entropy_threshold": token.share, "prob_threshold": token.p}
     near = [abs(value - vars(objective)[name]) < TOLERANCE for name, value in cuts.items() if vars(objective).get(name)]
-    if isinstance(objective, Psft) and token.old_logprob is not None:
+    if isinstance(objective, Psft):
         near.append(abs(math.exp(token.logprob - token.old_logprob) - 1.0 - objective.clip_high) < TOLERANCE)
     return any(near)
 
 
-def check_anchor(kind: str, kl_T: Tensor, logits_TV: Tensor, reference: Tensor | TopReference, mask_T: Tensor) -> None:
+def check_anchor(
+    kind: str,
+    kl_T: Tensor,
+    logits_TV: Tensor,
+    reference: Tensor | TopReference,
+    labels_T: Tensor,
+    mask_T: Tensor,
+) -> None:
     """The same for the anchor's divergence."""
     rows = mask_T.nonzero().squeeze(-1)[:TOKENS]
     if isinstance(reference, TopReference):
         reference = TopReference(*(part[rows] for part in reference))
     else:
         reference = reference[rows]
-    _agree("anchor_kl", kl_T.detach()[rows], plain_kl(kind, logits_TV.detach()[rows], reference))
+    _agree("anchor_kl", kl_T.detach()[rows], plain_kl(kind, logits_TV.detach()[rows], reference, labels_T[rows]))
 
 
 def check_loss(
-    loss: Tensor, objective: Objective, values: dict[str, Tensor], weight_T: Tensor, mask_T: Tensor, num_tokens: float
+    loss: Tensor,
+    objective: Objective,
+    values: dict[str, Tensor],
+    weight_T: Tensor,
+    anchor_weight_T: Tensor,
+    mask_T: Tensor,
+    num_tokens: float,
 ) -> None:
     """Recompute the loss of the micro-batch token by token in float64: it must be the configured objective's."""
     total, values = 0.0, {name: value.detach() for name, value in values.items()}
@@ -180,8 +218,8 @@ def check_loss(
             total -= min(ratio, max(1.0 - objective.clip_low, min(ratio, 1.0 + objective.clip_high)))
         else:
             total += float(weight_T[token]) * nll
-        if objective.anchor is not None:
-            total += objective.anchor.coef * float(values["anchor_kl"][token])
+        if objective.divergence is not None:
+            total += objective.divergence.coef * float(anchor_weight_T[token]) * float(values["anchor_kl"][token])
     _agree("loss", loss.detach().double(), torch.tensor(total / num_tokens, dtype=torch.float64, device=loss.device))
 
 

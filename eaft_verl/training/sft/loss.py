@@ -19,7 +19,7 @@ from verl.utils.ulysses import slice_input_tensor
 
 from eaft_verl.objectives import Anchor, Objective, Psft, present, weighted_nll
 from eaft_verl.tokens.head import Gate
-from eaft_verl.tokens.logits import LogitStats, logit_stats
+from eaft_verl.tokens.logits import LogitStats, asked, logit_stats
 from eaft_verl.tokens.reference_kl import TopReference, reference_kl
 from eaft_verl.tokens.stats import TokenStats
 from eaft_verl.training.sft.guard import check_anchor, check_loss, check_statistics, check_weight
@@ -33,6 +33,8 @@ BATCH_FLAGS: dict[str, Any] = {
     "pad_mode": DatasetPadMode.NO_PADDING,
 }
 ANCHOR_FIELDS = ("anchor_ids", "anchor_logprob", "anchor_tail")  # in the batch: a TopReference per row
+STATISTICS = ("logprob", "entropy", "sum_p2", "full_entropy")  # of TokenStats, those that a model gives
+ANY_STATE = {"tau": 1.0, "progress": 1.0}  # for forward passes whose weights nobody reads
 DUAL_CLIP = 10.0  # verl's bound for negative advantages: without effect at advantage 1
 
 
@@ -81,7 +83,7 @@ class TokenLoss(LogitsHook):
     def reads_statistics(self, data: TensorDict) -> bool:
         """Whether this micro-batch can do without its logits: it is packed, and no anchor is computed from them."""
         packed = tu.get_non_tensor_data(data, "use_remove_padding", True)
-        return packed and (self.objective.anchor is None or not torch.is_grad_enabled())
+        return packed and (self.objective.divergence is None or not torch.is_grad_enabled())
 
     def gate(self, data: TensorDict, vocab: int) -> Gate | None:
         """The weights that `_loss` is going to give these tokens, up to a factor; None where it is no weighted sum."""
@@ -91,9 +93,11 @@ class TokenLoss(LogitsHook):
         row_weight_T, sample_weight_T = (
             local_shard(data[name].repeat_interleave(lengths_B), data) for name in ("row_weight", "sample_weight")
         )
+        base = {name: local_shard(part, data) for name, part in self._base(data).items()}
 
         def weight(made: LogitStats, rows: Tensor) -> Tensor:
-            stats = self._token_stats(named(made), vocab, sample_weight_T[rows], data)
+            values = named(made) | {name: part[rows] for name, part in base.items()}
+            stats = self._token_stats(values, vocab, sample_weight_T[rows], data)
             return self.objective.weight(stats) * row_weight_T[rows]
 
         return weight
@@ -103,13 +107,13 @@ class TokenLoss(LogitsHook):
             made, vocab = self._from_head(logits_TV)
         else:
             labels_T, mask_T = (local_shard(part, data) for part in shifted(data))
-            made = logit_stats(logits_TV, labels_T, mask_T, k=self.objective.k, sum_p2="sum_p2" in self.objective.needs)
+            made = logit_stats(logits_TV, labels_T, mask_T, k=self.objective.k, **self.objective.extras)
             vocab = logits_TV.shape[-1]
             if not self.guarded:
                 check_statistics(made, logits_TV, labels_T, mask_T, self.objective)
         values = named(made) | {"vocab": torch.full_like(made.nll_T, vocab)}
-        if self.objective.anchor is not None and torch.is_grad_enabled():
-            values["anchor_kl"] = self._anchor(self.objective.anchor, logits_TV, mask_T, data)
+        if (anchor := self.objective.divergence) is not None and torch.is_grad_enabled():
+            values["anchor_kl"] = self._anchor(anchor, logits_TV, labels_T, mask_T, data)
         return {name: value[None] for name, value in values.items()}
 
     def _from_head(self, channels_TC: Tensor) -> tuple[LogitStats, int]:
@@ -117,19 +121,18 @@ class TokenLoss(LogitsHook):
         *made, vocab_T = channels_TC.unbind(-1)
         if not self.guarded and (channels_TC.dtype != torch.float32 or bool((vocab_T != self.vocab).any())):
             raise RuntimeError("the model changes its logits after its head: set fused_head=false in the recipe")
-        stats = LogitStats(*made)
-        return stats if "sum_p2" in self.objective.needs else stats._replace(sum_p2_T=None), self.vocab
+        return asked(LogitStats(*made), **self.objective.extras), self.vocab
 
-    def _anchor(self, anchor: Anchor, logits_TV: Tensor, mask_T: Tensor, data: TensorDict) -> Tensor:
+    def _anchor(self, anchor: Anchor, logits_TV: Tensor, labels_T: Tensor, mask_T: Tensor, data: TensorDict) -> Tensor:
         reference: Tensor | TopReference
         if anchor.full:
             reference = present("anchor: reference model", self.reference)(data)
         else:
             ids, logprob, tail = (local_shard(data[name].values(), data) for name in ANCHOR_FIELDS)
             reference = TopReference(ids, logprob, tail)
-        kl_T = reference_kl(anchor.kind, logits_TV, reference, mask_T)
+        kl_T = reference_kl(anchor.kind, logits_TV, reference, mask_T, labels_T)
         if not self.guarded:
-            check_anchor(anchor.kind, kl_T, logits_TV, reference, mask_T)
+            check_anchor(anchor.kind, kl_T, logits_TV, reference, labels_T, mask_T)
         return kl_T
 
     def _loss(self, model_output: dict[str, Tensor], data: TensorDict) -> Tensor:
@@ -144,28 +147,30 @@ class TokenLoss(LogitsHook):
         _, mask_T = shifted(data)
         lengths_B = data["input_ids"].offsets().diff()
         sample_weight_T = data["sample_weight"].repeat_interleave(lengths_B)
-        stats = self._token_stats(values, int(values["vocab"][0]), sample_weight_T, data)
+        stats = self._token_stats(values | self._base(data), int(values["vocab"][0]), sample_weight_T, data)
         weight_T = self.objective.weight(stats)
         if not self.guarded:
             check_weight(self.objective, stats, weight_T, mask_T)
+        anchor_weight_T = self.objective.anchor_weight(weight_T)
         weight_T = weight_T * _state(data).get("weight_scale", 1.0) * data["row_weight"].repeat_interleave(lengths_B)
         num_tokens = data["batch_num_tokens"] / data["dp_size"]  # FSDP averages gradients over dp_size ranks
-        loss = self._total(values, weight_T, mask_T, num_tokens)
+        loss = self._total(values, weight_T, anchor_weight_T, mask_T, num_tokens)
         if not self.guarded and torch.is_grad_enabled():
-            check_loss(loss, self.objective, values, weight_T, mask_T, num_tokens)
+            check_loss(loss, self.objective, values, weight_T, anchor_weight_T, mask_T, num_tokens)
             self.guarded = bool(mask_T.any() & loss.isfinite())  # nothing was compared on padding or NaN
         self.table.add(mask_T, lengths_B, weight_T, **values)
         return loss * (loss.detach() * 0 + 1)  # by 1, or by NaN where it is not finite: no update is made from it
 
-    def _total(self, values: dict[str, Tensor], weight_T: Tensor, mask_T: Tensor, num_tokens: float) -> Tensor:
+    def _total(
+        self, values: dict[str, Tensor], weight_T: Tensor, anchor_weight_T: Tensor, mask_T: Tensor, num_tokens: float
+    ) -> Tensor:
         if isinstance(self.objective, Psft):
             loss = policy_loss(self.objective, -values["nll"], values["old_logprob"], mask_T, num_tokens)
         else:
             loss = weighted_nll(values["nll"], weight_T, mask_T, num_tokens)
-        anchor = self.objective.anchor
+        anchor = self.objective.divergence
         if anchor is not None and torch.is_grad_enabled():  # a forward pass alone asks for the objective's statistics
-            kl_T = values["anchor_kl"]
-            loss = loss + anchor.coef * weighted_nll(kl_T, torch.ones_like(kl_T), mask_T, num_tokens)
+            loss = loss + anchor.coef * weighted_nll(values["anchor_kl"], anchor_weight_T, mask_T, num_tokens)
         return loss
 
     def _old_logprob(self, nll_T: Tensor, data: TensorDict) -> Tensor:
@@ -174,18 +179,36 @@ class TokenLoss(LogitsHook):
             return -nll_T.detach()
         return present("psft: old_logprob in the batch", old_logprob).values()
 
+    def _base(self, data: TensorDict) -> dict[str, Tensor]:
+        """{'base_' + statistic: packed [T]} of an objective whose weights are the starting model's."""
+        if self.objective.stats != "base":
+            return {}
+        found = {name: data.get(f"base_{name}", None) for name in base_columns(self.objective)}
+        if not torch.is_grad_enabled() and any(part is None for part in found.values()):
+            return {}  # held-out rows, of which only what the model says is wanted
+        return {f"base_{name}": present(f"base_{name} in the batch", part).values() for name, part in found.items()}
+
     def _token_stats(
         self, values: dict[str, Tensor], vocab: int, sample_weight_T: Tensor, data: TensorDict
     ) -> TokenStats:
+        current = {**values, "logprob": -values["nll"].detach()}
+        whose = {name: values.get(f"base_{name}", current.get(name)) for name in STATISTICS}
         return TokenStats(
-            logprob_T=-values["nll"].detach(),
-            entropy_T=values["entropy"],
+            logprob_T=present("log-probability", whose["logprob"]),
+            entropy_T=present("entropy", whose["entropy"]),
             k=min(self.objective.k, vocab),
-            sum_p2_T=values.get("sum_p2"),
+            sum_p2_T=whose["sum_p2"],
+            full_entropy_T=whose["full_entropy"],
             sample_weight_T=sample_weight_T if "sample_weight" in self.objective.needs else None,
             tau=_state(data).get("tau"),
+            progress=_state(data).get("progress"),
             old_logprob_T=values.get("old_logprob"),
         )
+
+
+def base_columns(objective: Objective) -> list[str]:
+    """What the weights of an objective with stats=base are made of."""
+    return [name for name in STATISTICS if objective.extras.get(name, True)]
 
 
 def named(made: LogitStats) -> dict[str, Tensor]:
@@ -194,7 +217,7 @@ def named(made: LogitStats) -> dict[str, Tensor]:
 
 
 def channels(made: LogitStats, vocab: int) -> Tensor:
-    """Statistics as the output of a head [T, 6]: the fields of LogitStats, and in every row the size of the vocabulary,
+    """Statistics as the output of a head [T, 7]: the fields of LogitStats, and in every row the size of the vocabulary,
     by which the reader sees that the model handed them through as they were."""
     values = [torch.zeros_like(made.nll_T) if part is None else part for part in made]
     return torch.stack([*values, torch.full_like(made.nll_T, vocab)], dim=-1)

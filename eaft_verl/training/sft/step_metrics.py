@@ -34,6 +34,15 @@ class TokenTable:
         )
         self.parts.append(table[mask_T])
 
+    def mean_nll(self, group: Any) -> float:
+        """Mean -log p(label) over the trained tokens of the global batch, nats; collective over `group`."""
+        parts = [part[:, COLUMNS.index("nll")] for part in self.parts]
+        mine = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+        total = torch.stack([mine.sum(), torch.full_like(mine.sum(), len(mine))])
+        if dist.is_initialized() and dist.get_world_size(group) > 1:
+            dist.all_reduce(total, group=group)
+        return float(total[0] / total[1])
+
     def gather(self, group: Any) -> Tensor:
         """All ranks' rows, [tokens of the global batch, len(COLUMNS)] float64 on the CPU; collective over `group`."""
         mine = torch.cat(self.parts) if self.parts else torch.zeros(0, len(COLUMNS), dtype=torch.float64)

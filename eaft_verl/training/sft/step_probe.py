@@ -30,7 +30,7 @@ def main(job_path: str) -> None:
     import verl  # noqa: F401 - first of all: its entry points must bring the platform
     from omegaconf import OmegaConf
 
-    from eaft_verl.objectives import Objective, Sft
+    from eaft_verl.objectives import L2_KIND, Objective, Sft
     from eaft_verl.recipe.config import configuration
     from eaft_verl.recipe.views import objective_of
     from eaft_verl.training.sft.loss import TokenLoss
@@ -43,9 +43,11 @@ def main(job_path: str) -> None:
     worker.reset()
     # a threshold or an example weight from the base model changes no tensor's size
     plain = Sft(k=objective.k, anchor=objective.anchor)
-    worker.set_loss_fn(TokenLoss(plain if "base" in objective.needs else objective))
+    worker.set_loss_fn(TokenLoss(plain if objective.needs_base else objective))
     if objective.anchor is not None and objective.anchor.full:
         worker.open_reference()
+    if objective.anchor is not None and objective.anchor.kind == L2_KIND:
+        worker.hold_weights(objective.anchor.coef)
 
     def step() -> None:
         _step(worker, objective, job)
@@ -71,8 +73,10 @@ class _Stored:
         """Tensors [length, ...] of an example, by name."""
         import torch
 
+        from eaft_verl.objectives import TOPK_KIND
+
         length, anchor, found = self.lengths[index], self.objective.anchor, {}
-        if anchor is not None and not anchor.full:
+        if anchor is not None and anchor.kind == TOPK_KIND:
             shape = (length, anchor.k)
             found["anchor_ids"] = torch.arange(anchor.k, dtype=torch.int32).expand(shape).contiguous()
             found["anchor_logprob"] = torch.full(shape, -math.log(2 * anchor.k))
@@ -145,14 +149,14 @@ def _step(worker: Any, objective: Any, job: dict[str, Any]) -> None:
 
     from eaft_verl.data.parquet import Example
     from eaft_verl.training.sft.batches import make_batch
-    from eaft_verl.training.sft.loss import BATCH_FLAGS
+    from eaft_verl.training.sft.loss import ANY_STATE, BATCH_FLAGS
 
     draw = torch.Generator().manual_seed(0)
     examples = []
     for number, length in enumerate(job["lengths"]):
         ids = torch.randint(job["vocab"], (length,), generator=draw).tolist()
         examples.append(Example(id=str(number), messages=[], input_ids=ids, loss_mask=[0] + [1] * (length - 1)))
-    flags = {**BATCH_FLAGS, "objective_state": {"tau": 1.0}, "update_lr_scheduler": True}
+    flags = {**BATCH_FLAGS, "objective_state": ANY_STATE, "update_lr_scheduler": True}
     batch = make_batch(examples, list(range(len(examples))), flags, None, [_Stored(objective, job["lengths"])])
     tu.assign_non_tensor(batch, global_token_num=None)
     worker.train_batch(batch)

@@ -20,8 +20,9 @@ from eaft_verl.training.interruption import StopRequest
 from eaft_verl.training.progress import Progress
 from eaft_verl.training.schedule import MAX_NONFINITE_STEPS, Moment, SaveClock, training_plan
 from eaft_verl.training.sft import checkpoint
+from eaft_verl.training.sft.base_tokens import BaseTokens
 from eaft_verl.training.sft.batches import TokenSource, balanced, make_batch
-from eaft_verl.training.sft.loss import BATCH_FLAGS
+from eaft_verl.training.sft.loss import ANY_STATE, BATCH_FLAGS
 from eaft_verl.training.sft.meter import DriftMeter
 from eaft_verl.training.sft.old_policy import OldPolicy
 from eaft_verl.training.sft.order import PADDING, batch_indices, sequential_batches, steps_per_epoch
@@ -64,6 +65,7 @@ class Trainer:
         self.per_epoch = steps_per_epoch(len(examples), self.batch_size)
         self.sample_weights: list[float] | None = None
         self.sources: list[TokenSource] = []
+        self.base: BaseTokens | None = None
         self.state: dict[str, Any] = {"step": 0, "seconds": 0.0, "tokens": 0, "samples": 0, "tau": None}
         self.state |= {"nonfinite": 0, "skipped": 0}  # steps without an update: in a row until now, and in all
         self.old_policy: OldPolicy | None = None
@@ -76,8 +78,10 @@ class Trainer:
 
     def infer(self, examples: Sequence[Example], indices: list[int], **flags: Any) -> Any:
         """Forward pass over these rows, in their order; the worker's answer with per-token outputs and metrics."""
-        weights = self.sample_weights if examples is self.examples else None
-        found = self.group.infer_batch(make_batch(examples, indices, {**BATCH_FLAGS, **flags}, weights)).get()
+        known = examples is self.examples
+        sources = [self.base] if known and self.base else []
+        weights = self.sample_weights if known else None
+        found = self.group.infer_batch(make_batch(examples, indices, {**BATCH_FLAGS, **flags}, weights, sources)).get()
         self.beat()
         return found
 
@@ -148,7 +152,7 @@ class Trainer:
         rows = self.rows(step)
         if self.old_policy is not None:
             self.old_policy.refresh(step, self.rows, lambda rows: self.infer(self.examples, rows))
-        batch_state = self._batch_state(rows, objective)
+        batch_state = self._batch_state(step, rows, objective)
         flags = {**BATCH_FLAGS, "objective_state": batch_state}  # the worker advances the learning rate
         batch = make_batch(self.examples, self._balanced(rows), flags, self.sample_weights, self.sources)
         metrics = metrics_of(self.group.train_batch(batch).get())
@@ -162,7 +166,7 @@ class Trainer:
         )
         if math.isfinite(metrics["median_example_nll"]):
             self.state["tau"] = metrics["median_example_nll"]
-        row = {
+        row: dict[str, Any] = {
             "split": "train",
             "step": step,
             "epoch": step / self.per_epoch,
@@ -171,7 +175,8 @@ class Trainer:
             "tokens": self.state["tokens"],
             "samples": self.state["samples"],
             **{name: metrics[name] for name in LOGGED},
-            **({} if objective.anchor is None else {"anchor_kl": metrics["anchor_kl"]}),
+            **({} if objective.divergence is None else {"anchor_kl": metrics["anchor_kl"]}),
+            **{name: metrics[name] for name in ("anchor_l2", "step_factor") if name in metrics},
             "step_s": seconds,
             "tokens_per_s": float(self.lengths[[index for index in rows if index >= 0]].sum()) / seconds,
             "memory_gib": metrics["perf/max_memory_allocated_gb"],
@@ -192,12 +197,13 @@ class Trainer:
         if self.trackers is not None:
             self.trackers.log(row)
 
-    def _batch_state(self, rows: list[int], objective: Objective) -> dict[str, float]:
+    def _batch_state(self, step: int, rows: list[int], objective: Objective) -> dict[str, float]:
         """Scalars of the global batch that the objective asks for; an extra forward pass where they must be exact."""
-        state: dict[str, float] = {}
+        state: dict[str, float] = {"progress": (step - 1) / self.steps}
         if isinstance(objective, Talr) and "tau" in objective.needs:
             known = self.state["tau"] if objective.tau == "previous_step" else None
-            state["tau"] = known or self._forward(rows, {"tau": 1.0})["median_example_nll"]
+            known = self.base.median_nll(rows) if self.base else known
+            state["tau"] = known or self._forward(rows, ANY_STATE)["median_example_nll"]
         if objective.weight_norm == "batch_mean":
             mean = self._forward(rows, state)["weight_mean"]
             state["weight_scale"] = 1.0 / mean if mean > 0 else 1.0
@@ -245,7 +251,7 @@ class Trainer:
             return self.validated[1]
         total, sums = 0.0, dict.fromkeys(VALIDATED, 0.0)
         for indices in sequential_batches(len(self.heldout), self.batch_size):
-            metrics = metrics_of(self.infer(self.heldout, indices, objective_state={"tau": 1.0}))
+            metrics = metrics_of(self.infer(self.heldout, indices, objective_state=ANY_STATE))
             total += metrics["step_tokens"]
             for name in VALIDATED:
                 sums[name] += metrics[name] * metrics["step_tokens"]

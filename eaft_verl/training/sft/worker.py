@@ -22,6 +22,7 @@ from eaft_verl.training.sft.fused_head import FusedHeadEngine, fuse
 from eaft_verl.training.sft.meter import EmitDrift
 from eaft_verl.training.sft.self_check import plain_nll
 from eaft_verl.training.sft.step_metrics import summarize
+from eaft_verl.training.sft.update import Update, local
 from eaft_verl.training.stacks import write_stacks_when_asked
 
 _PER_DP_RANK = make_nd_compute_dataproto_dispatch_fn(mesh_name="train")
@@ -48,11 +49,7 @@ class EaftWorker(TrainingWorker):
         self.unfused = fuse(self.engine) if self.config.extra_context["fused_head"] else "fused_head=false"
         engine = self.engine
         engine.checkpoint_manager = DcpCheckpoints(engine.module, engine.optimizer, engine.lr_scheduler)
-        if optimizer := engine.optimizer:
-            optimizer.register_step_post_hook(self._has_updated)
-
-    def _has_updated(self, *_: Any) -> None:
-        self._updated = True
+        self.update = Update(engine.optimizer, engine.get_data_parallel_group()) if engine.optimizer else None
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def plain_head(self) -> str | None:
@@ -63,7 +60,7 @@ class EaftWorker(TrainingWorker):
     def nonfinite_weights(self) -> list[str]:
         """Names of the weights that hold a NaN or an infinity in this rank's part."""
         weights = self.engine.module.named_parameters()
-        return [name for name, weight in weights if not _local(weight).isfinite().all()]
+        return [name for name, weight in weights if not local(weight).isfinite().all()]
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def open_reference(self) -> None:
@@ -77,6 +74,12 @@ class EaftWorker(TrainingWorker):
         self.reference = None
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def hold_weights(self, coef: float) -> None:
+        """Keep a copy of the weights, and pull towards it after every update from now on."""
+        assert self.update is not None
+        self.update.hold(coef)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def peak_memory(self) -> float:
         """Largest memory of this worker so far, GiB."""
         return get_torch_device().max_memory_allocated() / 1024**3
@@ -85,10 +88,10 @@ class EaftWorker(TrainingWorker):
     @register(dispatch_mode=_PER_DP_RANK, blocking=False)
     def train_batch(self, data: TensorDict) -> TensorDict:
         self._ready()
-        self._lr = self.engine.optimizer.param_groups[0]["lr"]  # of this step; verl reports the next one's
-        self._updated = False  # verl skips the update where the gradient is not finite, and lets the rate go on
+        assert self.update is not None
+        self.update.begin(self.loss_fn)
         result = super().train_batch(data)
-        if self._updated:
+        if self.update.made:  # verl would let the rate go on where it skips an update
             self.engine.lr_scheduler_step()
         return result
 
@@ -117,8 +120,8 @@ class EaftWorker(TrainingWorker):
         result = super()._postprocess_output(output, forward_only=forward_only, **kwargs)
         metrics = result["metrics"]
         metrics.update(summarize(rows))
-        if not forward_only:
-            metrics["lr"] = self._lr
+        if self.update is not None and not forward_only:
+            metrics.update(self.update.metrics)
         return result
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
@@ -160,7 +163,3 @@ class EaftWorker(TrainingWorker):
         self, weights: Iterable[tuple[str, torch.Tensor]], folder: str, base_model: str, dtype: str, ends: Sequence[str]
     ) -> None:
         export_weights(weights, Path(folder), base_model, dtype, write=dist.get_rank() == 0, ends=ends)
-
-
-def _local(weight: torch.Tensor) -> torch.Tensor:
-    return weight.to_local() if isinstance(weight, DTensor) else weight

@@ -6,6 +6,7 @@
 import contextlib
 import functools
 import importlib.metadata
+import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,10 +19,17 @@ SLOT_VARIABLE = "EAFT_RAY_SLOT"
 
 
 def require_version() -> None:
-    """ConfigError where another verl is installed than the one these places were read in."""
+    """ConfigError where another verl is installed than the one these places were read in, or a TRL that it asks for
+    something that is no longer there."""
     installed = importlib.metadata.version("verl")
     if installed != VERL_VERSION:
         raise ConfigError(f"verl {installed} is installed; this project is made for exactly verl=={VERL_VERSION}")
+    if importlib.util.find_spec("trl") and not importlib.util.find_spec("trl.experimental.ppo"):
+        trl = importlib.metadata.version("trl")
+        raise ConfigError(
+            f"trl {trl} is installed, and verl {VERL_VERSION} cannot build a model beside it: uninstall trl here, and "
+            "keep an environment of its own for it"
+        )
 
 
 def name_cpu_backend_once() -> None:

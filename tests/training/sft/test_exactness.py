@@ -81,6 +81,18 @@ def references(folder: Path) -> dict[bool | str, torch.nn.Module]:
 def reference_weight(case: Case, logp: torch.Tensor, row: int) -> torch.Tensor:
     """Weight of each position from its [T, V] log-probabilities and the label's, by the published formulas."""
     table, label = logp
+    if case.objective == "prift":
+        return label.exp()
+    if case.objective in ("mile", "idft"):
+        entropy = -(table.exp() * table).sum(dim=-1)
+        if case.objective == "mile":
+            return (1 + entropy) * case.state.get("weight_scale", 1.0)
+        exponent = (-(label + entropy)).exp().clamp(0.1, 2.0)
+        blend = (case.state["progress"] - 0.2) / 0.1
+        return label.exp() ** (1 + blend * (exponent - 1))
+    if case.objective == "gift":
+        raised = label.exp() * (math.exp(case.params["boost"]) - 1)
+        return raised / (1 + raised)
     if case.objective == "sft":
         return torch.ones_like(label)
     if case.objective == "eaft":
@@ -97,9 +109,17 @@ def reference_weight(case: Case, logp: torch.Tensor, row: int) -> torch.Tensor:
     return torch.full_like(label, sample_weights()[row])
 
 
-def reference_divergence(case: Case, table: torch.Tensor, frozen: torch.Tensor) -> torch.Tensor:
+def anchor_of(case: Case) -> dict[str, Any] | None:
+    return case.params.get("anchor", {"kind": "forward_kl", "coef": 1.0} if case.objective == "gift" else None)
+
+
+def reference_divergence(case: Case, table: torch.Tensor, frozen: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """The anchor's term of each position by the textbook formula, from two [T, V] tables of log-probabilities."""
-    anchor = case.params["anchor"]
+    anchor = anchor_of(case)
+    if anchor["kind"] == "mask_target":
+        others = torch.ones_like(table, dtype=torch.bool).scatter(-1, labels[:, None], False)
+        ours, theirs = (part[others].view(len(part), -1).log_softmax(-1) for part in (table, frozen))
+        return (theirs.exp() * (theirs - ours)).sum(-1)
     if anchor["kind"] == "forward_kl":
         return (frozen.exp() * (frozen - table)).sum(-1)
     if anchor["kind"] == "reverse_kl":
@@ -128,11 +148,14 @@ def reference(model: Any, frozen: Any, case: Case) -> dict[str, Any]:
             tokens, weight = -torch.minimum(ratio, ratio.clamp(0.8, 1.28)), ratio.detach() * (ratio <= 1.28)
         else:
             with torch.no_grad():
-                weight = reference_weight(case, (table, label), row)
+                frozen_label = frozen_table[torch.arange(len(ids) - 1), ids[1:]]
+                whose = (frozen_table, frozen_label) if "base" in (case.source or "") else (table, label)
+                weight = reference_weight(case, whose, row)
             tokens = weight * -label
-        if "anchor" in case.params:
-            divergence = reference_divergence(case, table, frozen_table)
-            tokens = tokens + case.params["anchor"]["coef"] * divergence
+        if anchor := anchor_of(case):
+            divergence = reference_divergence(case, table, frozen_table, ids[1:])
+            share = 1 - weight if case.objective == "gift" else 1.0
+            tokens = tokens + anchor["coef"] * share * divergence
             divergences.append(divergence.detach()[mask])
         part = tokens[mask].sum() / trained
         part.backward()
@@ -169,7 +192,7 @@ def test_step_equals_plain_float64(world: int, case: Case, results: Any, referen
 
 def test_the_head_is_fused_wherever_it_may_be(results: Any) -> None:
     for case in cases(2):
-        whole = case.engine in ("padded", "whole") or "anchor" in case.params
+        whole = case.engine in ("padded", "whole") or anchor_of(case) is not None
         assert [found[case.name]["fused"] for found in results[2]] == [not whole] * 2, case.name
 
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from batch_examples import EXAMPLES
+from batch_examples import EXAMPLES, both_calls
 from objective_fixtures import Tokens, random_tokens, ready, token_stats
 from verl.utils import tensordict_utils as tu
 
-from eaft_verl.objectives import OBJECTIVES, Objective, Sft
+from eaft_verl.objectives import OBJECTIVES, Finch, Gift, Objective, Sft
 from eaft_verl.recipe.objective import build_objective
 from eaft_verl.tokens.logits import logit_stats
 from eaft_verl.training.sft import loss
@@ -30,14 +30,6 @@ def micro_batch(rows: tuple[int, ...] = (0, 1, 2), **flags: Any) -> Any:
 def logits_of(batch: Any) -> torch.Tensor:
     torch.manual_seed(0)
     return (torch.randn(1, len(batch["input_ids"].values()), 50) * 3).requires_grad_()
-
-
-def both_calls(token_loss: TokenLoss, batch: Any, logits: torch.Tensor) -> torch.Tensor:
-    """As the engine does: the hook, then the loss."""
-    hook = token_loss(student_logits=logits, data=batch)
-    offsets = batch["input_ids"].offsets()
-    output = {name: torch.nested.nested_tensor_from_jagged(part[0], offsets) for name, part in hook.items()}
-    return token_loss(model_output=output, data=batch)[0]
 
 
 def test_the_guard_passes_once_and_the_table_keeps_the_trained_tokens() -> None:
@@ -66,7 +58,7 @@ def guarded(objective: Objective, logits_TV: torch.Tensor) -> None:
     """The guard's look at the weights of some tokens."""
     count = len(logits_TV)
     tokens = Tokens(logits_TV, torch.arange(count) % 27, torch.ones(count, dtype=torch.bool), torch.arange(count) % 4)
-    made = logit_stats(logits_TV, tokens.labels_T, tokens.mask_T, k=objective.k, sum_p2=True)
+    made = logit_stats(logits_TV, tokens.labels_T, tokens.mask_T, k=objective.k, sum_p2=True, full_entropy=True)
     stats = token_stats(objective, tokens, made)
     check_weight(objective, stats, objective.weight(stats), tokens.mask_T)
 
@@ -77,7 +69,7 @@ def test_the_guard_knows_every_built_in_objective(name: str, monkeypatch: pytest
     objective, logits_TV = ready(name), random_tokens(3).logits_TV
     assert type(objective) in FORMULAS
     guarded(objective, logits_TV)
-    other = 0.5 if isinstance(objective, Sft) else 1.0
+    other = 0.5 if isinstance(objective, Sft | Finch | Gift) else 1.0  # a gift of 20 nats is a switch
     monkeypatch.setattr(type(objective), "weight", lambda self, stats: stats.logprob_T * 0 + other)
     with pytest.raises(RuntimeError, match=rf"weight of {type(objective).__name__} differs from its definition"):
         guarded(objective, logits_TV)
