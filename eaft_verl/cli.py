@@ -154,6 +154,12 @@ def _launch(options: argparse.Namespace) -> int:
     return launch(wanted, options.on, dry_run=options.dry_run)
 
 
+def _tasks(options: argparse.Namespace) -> None:
+    from eaft_verl.experiment.tasks import tasks_listing
+
+    print("\n".join(tasks_listing()))
+
+
 VERBS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "prepare": _prepare,
     "train": _train,
@@ -165,6 +171,7 @@ VERBS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "plan": _plan,
     "checkpoints": _checkpoints,
     "analyze": _analyze,
+    "tasks": _tasks,
 }
 
 

@@ -28,6 +28,7 @@ def parser() -> argparse.ArgumentParser:
     _add_plan(verbs)
     _add_checkpoints(verbs)
     _add_analyze(verbs)
+    verbs.add_parser("tasks", help="the benchmarks of `evaluate`: their data, metric and shots")
     return parser
 
 
