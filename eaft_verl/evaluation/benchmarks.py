@@ -98,8 +98,8 @@ def load_benchmark(entry: Entry) -> Benchmark:
 def _check_safe(task: Task, entry: Entry) -> None:
     if getattr(task, "UNSAFE_CODE", False):
         raise ConfigError(
-            f"task {entry.task!r} runs the code that the model writes, which is never done here; leave it out, and score "
-            "the exports with lm_eval in a sandbox"
+            f"task {entry.task!r} runs the code that the model writes, which is never done here; leave it out, and "
+            "score the exports with lm_eval in a sandbox"
         )
 
 

@@ -1,6 +1,6 @@
 """BFCL v3 (Berkeley function calling) by bfcl-eval, which has an environment of its own and asks an endpoint.
 
-bfcl-eval's releases call their files v4; what v3 had of them are the categories of `CATEGORIES`, with the same questions.
+bfcl-eval's releases call their files v4; v3's categories among them are those of `GROUPS`.
 """
 
 import json
@@ -34,7 +34,7 @@ _FAILED = "Error during inference:"
 _ASKED_TOO_MUCH = "Error code: 400"  # a prompt that is longer than the model's context is an answer that is wrong
 
 
-def measure(
+def measure_bfcl(
     settings: EvaluateSettings,
     path: Path | str,
     folder: Path,
@@ -89,9 +89,9 @@ def run_bfcl(endpoint: Endpoint, folder: Path, limit: int | None, threads: int =
 def read_scores(folder: Path) -> tuple[dict[str, Any], list[Sample]]:
     """(record fields, samples) from bfcl-eval's result and score files below `folder`.
 
-    A question's score is 1 unless its category's score file lists it among the failures. `accuracy` is the mean over all
-    questions; `overall` the mean of the groups that have every category: of multi-turn and non-live the mean of their
-    categories, the three `simple_` counting as one; of live that of its questions.
+    A question's score is 1 unless its category's score file lists it among the failures. `accuracy` is the mean over
+    all questions; `overall`, where every category was asked, the mean of the groups: of multi-turn and non-live that of
+    their categories, the three `simple_` counting as one; of live that of its questions.
     """
     results, failed = _lines(folder / "result", "result"), _lines(folder / "score", "score")
     if absent := sorted(set(results) ^ set(failed)):
@@ -106,7 +106,9 @@ def read_scores(folder: Path) -> tuple[dict[str, Any], list[Sample]]:
             shown = json.dumps(asked[row["id"]], ensure_ascii=False)
             sample = {"id": row["id"], "prompt": shown, "response": answer, "target": "", "category": category}
             samples.append({**sample, "scores": {"accuracy": float(row["id"] not in wrong)}})
-    return _record(samples), samples
+    version = folder / "version.txt"
+    harness = f"bfcl-eval {version.read_text(encoding='utf-8') if version.is_file() else 'of unknown version'}"
+    return {**_record(samples), "task_version": BFCL, "harness": harness}, samples
 
 
 def _record(samples: list[Sample]) -> dict[str, Any]:
@@ -124,8 +126,6 @@ def _record(samples: list[Sample]) -> dict[str, Any]:
         "categories": {name: {"right": int(sum(scores)), "n": len(scores)} for name, scores in by_category.items()},
         "prompt_hash": digest(sample["prompt"] for sample in samples),
         "data_hash": digest([sample["id"], sample["prompt"]] for sample in samples),
-        "task_version": BFCL,
-        "harness": "bfcl-eval",
     }
 
 

@@ -6,6 +6,7 @@ bfcl-eval's for chat completions, with the functions in the prompt; what a model
 """
 
 import ast
+import importlib.metadata
 import json
 import operator
 import os
@@ -93,6 +94,7 @@ def main() -> None:
     (folder / "test_case_ids_to_generate.json").write_text(json.dumps(chosen), encoding="utf-8")
     questions = {row["id"]: row["question"] for entries in rows.values() for row in entries}
     (folder / "questions.json").write_text(json.dumps(questions), encoding="utf-8")
+    (folder / "version.txt").write_text(importlib.metadata.version("bfcl-eval"), encoding="utf-8")
     given = {"model": [name], "test_category": list(chosen), "temperature": 0.0, "run_ids": True, "result_dir": None}
     given |= {"num_threads": request["threads"], "include_input_log": False, "exclude_state_log": True}
     generation.main(SimpleNamespace(**given, allow_overwrite=False))

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eaft_verl.errors import RunError
+from eaft_verl.evaluation.bfcl import BFCL, measure_bfcl
 from eaft_verl.evaluation.model_files import check_model_files
 from eaft_verl.evaluation.settings import EvaluateSettings, evaluation_key
-from eaft_verl.evaluation.tasks import BFCL
 from eaft_verl.files import computed_once, write_json
 from eaft_verl.models import model_key, resolve_model
 from eaft_verl.runs import Run, step_name
@@ -140,7 +140,7 @@ def _pending(
 def _prepare(session: _Session, names: set[str]) -> None:
     """Everything that is read once, for these benchmarks: their data first, because that needs no model."""
     settings = session.settings
-    session.benchmarks = _load_benchmarks(settings, names)
+    session.benchmarks = _load_benchmarks(settings, names - {BFCL})
     if "heldout" in names:
         from eaft_verl.data.prepare import load_prepared
 
@@ -151,7 +151,6 @@ def _prepare(session: _Session, names: set[str]) -> None:
 
 
 def _load_benchmarks(settings: EvaluateSettings, names: set[str]) -> dict[str, "Benchmark"]:
-    names = names - {BFCL}
     entries = [entry for side in ("target", "general") for entry in settings.entries(side) if entry.task in names]
     if not entries:
         return {}
@@ -188,10 +187,8 @@ def _evaluate_step(session: _Session, step: int, path: Path | str, names: list[s
     if tasks := [name for name in names if name not in (*FORCED, BFCL)]:
         _apart(_generate, session, step, path, tasks)
     if BFCL in names:
-        from eaft_verl.evaluation import bfcl
-
         folder = session.run.path / BFCL / step_name(step)
-        measure = functools.partial(bfcl.measure, session.settings, path, folder, session.model, session.free)
+        measure = functools.partial(measure_bfcl, session.settings, path, folder, session.model, session.free)
         _record(session, step, BFCL, measure, session.settings.backend)
 
 
@@ -259,8 +256,7 @@ def _noise(session: _Session, path: Path | str) -> dict[str, Any]:
         nll = noise.heldout_noise(model, session.heldout, session.run.samples(0, "heldout"))
         found["nll"] = max(nll, found["nll"] or 0.0)
     tasks = [name for name in names if name not in (*FORCED, BFCL)]
-    accuracy = _apart(_repeat, session, path, tasks) if tasks else {}
-    return {**found, "accuracy": accuracy, "questions": noise.QUESTIONS}
+    return {**found, "accuracy": _apart(_repeat, session, path, tasks) if tasks else {}, "questions": noise.QUESTIONS}
 
 
 def _repeat(session: _Session, path: Path | str, tasks: list[str]) -> dict[str, Any]:

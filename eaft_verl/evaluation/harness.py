@@ -5,7 +5,6 @@ import functools
 import gc
 import importlib.metadata
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
