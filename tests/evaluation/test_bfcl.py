@@ -97,6 +97,14 @@ ANSWERS = {  # of the first questions: right by their text, wrong by value, name
     "Calculate the hypotenuse of a right triangle": "[math.hypot(x=4, y=6)]",
     "Find the roots of a quadratic equation": "[algebra.quadratic_roots(a=1, b=__import__('os').getpid(), c=2)]",
     "Solve a quadratic equation where": "I do not know.",
+    # four turns of multi_turn_base_0, played out among bfcl-eval's simulated services
+    "Move 'final_report.pdf' within": "[cd(folder='document'), mkdir(dir_name='temp'), "
+    "mv(source='final_report.pdf', destination='temp')]",
+    "Perform a detailed search using grep": "[cd(folder='temp'), "
+    "grep(file_name='final_report.pdf', pattern='budget analysis')]",
+    "sort the 'final_report.pdf' by line": "[sort('final_report.pdf')]",
+    "Move 'previous_report.pdf' in": "[cd(folder='..'), mv(source='previous_report.pdf', destination='temp'), "
+    "cd(folder='temp'), diff(file_name1='final_report.pdf', file_name2='previous_report.pdf')]",
 }
 RIGHT = {"simple_python_0": 1, "simple_python_1": 1, "simple_python_2": 0, "simple_python_3": 0, "simple_python_4": 0}
 
@@ -125,7 +133,7 @@ def test_known_answers_get_known_scores(tmp_path: Path, monkeypatch: pytest.Monk
     """Needs bfcl-eval's environment: EAFT_BFCL_PYTHON=... (bash examples/setup_bfcl.sh makes one)."""
     if not os.environ.get("EAFT_BFCL_PYTHON"):
         pytest.skip("EAFT_BFCL_PYTHON names no Python with bfcl-eval; bash examples/setup_bfcl.sh makes one")
-    counts = {"simple_python": 5, "irrelevance": 2, "multi_turn_base": 1}
+    counts = {"simple_python": 5, "irrelevance": 2, "multi_turn_base": 2}
     monkeypatch.setattr(bfcl, "counts_of", lambda limit: counts)
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Stub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -134,8 +142,13 @@ def test_known_answers_get_known_scores(tmp_path: Path, monkeypatch: pytest.Monk
         record, samples = bfcl.run_bfcl(endpoint, tmp_path / "bfcl", None, threads=2)
     finally:
         server.shutdown()
+        server.server_close()
     scores = {sample["id"]: sample["scores"]["accuracy"] for sample in samples}
-    assert scores == RIGHT | {"irrelevance_0": 1, "irrelevance_1": 1, "multi_turn_base_0": 0}
+    assert scores == RIGHT | {
+        "irrelevance_0": 1, "irrelevance_1": 1, "multi_turn_base_0": 1, "multi_turn_base_1": 0,
+    }  # fmt: skip
     assert record["categories"]["simple_python"] == {"right": 2, "n": 5}
-    with pytest.raises(RunError, match="have no answer"):
+    assert record["harness"].startswith("bfcl-eval 20")
+    monkeypatch.setattr(bfcl, "counts_of", lambda limit: {"irrelevance": 1})
+    with pytest.raises(RunError, match=r"1 of 1 questions of irrelevance have no answer \(.*Connection error"):
         bfcl.run_bfcl(endpoint, tmp_path / "gone", None, threads=2)
