@@ -57,6 +57,7 @@ def _evaluate_model(config: Config, out: Path | None) -> Run:
     model = resolve_model(config.model)
     check_model_files(model)
     tokenizer = load_tokenizer(model)
+    _check_template(config, tokenizer)
     settings = settings_for(config, tokenizer)
     keys = {
         "model": model_key(config.model),
@@ -73,6 +74,17 @@ def _evaluate_model(config: Config, out: Path | None) -> Run:
         raise RunError(f"{folder} holds the evaluation of another model or recipe; choose another --out or remove it")
     run.update(status="finished")  # nothing is trained
     return _score(run, config, settings, {0: model})
+
+
+def _check_template(config: Config, tokenizer: Any) -> None:
+    """A model without a chat template is asked in plain text; texts rendered by one have no meaning to it."""
+    wanted = {"data.heldout": config.data.heldout, "evaluate.drift": config.evaluate.drift}
+    if not tokenizer.chat_template and (given := [key for key, value in wanted.items() if value is not None]):
+        unset = " ".join(f"{key}=null" for key in given)
+        raise ConfigError(
+            f"model={config.model!r} has no chat template, which {' and '.join(given)} need; leave them out ({unset}); "
+            "benchmarks are then asked in plain text"
+        )
 
 
 def _score(run: Run, config: Config, settings: EvaluateSettings, checkpoints: dict[int, Path | str]) -> Run:

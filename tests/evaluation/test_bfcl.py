@@ -102,7 +102,7 @@ ANSWERS = {  # of the first questions: right by their text, wrong by value, name
     "mv(source='final_report.pdf', destination='temp')]",
     "Perform a detailed search using grep": "[cd(folder='temp'), "
     "grep(file_name='final_report.pdf', pattern='budget analysis')]",
-    "sort the 'final_report.pdf' by line": "[sort('final_report.pdf')]",
+    "sort the 'final_report.pdf' by line": "[sort(file_name='final_report.pdf')]",
     "Move 'previous_report.pdf' in": "[cd(folder='..'), mv(source='previous_report.pdf', destination='temp'), "
     "cd(folder='temp'), diff(file_name1='final_report.pdf', file_name2='previous_report.pdf')]",
 }

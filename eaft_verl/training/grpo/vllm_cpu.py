@@ -1,4 +1,4 @@
-"""verl's own vLLM rollout on a CPU build of vLLM, to try here what runs on GPUs elsewhere. Verl loads it in its workers.
+"""verl's own vLLM rollout on a CPU build of vLLM, to try here what runs on GPUs elsewhere. verl's workers load it.
 
 Only verl's registry is touched when this is imported; vLLM comes with the replica.
 """
