@@ -61,7 +61,7 @@ def _evaluate_model(config: Config, out: Path | None) -> Run:
     settings = settings_for(config, tokenizer)
     keys = {
         "model": model_key(config.model),
-        "template": template_hash(tokenizer),
+        "template": template_hash(tokenizer) if tokenizer.chat_template else "none",
         "evaluation": evaluation_key(settings),
     }
     folder = out or Path(config.output) / "base"
