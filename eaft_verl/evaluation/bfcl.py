@@ -49,7 +49,8 @@ def measure_bfcl(
         free()
         serving = harness.vllm_server(path, MODEL, settings, folder / "server.log")
     else:
-        serving = harness.server(*load(path), settings)
+        model, tokenizer = load(path)
+        serving = harness.server(model, tokenizer, settings)
     with serving as endpoint:
         return run_bfcl(endpoint, folder, entry.limit)
 

@@ -165,7 +165,7 @@ def plain_chat(history: list[dict[str, str]], add_generation_prompt: bool = True
 
     A question that asks for its answer itself, at its end, is left as it is.
     """
-    turns = []
+    turns: list[str] = []
     for message in history:
         text = message["content"].strip()
         if message["role"] == "assistant":
