@@ -45,9 +45,16 @@ def serve_loaded(language: Any) -> Iterator[Endpoint]:
             size = int(self.headers.get("Content-Length") or 0)
             if self.headers.get("Authorization") != f"Bearer {key}" or not 0 < size <= _MOST:
                 return self._reply(401, {"error": {"message": "wrong key or size"}})
-            asked = json.loads(self.rfile.read(size))
-            with lock:
-                code, answer = _complete(language, asked)
+            try:
+                asked = json.loads(self.rfile.read(size))
+                turns = [{name: turn[name] for name in ("role", "content")} for turn in asked["messages"]]
+            except (ValueError, KeyError, TypeError) as error:
+                return self._reply(400, {"error": {"message": f"no chat completion request: {error}"}})
+            try:
+                with lock:
+                    code, answer = _complete(language, turns, asked)
+            except Exception as error:  # whatever a model raises: the client must not take it for an answer
+                code, answer = 500, {"error": {"message": f"{type(error).__name__}: {error}"}}
             self._reply(code, answer)
 
         def _reply(self, code: int, content: dict[str, Any]) -> None:
@@ -71,11 +78,11 @@ def serve_loaded(language: Any) -> Iterator[Endpoint]:
         server.server_close()
 
 
-def _complete(language: Any, asked: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+def _complete(language: Any, turns: list[dict[str, str]], asked: dict[str, Any]) -> tuple[int, dict[str, Any]]:
     """(HTTP status, chat completion) for a request's messages."""
     from lm_eval.api.instance import Instance
 
-    prompt = language.apply_chat_template([{k: turn[k] for k in ("role", "content")} for turn in asked["messages"]])
+    prompt = language.apply_chat_template(turns)
     used = len(language.tok_encode(prompt))
     room = language.max_length - used
     if room < 1:
@@ -103,12 +110,7 @@ def serve_vllm(path: Path | str, served: str, arguments: dict[str, Any], log: Pa
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    options = [
-        *(f"--{name.replace('_', '-')}={json.dumps(value) if isinstance(value, dict) else value}"
-          for name, value in arguments.items() if not isinstance(value, bool)),
-        *(f"--{'' if value else 'no-'}{name.replace('_', '-')}"
-          for name, value in arguments.items() if isinstance(value, bool)),
-    ]  # fmt: skip
+    options = [_option(name, value) for name, value in arguments.items() if value is not None]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", f"--model={path}", "--host=127.0.0.1"]
     command += [f"--port={port}", f"--served-model-name={served}", *options]
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -128,6 +130,14 @@ def serve_vllm(path: Path | str, served: str, arguments: dict[str, Any], log: Pa
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+def _option(name: str, value: Any) -> str:
+    """An engine argument on its server's command line: --dtype=float32, --no-enforce-eager, JSON for mappings."""
+    words = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{words}" if value else f"--no-{words}"
+    return f"--{words}={json.dumps(value) if isinstance(value, dict | list) else value}"
 
 
 def _await(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
