@@ -61,8 +61,7 @@ def prepare_responses(task: Task, entry: Entry) -> None:
                 f"task {entry.task!r} weighs given answers and writes none: leave out samples, temperature and top_p"
             )
         return
-    ensembles: list[Any] = vars(task)["_filters"]
-    for ensemble in ensembles:
+    for ensemble in vars(task).get("_filters", []):
         kept = [build for build in ensemble.filters if entry.samples == 1 or not _takes_first(build)]
         ensemble.filters = [functools.partial(_Spoken, task), *kept]
     if entry.sampling:

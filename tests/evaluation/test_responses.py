@@ -267,6 +267,19 @@ def test_what_cannot_be_sampled_is_refused(entry: Any, message: str):
         parse_entries([entry])
 
 
+def test_what_a_model_writes_is_never_run(tmp_path: Path):
+    lines = ["task: runs", "output_type: generate_until", "test_split: test", "doc_to_text: '{{question}}'"]
+    lines += [
+        "doc_to_target: '1'",
+        "unsafe_code: true",
+        f"tasks: {{runs: {{data: {rows_file(tmp_path, [{'question': 'Q'}])}}}}}",
+    ]
+    (tmp_path / "runs.yaml").write_text("\n".join(lines))
+    (entry,) = parse_entries([str(tmp_path / "runs.yaml")])
+    with pytest.raises(ConfigError, match="runs the code that the model writes, which is never done here"):
+        load_benchmark(entry)
+
+
 def test_likelihoods_are_not_sampled(tmp_path: Path):
     data = rows_file(tmp_path, [TRUTHFUL])
     (entry,) = parse_entries([{"task": "truthfulqa", "data": data, "samples": 2, "temperature": 1.0}])
