@@ -96,7 +96,7 @@ def load_benchmark(entry: Entry) -> Benchmark:
 
 
 def _check_safe(task: Task, entry: Entry) -> None:
-    if getattr(task, "UNSAFE_CODE", False):
+    if task.get_config("unsafe_code"):
         raise ConfigError(
             f"task {entry.task!r} runs the code that the model writes, which is never done here; leave it out, and "
             "score the exports with lm_eval in a sandbox"
