@@ -224,6 +224,12 @@ def _launch(options: argparse.Namespace) -> int:
     return launch(wanted, options.on, dry_run=options.dry_run)
 
 
+def _tasks(options: argparse.Namespace) -> None:
+    from eaft_verl.experiment.tasks import tasks_listing
+
+    print("\n".join(tasks_listing()))
+
+
 VERBS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "init": _init,
     "recipes": _recipes,
@@ -241,6 +247,7 @@ VERBS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "checkpoints": _checkpoints,
     "analyze": _analyze,
     "reproduce": _reproduce,
+    "tasks": _tasks,
 }
 
 

@@ -15,9 +15,9 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from eaft_verl.errors import ConfigError, DataError
 from eaft_verl.evaluation.quiet import quiet
 from eaft_verl.evaluation.records import label
+from eaft_verl.evaluation.responses import prepare_responses
 from eaft_verl.evaluation.rows import benchmark_rows, check_ids
 from eaft_verl.evaluation.tasks import LOCAL_VARIANTS, Entry, OwnTask, unknown_task
-from eaft_verl.grading.answers import opened_thinking
 
 _SEED = 1234  # lm-evaluation-harness's default for few-shot sampling
 _NLTK_TASKS = "ifeval"
@@ -88,9 +88,19 @@ def load_benchmark(entry: Entry) -> Benchmark:
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=_SEED)
+        _check_safe(task, entry)
+        prepare_responses(task, entry)
     _check_metric(entry, tasks)
     benchmark = Benchmark(entry.task, tasks, groups, version, metric=entry.metric)
     return benchmark.first(entry.limit) if entry.limit else benchmark
+
+
+def _check_safe(task: Task, entry: Entry) -> None:
+    if task.get_config("unsafe_code"):
+        raise ConfigError(
+            f"task {entry.task!r} runs the code that the model writes, which is never done here; leave it out, and "
+            "score the exports with lm_eval in a sandbox"
+        )
 
 
 def _check_metric(entry: Entry, tasks: dict[str, Task]) -> None:
@@ -107,16 +117,6 @@ def _filters(task: Task) -> list[str]:
     return [item["name"] for item in task.get_config("filter_list") or [{"name": "none"}]]
 
 
-class _ThoughtfulTask(ConfigurableTask):
-    """A task of ours: its scorers see the thinking that the chat template has opened at the end of the prompt."""
-
-    def process_results(self, doc: dict[str, Any], results: list[Any]) -> dict[str, Any]:
-        """The scores of one document's responses."""
-        asked = vars(self).get("_instances")  # unset until the requests are built
-        opened = opened_thinking(str(asked[0].args[0])) if asked else ""
-        return super().process_results(doc, [opened + text if isinstance(text, str) else text for text in results])
-
-
 def _own_task(entry: Entry, own: OwnTask) -> Task:
     rows = benchmark_rows(entry, own)
     try:
@@ -129,7 +129,7 @@ def _own_task(entry: Entry, own: OwnTask) -> Task:
     config["custom_dataset"] = lambda **_: datasets.DatasetDict(test=datasets.Dataset.from_list(rows))
     config["task"] = entry.task
     config.pop("tasks", None)  # ours, see OwnTask
-    return _ThoughtfulTask(config=config)
+    return ConfigurableTask(config=config)
 
 
 @functools.cache

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eaft_verl.errors import RunError
+from eaft_verl.evaluation.bfcl import BFCL, measure_bfcl
 from eaft_verl.evaluation.model_files import check_model_files
 from eaft_verl.evaluation.settings import EvaluateSettings, evaluation_key
 from eaft_verl.files import write_json
@@ -149,7 +150,7 @@ def _pending(
 def _prepare(session: _Session, names: set[str]) -> None:
     """Everything that is read once, for these benchmarks: their data first, because that needs no model."""
     settings = session.settings
-    session.benchmarks = _load_benchmarks(settings, names)
+    session.benchmarks = _load_benchmarks(settings, names - {BFCL})
     if "heldout" in names:
         from eaft_verl.data.prepare import load_prepared
 
@@ -192,8 +193,12 @@ def _evaluate_step(session: _Session, step: int, path: Path | str, names: list[s
     for name in names:
         if name in FORCED:
             _record(session, step, name, functools.partial(_forced, session, name, path), "hf")
-    if tasks := [name for name in names if name not in FORCED]:
+    if tasks := [name for name in names if name not in (*FORCED, BFCL)]:
         _apart(_generate, session, step, path, tasks)
+    if BFCL in names:
+        folder = session.run.path / BFCL / step_name(step)
+        measure = functools.partial(measure_bfcl, session.settings, path, folder, session.model, session.free)
+        _record(session, step, BFCL, measure, session.settings.backend)
 
 
 def _forced(session: _Session, name: str, path: Path | str) -> Outcome:
@@ -261,7 +266,7 @@ def _noise(session: _Session, path: Path | str) -> dict[str, Any]:
     if "heldout" in names:
         nll = noise.heldout_noise(model, session.heldout, session.run.samples(0, "heldout"))
         found["nll"] = max(nll, found["nll"] or 0.0)
-    tasks = [name for name in names if name not in FORCED]
+    tasks = [name for name in names if name not in (*FORCED, BFCL)]
     accuracy = _apart(_repeat, session, path, tasks) if tasks else {}
     return {**found, "task": task, "accuracy": accuracy, "questions": noise.QUESTIONS}
 

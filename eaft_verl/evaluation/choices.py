@@ -13,6 +13,7 @@ from eaft_verl.grading.process import GradingProcess
 
 LETTERS = string.ascii_uppercase
 _INSTRUCTION = "Answer with the letter of the right option, as the last line: Answer: X"
+_BOXED_LETTER = 'Answer with the option\'s letter from the given choices and put the letter in one "\\boxed{}".'
 _VERDICTS = ("yes", "no", "maybe")
 _CLUEWSC = {"true": "A", "false": "B"}
 _MATH = GradingProcess("math_verify")  # starts with the first answer that is no number
@@ -81,6 +82,43 @@ def choice_text(doc: dict[str, Any]) -> str:
     question, options, _ = options_of(doc)
     listed = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
     return f"{question.strip()}\n{listed}\n\n{_INSTRUCTION}"
+
+
+def medical_text(doc: dict[str, Any]) -> str:
+    """MedEvalKit's question for models that reason (question_formats.py, MedQA_USMLE, MedMCQA, PubMedQA there)."""
+    question, options, _ = options_of(doc)
+    gap = "" if "final_decision" in doc else " "
+    listed = "\n".join(f"{letter}.{gap}{option}" for letter, option in zip(LETTERS, options, strict=False))
+    context = ""
+    if "final_decision" in doc:
+        question, context = doc["QUESTION"], "Context: " + "\n".join(doc["CONTEXTS"]) + "\n"
+    return f"{context}\nQuestion: {question}\nOptions: \n{listed}\n{_BOXED_LETTER}"
+
+
+def exam_text(doc: dict[str, Any]) -> str:
+    """The question and its options under letters, for the likelihood of the letter, as the harness's medqa_4options."""
+    return _exam(doc, "")
+
+
+def listed_text(doc: dict[str, Any]) -> str:
+    """As `exam_text`, with the line that the harness's medmcqa has before the options."""
+    return _exam(doc, "Choices:\n")
+
+
+def _exam(doc: dict[str, Any], heading: str) -> str:
+    question, options, _ = options_of(doc)
+    listed = "".join(f"{letter}. {option}\n" for letter, option in zip(LETTERS, options, strict=False))
+    return f"Question: {question}\n{heading}{listed}Answer:"
+
+
+def letters_of(doc: dict[str, Any]) -> list[str]:
+    """The letters of the options."""
+    return list(LETTERS[: len(options_of(doc)[1])])
+
+
+def right_of(doc: dict[str, Any]) -> int:
+    """The index of the right option."""
+    return options_of(doc)[2]
 
 
 def choice_target(doc: dict[str, Any]) -> str:

@@ -1,5 +1,7 @@
 """A checkpoint behind lm-evaluation-harness: plain transformers or vLLM."""
 
+import contextlib
+import functools
 import gc
 import importlib.metadata
 import random
@@ -24,15 +26,18 @@ from transformers import (
 from eaft_verl.data.template import template_arguments
 from eaft_verl.errors import DataError
 from eaft_verl.evaluation.benchmarks import Benchmark
+from eaft_verl.evaluation.endpoint import Endpoint, serve_loaded, serve_vllm
 from eaft_verl.evaluation.model_files import require_all
 from eaft_verl.evaluation.quiet import quiet
 from eaft_verl.evaluation.records import Fit, Sample, convert
+from eaft_verl.evaluation.responses import STOPS
 from eaft_verl.evaluation.settings import EvaluateSettings
 from eaft_verl.models import hub_arguments
 
 SEED = 1234
 BATCH_SIZE = 32
 SMALL = 10**9  # weights of a model that is evaluated in float32 on any device
+_OF_THE_HARNESS = ("batch_size", "max_batch_size", "max_gen_toks", "think_end_token", "add_bos_token")
 MIN_ANSWER = 64  # tokens that a prompt must leave for a longer answer
 
 
@@ -99,24 +104,77 @@ def language_model(
     """The harness's view of a loaded model. It sorts requests by length and text: their order does not matter."""
     batch_size = batch_size or settings.backend_args.get("batch_size", BATCH_SIZE)
     with quiet():
-        return lm_eval.models.huggingface.HFLM(
-            pretrained=model,
-            tokenizer=tokenizer,
-            batch_size=batch_size,
-            max_length=settings.max_length,
-            chat_template_args=template_arguments(settings.chat_template_kwargs),
+        language = lm_eval.models.huggingface.HFLM(
+            pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=settings.max_length
         )
+    return _speak(language, settings)
 
 
 def vllm_model(path: Path | str, settings: EvaluateSettings) -> LM:
     """The harness's vLLM engine on a checkpoint; backend_args are its arguments (tensor_parallel_size, ...)."""
     from lm_eval.api.registry import get_model
 
+    return _speak(get_model("vllm")(**_engine_arguments(path, settings)), settings)
+
+
+def _engine_arguments(path: Path | str, settings: EvaluateSettings) -> dict[str, Any]:
     source = hub_arguments(path)
-    arguments: dict[str, Any] = {"pretrained": source.pop("pretrained_model_name_or_path"), **source}
-    arguments |= {"dtype": "bfloat16", "seed": SEED, "max_model_len": settings.max_length}
-    arguments |= {"chat_template_args": template_arguments(settings.chat_template_kwargs), **settings.backend_args}
-    return get_model("vllm")(**arguments)
+    arguments = {"pretrained": source.pop("pretrained_model_name_or_path"), **source, "dtype": "bfloat16", "seed": SEED}
+    return arguments | {"max_model_len": settings.max_length, **settings.backend_args}
+
+
+def server(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: EvaluateSettings
+) -> contextlib.AbstractContextManager[Endpoint]:
+    """A loaded model behind an OpenAI-compatible address."""
+    return serve_loaded(language_model(model, tokenizer, settings))
+
+
+def vllm_server(
+    path: Path | str, served: str, settings: EvaluateSettings, log: Path
+) -> contextlib.AbstractContextManager[Endpoint]:
+    """vLLM's server on a checkpoint, with the arguments of `vllm_model` and the recipe's `chat_template_kwargs`."""
+    arguments = _engine_arguments(path, settings)
+    for name in _OF_THE_HARNESS:
+        arguments.pop(name, None)
+    if settings.chat_template_kwargs:
+        arguments["default_chat_template_kwargs"] = dict(settings.chat_template_kwargs)
+    return serve_vllm(arguments.pop("pretrained"), served, arguments, log)
+
+
+def _speak(language: Any, settings: EvaluateSettings) -> LM:
+    """The model, asked by its chat template as training renders it, or by `plain_chat` where it has none.
+
+    vLLM's model of the harness forgets `enable_thinking: false` and refuses true, so neither calls the template itself.
+    """
+    kwargs = template_arguments(settings.chat_template_kwargs)
+    template = functools.partial(_templated, language.tokenizer, kwargs)
+    vars(language)["apply_chat_template"] = template if language.tokenizer.chat_template else plain_chat
+    return language
+
+
+def _templated(
+    tokenizer: Any, kwargs: dict[str, Any], history: list[dict[str, str]], add_generation_prompt: bool = True
+) -> str:
+    how = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
+    return tokenizer.apply_chat_template(history, tokenize=False, **how, **kwargs)
+
+
+def plain_chat(history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+    """A conversation for a model without a chat template: `Question: ...`, `Answer: ...`, a blank line between turns.
+
+    A question that asks for its answer itself, at its end, is left as it is.
+    """
+    turns: list[str] = []
+    for message in history:
+        text = message["content"].strip()
+        if message["role"] == "assistant":
+            turns[-1] += f" {text}"
+        elif message["role"] == "system" or text.endswith((":", "\uff1a")):
+            turns.append(text)
+        else:
+            turns.append(f"Question: {text}\nAnswer:")
+    return "\n\n".join(turns)
 
 
 def release() -> None:
@@ -135,6 +193,8 @@ def give_room(language: Any, benchmark: Benchmark) -> None:
     for name, task in benchmark.tasks.items():
         if task.OUTPUT_TYPE != "generate_until":
             continue
+        if not language.tokenizer.chat_template and not task.get_config("generation_kwargs").get("until"):
+            task.set_config(key="generation_kwargs", value={"until": STOPS}, update=True)
         with quiet():
             task.build_all_requests(
                 samples=benchmark.documents and benchmark.documents[name],
@@ -162,6 +222,9 @@ def run_benchmark(language: Any, benchmark: Benchmark) -> tuple[dict[str, Any], 
     random.seed(SEED)
     np.random.seed(SEED)
     torch.manual_seed(SEED)
+    # without a template, choices are weighed where the task's own text ends
+    writes = any(task.OUTPUT_TYPE == "generate_until" for task in benchmark.tasks.values())
+    as_chat = writes or bool(language.tokenizer.chat_template)
     with quiet():
         results = evaluate(
             lm=language,
@@ -169,8 +232,8 @@ def run_benchmark(language: Any, benchmark: Benchmark) -> tuple[dict[str, Any], 
             samples=benchmark.documents,
             bootstrap_iters=0,
             log_samples=True,
-            apply_chat_template=True,
-            fewshot_as_multiturn=True,
+            apply_chat_template=as_chat,
+            fewshot_as_multiturn=as_chat,
         )
     fit = Fit(language.max_length, lambda text: len(language.tok_encode(text, add_special_tokens=False)))
     record, samples = convert(results, benchmark.name, benchmark.metric, fit)

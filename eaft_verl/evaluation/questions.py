@@ -4,9 +4,9 @@ from eaft_verl.data.columns import PROMPT_KEYS
 from eaft_verl.data.sources import at_hand, read_rows
 from eaft_verl.errors import ConfigError, DataError
 from eaft_verl.evaluation.settings import EvaluateSettings
-from eaft_verl.evaluation.tasks import Entry, OwnTask
+from eaft_verl.evaluation.tasks import BFCL, Entry, OwnTask
 
-_FIELDS = (*PROMPT_KEYS, "text", "QUESTION", "sent1")
+_FIELDS = (*PROMPT_KEYS, "text", "QUESTION", "sent1", "sentence", "ctx")
 
 
 def benchmark_questions(settings: EvaluateSettings) -> tuple[dict[str, list[str]], dict[str, str]]:
@@ -30,6 +30,8 @@ def benchmark_questions(settings: EvaluateSettings) -> tuple[dict[str, list[str]
 
 
 def _unreadable(entry: Entry) -> str:
+    if entry.task == BFCL:
+        return "its questions are within bfcl-eval, in another environment"
     if entry.own is None:
         return "lm-evaluation-harness reads its documents itself; `eaft prepare --against FILE` checks a copy of them"
     source = str(entry.data or entry.own.data)

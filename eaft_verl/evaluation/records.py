@@ -84,9 +84,21 @@ def convert(results: dict[str, Any], name: str, primary: str | None, fit: Fit) -
         "n": len(samples),
         "prompt_hash": digest(row["arguments"] for row in rows),
         "data_hash": digest(row["doc"] for row in rows),
-        "truncated": {f"{part}s": _count(samples, truncated=part) for part in ("prompt", "answer")},
+        **_truncations(samples),
     }
     return record, samples
+
+
+def _truncations(samples: list[Sample]) -> dict[str, Any]:
+    """How many prompts and answers were cut, and the share of all answers; `answers`: how many, if more than samples.
+
+    Of weighed choices, which are no answers, the share of the samples.
+    """
+    answers = sum(len(sample.get("responses", [""])) for sample in samples)
+    prompts = sum(sample.get("truncated") == "prompt" for sample in samples)
+    cut = sum(sample.get("cut_answers", sample.get("truncated") == "answer") for sample in samples)
+    counts = {"truncated": {"prompts": prompts, "answers": cut}, "truncation_rate": (prompts + cut) / answers}
+    return counts | ({"answers": answers} if answers > len(samples) else {})
 
 
 def check_ids(rows: Iterable[Sample], source: str) -> None:
@@ -108,10 +120,6 @@ def _entry(
     for sample in samples:
         sample["scores"].pop(metric, None)
     return None if reported is None else metric_entry(reported, None, higher)
-
-
-def _count(samples: list[Sample], *, truncated: str) -> int:
-    return sum(sample.get("truncated") == truncated for sample in samples)
 
 
 def label(metric: str, filter_name: str) -> str:
@@ -152,8 +160,8 @@ def _samples(task: str, rows: list[Sample], fit: Fit) -> list[Sample]:
 
 
 def _describe(task: str, row: Sample, fit: Fit) -> Sample:
-    """id, prompt, response and target. A multiple-choice response is the likeliest choice, of equally likely ones the
-    first; all log-probs are kept."""
+    """id, prompt, response and target; of several responses the first, and all. A multiple-choice response is the
+    likeliest choice, of equally likely ones the first; all log-probs are kept."""
     own_id = row["doc"].get("id")
     identity = str(own_id if isinstance(own_id, str | int) else row["doc_id"])
     first = row["arguments"][0]
@@ -164,11 +172,17 @@ def _describe(task: str, row: Sample, fit: Fit) -> Sample:
         "response": row["resps"][0][0],
         "target": row["target"],
     }
-    if cut := fit.cut(row["arguments"], sample["response"]):
-        sample["truncated"] = cut
+    cuts = [cut for response in row["resps"][0] if (cut := fit.cut(row["arguments"], response))]
+    if cuts:
+        sample["truncated"] = cuts[0]
+    if len(row["resps"][0]) > 1:
+        sample |= {"responses": row["resps"][0], "cut_answers": len(cuts)}
     if not isinstance(sample["response"], str):
+        # Winogrande's choices are two prompts with one ending
+        differing = len({arguments[1] for arguments in row["arguments"]}) > 1
         logprobs = {
-            arguments[1]: float(resps[0][0]) for arguments, resps in zip(row["arguments"], row["resps"], strict=True)
+            arguments[differing]: float(resps[0][0])
+            for arguments, resps in zip(row["arguments"], row["resps"], strict=True)
         }
         sample |= {"response": max(logprobs, key=lambda choice: logprobs[choice]), "logprobs": logprobs}
     return sample

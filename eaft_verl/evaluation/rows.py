@@ -111,6 +111,27 @@ def _instructions(row: Row) -> Row:
     return row
 
 
+def _endings(row: Row) -> Row:
+    right_index(row["label"], len(row["endings"]))
+    return row
+
+
+def _blank(row: Row) -> Row:
+    if row["sentence"].count("_") != 1:
+        raise DataError(f"sentence {row['sentence'][:60]!r} has not one '_' where the options go")
+    if str(row["answer"]) not in ("1", "2"):
+        raise DataError(f"answer is {row['answer']!r}; allowed: 1, 2")
+    return {**row, "answer": str(row["answer"])}
+
+
+def _truths(row: Row) -> Row:
+    for name in ("mc1_targets", "mc2_targets"):
+        choices, labels = row[name]["choices"], list(row[name]["labels"])
+        if len(choices) != len(labels) or 1 not in labels or not set(labels) <= {0, 1}:
+            raise DataError(f"{name} needs as many labels as choices, 0 or 1, and a true one among them")
+    return row
+
+
 _CHECKS: dict[str, Callable[[Row], Row]] = {
     "number": _number,
     "boxed": _boxed,
@@ -118,4 +139,7 @@ _CHECKS: dict[str, Callable[[Row], Row]] = {
     "four choices": _four_choices,
     "cluewsc": _cluewsc,
     "instructions": _instructions,
+    "endings": _endings,
+    "blank": _blank,
+    "truths": _truths,
 }

@@ -13,7 +13,7 @@ from eaft_verl.errors import ConfigError
 from eaft_verl.evaluation.tasks import Entry, absent, parse_entries, task_text
 
 BACKENDS = ("hf", "vllm")
-PROTOCOL = 2  # to be raised when the same settings give other scores than before; 2: float32 logits, prepared held-out
+PROTOCOL = 3  # to be raised when the same settings give other scores than before; 3: no task scores what is thought
 HF_ARGUMENTS = ("dtype", "attn_implementation", "batch_size", "device", "token_budget")
 
 
@@ -34,7 +34,7 @@ class DriftSettings:
 class EvaluateSettings:
     """The `evaluate` section of a recipe.
 
-    target, general: task names or {task, data, limit, metric}. heldout: prepared data (a parquet file) whose NLL is
+    target, general: task names or mappings, see `tasks.Entry`. heldout: prepared data (a parquet file) whose NLL is
     the held-out NLL. drift: see DriftSettings. limit: first examples of every benchmark, and of a group of tasks in
     all, drawn evenly from its tasks. backend_args: for hf, HF_ARGUMENTS; for vllm, arguments of lm_eval's vllm model.
     max_length: tokens of prompt and answer together. chat_template_kwargs: what the recipe's data are rendered with.
@@ -150,7 +150,8 @@ def _all_entries(settings: EvaluateSettings) -> list[Entry]:
 
 def _entry_key(entry: Entry) -> dict[str, Any]:
     text = task_text(entry.own.file) if entry.own else None
-    return {"task": entry.task, "limit": entry.limit, "metric": entry.metric, "file": text}
+    drawn = {"samples": entry.samples, **entry.sampling} if entry.sampling else {}
+    return {"task": entry.task, "limit": entry.limit, "metric": entry.metric, "file": text, **drawn}
 
 
 def _source_key(source: str | None) -> str | None:

@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,9 @@ from eaft_verl.errors import ConfigError
 
 TASK_FILES = Path(__file__).with_name("task_files")
 RESERVED = {"heldout": "evaluate.heldout", "drift": "evaluate.drift", "drift_task": "evaluate.drift"}
+_SAMPLING = ("temperature", "top_p")
 _HARNESS_NAME = re.compile(r"^[A-Za-z0-9_.-]+$")
-_ENTRY_KEYS = ("task", "data", "limit", "metric")
+_ENTRY_KEYS = ("task", "data", "limit", "metric", "samples", "temperature", "top_p")
 _CLOSE = 0.8  # no built-in task is this close to one of ours, so such a name is a slip of the pen
 
 
@@ -25,6 +27,7 @@ class OwnTask:
     unless `data:` says so. The file itself is all that a new benchmark takes.
 
     checked: what `rows` checks in every row besides. built_in: the harness has this task too, but reads the hub only.
+    get: where a file of these rows is to be had.
     """
 
     file: Path
@@ -32,17 +35,30 @@ class OwnTask:
     data: str | None = None
     checked: str | None = None
     built_in: bool = False
+    get: str = ""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One benchmark asked for. `data`, `limit`, `metric`: None means the task's own. `file`: the user's task file."""
+    """One benchmark asked for. `data`, `limit`, `metric`: None means the task's own. `file`: the user's task file.
+
+    samples: responses drawn to every question, at `temperature` and `top_p`; without these, one greedy response.
+    """
 
     task: str
     data: str | None = None
     limit: int | None = None
     metric: str | None = None
     file: Path | None = None
+    samples: int = 1
+    temperature: float | None = None
+    top_p: float | None = None
+
+    @property
+    def sampling(self) -> dict[str, float]:
+        """{temperature, top_p} as far as they are given; {} for a greedy response."""
+        given = {"temperature": self.temperature, "top_p": self.top_p}
+        return {name: value for name, value in given.items() if value is not None}
 
     @property
     def own(self) -> OwnTask | None:
@@ -73,6 +89,13 @@ def _declared(path: Path) -> dict[str, OwnTask]:
         raise ConfigError(f"{path} is no task file of lm-evaluation-harness: {str(error).splitlines()[0]}") from None
 
 
+def definition(path: Path) -> dict[str, Any]:
+    """What a task file says, with what it includes; functions are None."""
+    content = dict(_Loader(path.read_bytes()).get_single_data())
+    included = content.pop("include", None)
+    return {**definition(path.parent / included), **content} if included else content
+
+
 def task_text(path: Path) -> str:
     """What decides a score: the task file, what it includes, and the Python files beside it that it names."""
     text = path.read_text(encoding="utf-8")
@@ -85,14 +108,17 @@ _SHIPPED = {name: task for path in sorted(TASK_FILES.glob("*.yaml")) for name, t
 OWN_TASKS = {name: task for name, task in _SHIPPED.items() if not task.built_in}
 # Built-in tasks whose rows may also come from `data:`; the harness's own files can read only the hub.
 LOCAL_VARIANTS = {name: task for name, task in _SHIPPED.items() if task.built_in}
-# Benchmarks of the paper that are known by name only: a recipe may list them, and says so at --dry-run.
-UNBUILT = {
-    "bfcl_v3": "(Berkeley function calling) has no runner here yet: score the exports with the bfcl-eval package",
-}
+BFCL = "bfcl_v3"  # has a runner of its own, see `bfcl`
+BFCL_VARIABLE = "EAFT_BFCL_PYTHON"
+
+
+def bfcl_python() -> Path:
+    """The Python with bfcl-eval: that of EAFT_BFCL_PYTHON, or where examples/setup_bfcl.sh makes one."""
+    return Path(os.environ.get(BFCL_VARIABLE) or Path.cwd() / ".bfcl" / "bin" / "python")
 
 
 def parse_entries(entries: list[Any], key: str = "evaluate") -> list[Entry]:
-    """Entries of a list of names and {task, data, limit, metric} mappings. Reads no data, loads no model.
+    """Entries of a list of names and mappings with `_ENTRY_KEYS`. Reads no data, loads no model.
 
     key: dotted config key, for messages. Raises ConfigError for an unknown or misspelt name or key, a value of the
     wrong type, and a task that is asked for twice. What is not there yet (a data file) is `absent`'s to say.
@@ -109,7 +135,8 @@ def _parse(entry: Any, key: str) -> Entry:
         entry = {"task": entry}
     if not isinstance(entry, dict) or "task" not in entry:
         raise ConfigError(
-            f"{key} is {entry!r}; allowed: a task name or a mapping with task and, optionally, data, limit, metric"
+            f"{key} is {entry!r}; allowed: a task name or a mapping with task and, optionally, "
+            + ", ".join(_ENTRY_KEYS[1:])
         )
     if unknown := sorted(set(entry) - set(_ENTRY_KEYS)):
         raise ConfigError(f"{key} has the unknown key {unknown[0]!r}; allowed: {', '.join(_ENTRY_KEYS)}")
@@ -119,11 +146,29 @@ def _parse(entry: Any, key: str) -> Entry:
     limit = entry.get("limit")
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise ConfigError(f"{key}.limit is {limit!r}; expected a positive number of examples, or leave it out for all")
+    _check_sampling(entry, key)
     parsed = _of_file(entry, key) if Path(entry["task"]).suffix in (".yaml", ".yml") else Entry(**entry)
     if parsed.file is None:
         _check_name(parsed.task, key)
     _check_data(parsed, key)
     return parsed
+
+
+def _check_sampling(entry: dict[str, Any], key: str) -> None:
+    samples = entry.get("samples", 1)
+    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+        raise ConfigError(f"{key}.samples is {samples!r}; expected a positive number of answers to every question")
+    for name, most in (("temperature", 2.0), ("top_p", 1.0)):
+        value = entry.get(name)
+        if value is not None and (
+            isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most
+        ):
+            raise ConfigError(f"{key}.{name} is {value!r}; expected a number above 0 and up to {most}")
+    if entry.get("temperature") is None and (samples > 1 or entry.get("top_p") is not None):
+        raise ConfigError(
+            f"{key} asks for {'samples' if samples > 1 else 'top_p'} without a temperature: a greedy answer is always "
+            "the same; set temperature, e.g. 0.6"
+        )
 
 
 def _of_file(entry: dict[str, Any], key: str) -> Entry:
@@ -141,9 +186,10 @@ def _of_file(entry: dict[str, Any], key: str) -> Entry:
 def _check_name(name: str, key: str) -> None:
     if name in RESERVED:
         raise ConfigError(f"{key} is {name!r}, which is no task; set {RESERVED[name]} instead")
-    if name in OWN_TASKS or name in LOCAL_VARIANTS or name in UNBUILT:
+    if name in OWN_TASKS or name in LOCAL_VARIANTS or name == BFCL:
         return
-    close = difflib.get_close_matches(name, OWN_TASKS, n=1, cutoff=_CLOSE)
+    near = difflib.get_close_matches(name, OWN_TASKS, n=1, cutoff=_CLOSE)
+    close = [own for own in near if not name.startswith(own)]  # a longer name is another task: truthfulqa_mc1
     if close or not _HARNESS_NAME.fullmatch(name):
         raise ConfigError(unknown_task(name, key, close))
 
@@ -151,15 +197,20 @@ def _check_name(name: str, key: str) -> None:
 def unknown_task(name: str, key: str, close: list[str]) -> str:
     """The message for a task nobody knows."""
     hint = f", did you mean {close[0]!r}?" if close else "."
-    return f"{key}: unknown task {name!r}{hint} Ours are {', '.join(OWN_TASKS)}; or any lm-evaluation-harness task"
+    return (
+        f"{key}: unknown task {name!r}{hint} Ours are {', '.join(OWN_TASKS)}; or any lm-evaluation-harness task; "
+        "`eaft tasks` says what they need"
+    )
 
 
 def _check_data(entry: Entry, key: str) -> None:
     own = entry.own
+    if entry.task == BFCL and (given := [name for name in ("data", *_SAMPLING) if getattr(entry, name)]):
+        raise ConfigError(f"{key}: {given[0]} is given, but {BFCL} is asked as bfcl-eval asks; only limit may be set")
     if entry.data is None:
         if own and own.data is None:
             fields = f" with {', '.join(own.fields)} in every row" * bool(own.fields)
-            raise ConfigError(f"{key}: task {entry.task!r} needs data: a file{fields}")
+            raise ConfigError(f"{key}: task {entry.task!r} needs data: a file{fields}{_where(own)}")
         return
     if own is None:
         allowed = ", ".join([*OWN_TASKS, *LOCAL_VARIANTS])
@@ -170,12 +221,20 @@ def _check_data(entry: Entry, key: str) -> None:
 
 def absent(entry: Entry, key: str, *, elsewhere: bool = False) -> str:
     """What the entry still needs before it can be scored, as a message; '' if it has all. `elsewhere`: see `check`."""
-    if entry.task in UNBUILT:
-        return f"{key}: {entry.task} {UNBUILT[entry.task]}; until then leave it out of the recipe"
+    if entry.task == BFCL and not elsewhere and not bfcl_python().is_file():
+        return (
+            f"{key}: {BFCL} is scored by bfcl-eval in an environment of its own, and {bfcl_python()} is not there: run "
+            f"`bash examples/setup_bfcl.sh`, or name its Python in {BFCL_VARIABLE}"
+        )
     if entry.data is None or not names_file(entry.data):
         return ""
     if elsewhere:
         return "" if Path(entry.data).is_absolute() else f"{key}.data={entry.data!r} must be an absolute path there"
     if at_hand(entry.data):
         return ""
-    return f"{key}.data={entry.data!r} does not exist; give an existing file, generate:NAME or a hub id"
+    where = _where(entry.own) if entry.own else ""
+    return f"{key}.data={entry.data!r} does not exist; give an existing file, generate:NAME or a hub id{where}"
+
+
+def _where(own: OwnTask) -> str:
+    return f"; to be had as {own.get}" if own.get else ""

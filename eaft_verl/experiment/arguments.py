@@ -34,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
     _add_checkpoints(verbs)
     _add_analyze(verbs)
     _add_reproduce(verbs)
+    verbs.add_parser("tasks", help="the benchmarks of `evaluate`: their data, metric and shots")
     return parser
 
 

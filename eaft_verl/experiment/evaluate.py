@@ -78,11 +78,12 @@ def evaluate_model(what: str, config: Config, out: Path | None, again: Again | N
     model, key = resolve_model(what), model_key(what)
     check_model_files(model)
     tokenizer = load_tokenizer(model)
+    _check_template(what, config, tokenizer)
     is_base = key == model_key(config.model)
     settings = settings_for(config, tokenizer)
     if not is_base and settings.drift:
         check_same_vocabulary(model, config.model, "--base (default: the recipe's model)", "evaluate.drift")
-    keys = {"model": key, "template": template_hash(tokenizer), "evaluation": evaluation_key(settings)}
+    keys = {"model": key, "template": _template_key(tokenizer), "evaluation": evaluation_key(settings)}
     if not is_base:
         keys["base"] = model_key(config.model)
     if again:
@@ -104,6 +105,21 @@ def _folder_name(model: str) -> str:
     """'checkpoints-step_000016' of runs/x/checkpoints/step_000016, 'org-name' of a hub id."""
     parts = [part for part in Path(model).parts if part not in ("/", ".", "..", "~")]
     return re.sub(r"[^A-Za-z0-9._-]+", "_", "-".join(parts[-2:]))[-80:]
+
+
+def _template_key(tokenizer: Any) -> str:
+    return template_hash(tokenizer) if tokenizer.chat_template else "none"
+
+
+def _check_template(model: str, config: Config, tokenizer: Any) -> None:
+    """A model without a chat template is asked in plain text; texts rendered by one have no meaning to it."""
+    wanted = {"data.heldout": config.data.heldout, "evaluate.drift": config.evaluate.drift}
+    if not tokenizer.chat_template and (given := [key for key, value in wanted.items() if value is not None]):
+        unset = " ".join(f"{key}=null" for key in given)
+        raise ConfigError(
+            f"model={model!r} has no chat template, which {' and '.join(given)} need; leave them out ({unset}); "
+            "benchmarks are then asked in plain text"
+        )
 
 
 def _score(run: Run, config: Config, settings: EvaluateSettings, checkpoints: dict[int, Path | str]) -> Run:

@@ -1,5 +1,7 @@
 """Cross-field checks of an arm with `trainer: grpo`, made without torch and before Ray starts."""
 
+import importlib.metadata
+
 from eaft_verl.errors import require
 from eaft_verl.recipe.config import Config, value_of
 from eaft_verl.recipe.verl_keys import CHOICES, REJECTIONS, VLLM_ONLY, grpo_tree
@@ -22,6 +24,14 @@ def check_grpo(config: Config) -> None:
         f"verl.trainer.test_freq={trainer.test_freq} has no effect with trainer: grpo; its checkpoints are evaluated "
         "after 1, 2, 4, 8, ... steps",
     )
+
+
+def _cpu_build_of_vllm() -> bool:
+    """Whether a CPU build of vLLM is installed: for trials of what a GPU run would do (examples/setup_vllm_cpu.sh)."""
+    try:
+        return importlib.metadata.version("vllm").endswith("+cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return False
 
 
 def _check_choices(config: Config) -> None:
@@ -49,7 +59,7 @@ def _check_rollout(config: Config) -> None:
     require(rollout.name in known, f"{_ROLLOUT}.name={rollout.name!r} is not one of {', '.join(known)}")
     why = "vllm needs a GPU" if device == "cpu" else "hf decodes on the CPU"
     require(
-        rollout.name == ROLLOUTS[device],
+        rollout.name == ROLLOUTS[device] or (rollout.name == "vllm" and _cpu_build_of_vllm()),
         f"{_ROLLOUT}.name={why}; on device={device} use {ROLLOUTS[device]}",
     )
     if rollout.name == "hf":

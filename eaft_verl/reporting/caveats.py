@@ -37,8 +37,10 @@ def truncations(base: Arm, arms: list[Arm]) -> list[str]:
     for run in (run for arm in (base, *arms) for run in arm.runs):
         for name, record in run.evals.get(run.step, {}).items():
             for part, count in record.get("truncated", {}).items():
+                total = record.get("answers", record["n"]) if part == "answers" else record["n"]
                 if count:
-                    found.setdefault(f"{name}: {part} cut off", []).append(f"{run.label} {count} of {record['n']}")
+                    share = f"{run.label} {count} of {total} ({count / total:.0%})"
+                    found.setdefault(f"{name}: {part} cut off", []).append(share)
     return [f"{what}: {', '.join(counts)}" for what, counts in sorted(found.items())]
 
 

@@ -90,6 +90,25 @@ def test_their_questions_are_known_to_the_leakage_check(tmp_path: Path):
     assert known == {"medqa_chat": ["Q?"], "medmcqa_chat": ["Q?"], "pubmedqa_chat": ["Does it?"]}
 
 
+def test_what_winogrande_and_hellaswag_ask_is_known_too_and_bfcl_is_not(tmp_path: Path):
+    rows = {"winogrande": {"sentence": "Ann fed _."}, "hellaswag": {"ctx_a": "A", "ctx_b": "b", "ctx": "A b"}}
+    entries: list = ["bfcl_v3"]
+    for name, row in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+        entries.append({"task": name, "data": str(tmp_path / f"{name}.jsonl")})
+    known, unknown = benchmark_questions(EvaluateSettings(general=entries))
+    assert known == {"winogrande": ["Ann fed _."], "hellaswag": ["A b"]}
+    assert list(unknown) == ["bfcl_v3"] and "within bfcl-eval" in unknown["bfcl_v3"]
+
+
+def test_medical_questions_are_asked_as_medevalkit_asks():
+    """Its two forms, written out: a space behind the letter, and PubMedQA's without, after the abstract."""
+    end = '\nAnswer with the option\'s letter from the given choices and put the letter in one "\\boxed{}".'
+    assert choices.medical_text(ROWS[0]) == "\nQuestion: Q?\nOptions: \nA. a\nB. b\nC. c" + end
+    asked = "Context: One.\nTwo.\n\nQuestion: Does it?\nOptions: \nA.yes\nB.no\nC.maybe" + end
+    assert choices.medical_text(PUBMED) == asked
+
+
 @pytest.mark.parametrize(
     ("task", "file"),
     [

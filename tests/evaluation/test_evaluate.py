@@ -67,8 +67,8 @@ def test_records_of_an_arm(models, settings, tmp_path):
     sides = {"heldout": "target", "sums": "target", "gcd": "general", "drift": "drift", "drift_task": "drift"}
     for step, records in evals.items():
         for name, record in records.items():
-            assert set(record) - {"truncated"} == RECORD_KEYS
-            assert ("truncated" in record) == (name in ("sums", "gcd"))
+            assert set(record) - {"truncated", "truncation_rate"} == RECORD_KEYS
+            assert ("truncated" in record) == ("truncation_rate" in record) == (name in ("sums", "gcd"))
             assert (record["benchmark"], record["side"], record["step"]) == (name, sides[name], step)
             samples = run.samples(step, name)
             assert record["n"] == len(samples) == {"gcd": 2, "drift_task": 5}.get(name, 3)

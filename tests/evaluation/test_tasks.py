@@ -31,7 +31,7 @@ def test_data_selects_the_local_variant(tmp_path: Path):
     [
         ("sum", "did you mean 'sums'"),
         ("letter_count", "did you mean 'letter_counting'"),
-        ("no such task!", "any lm-evaluation-harness task"),
+        ("no such task!", "any lm-evaluation-harness task; `eaft tasks` says"),
         ("heldout", "set evaluate.heldout"),
         ("drift", "set evaluate.drift"),
         ("cluewsc", "needs data"),
@@ -41,7 +41,7 @@ def test_data_selects_the_local_variant(tmp_path: Path):
         ({"task": "sums", "limit": 0}, "positive number"),
         ({"task": "sums", "limit": True}, "positive number"),
         ({"task": "sums", "metric": 3}, "expected text"),
-        ({"task": "hellaswag", "data": "x.jsonl"}, "reads its own data set"),
+        ({"task": "mmlu_pro", "data": "x.jsonl"}, "reads its own data set"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused(entry: object, message: str):
@@ -82,12 +82,15 @@ def test_settings_are_checked(settings: dict, message: str):
     [
         (
             {"target": [{"task": "gsm8k", "data": "missing.jsonl"}]},
-            r"evaluate.target\[0\].data='missing.jsonl' does not",
+            r"evaluate.target\[0\].data='missing.jsonl' does not .* as grade_school_math/data/test.jsonl",
         ),
-        ({"general": ["gcd", "bfcl_v3"]}, r"evaluate.general\[1\]: bfcl_v3 .* no runner here yet"),
+        ({"general": ["gcd", "bfcl_v3"]}, r"evaluate.general\[1\]: bfcl_v3 .*bash examples/setup_bfcl.sh"),
     ],
 )
-def test_what_is_absent_stops_a_run_and_not_a_dry_run(settings: dict, message: str):
+def test_what_is_absent_stops_a_run_and_not_a_dry_run(
+    settings: dict, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setenv("EAFT_BFCL_PYTHON", str(tmp_path / "none"))
     with pytest.raises(ConfigError, match=message):
         EvaluateSettings(**settings).check()
     EvaluateSettings(**settings).check(dry_run=True)
@@ -101,9 +104,29 @@ def test_elsewhere_files_need_absolute_paths():
     assert there.absent(elsewhere=True) == []
 
 
+def test_every_task_is_listed_with_its_data_metric_and_shots(capsys: pytest.CaptureFixture[str]):
+    from eaft_verl.cli import main
+
+    assert main(["tasks"]) == 0
+    lines = {line.split()[0]: line.split() for line in capsys.readouterr().out.split("\n\n")[0].splitlines()[1:]}
+    assert set(lines) == {*OWN_TASKS, *LOCAL_VARIANTS, "bfcl_v3"}
+    assert lines["aime24_boxed"] == ["aime24_boxed", "accuracy", "0", "HuggingFaceH4/aime_2024"]
+    assert lines["two_shot_sums"][1:3] == ["accuracy", "2"] and lines["truthfulqa"][1] == "mc2"
+
+
+def test_a_longer_name_is_another_task_and_no_slip():
+    assert parse_entries(["truthfulqa_mc1"])[0].own is None
+    with pytest.raises(ConfigError, match="did you mean 'truthfulqa'"):
+        parse_entries(["truthfullqa"])
+
+
 def test_every_task_has_its_file_and_nothing_else_lies_there():
     named = {task.file.name for task in [*OWN_TASKS.values(), *LOCAL_VARIANTS.values()]}
-    assert {path.name for path in TASK_FILES.glob("*.yaml")} == named | {"last_number.yaml", "chat.yaml"}
+    assert {path.name for path in TASK_FILES.glob("*.yaml")} == named | {
+        "last_number.yaml",
+        "chat.yaml",
+        "medical_chat.yaml",
+    }
 
 
 def test_evaluation_key_covers_settings_and_data_but_not_the_place_of_the_data(tmp_path: Path):

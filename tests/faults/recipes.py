@@ -144,3 +144,21 @@ def _objectives(lab: Lab) -> Outcome:
     ):
         lab.train(*overrides, "--dry-run").refused(*words)
     return Outcome("exit 2")
+
+
+@fault(
+    "a benchmark that is misspelt, whose data or package is not there, or whose answers cannot be drawn",
+    "refused before anything is loaded; what is meant, where it is to be had, what to run",
+)
+def _benchmarks(lab: Lab) -> Outcome:
+    for entry, *said in (
+        ("cluewsk", "did you mean 'cluewsc'?", "`eaft tasks`"),
+        ("cluewsc", "needs data", "CLUEbenchmark/FewCLUE"),
+        ("{task: gsm8k, data: none.jsonl}", "none.jsonl' does not exist", "openai/grade-school-math"),
+        ("{task: sums, samples: 8}", "without a temperature"),
+        ("{task: sums, samples: many}", "samples is 'many'"),
+        ("{task: sums, temperature: hot}", "temperature is 'hot'"),
+        ("bfcl_v3", "bash examples/setup_bfcl.sh"),
+    ):
+        lab.train(f"evaluate.target=[{entry}]").refused("evaluate.target[0]", *said)
+    return Outcome("exit 2")

@@ -298,8 +298,8 @@ def test_what_was_cut_off_is_said(tmp_path):
         )
     lines = [line for line in measured(runs, tmp_path / "report")["caveats"] if "cut off" in line]
     assert lines == [
-        "gsm8k: answers cut off: sft seed 0 9 of 40, eaft seed 0 7 of 40",
-        "gsm8k: prompts cut off: eaft seed 0 1 of 40",
+        "gsm8k: answers cut off: sft seed 0 9 of 40 (22%), eaft seed 0 7 of 40 (18%)",
+        "gsm8k: prompts cut off: eaft seed 0 1 of 40 (2%)",
     ]
 
 

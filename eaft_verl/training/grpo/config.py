@@ -80,7 +80,7 @@ def ppo_config(
         },
     )
     tree = OmegaConf.create(base)
-    _set_model(tree.actor_rollout_ref, verl, files)
+    _set_model(tree.actor_rollout_ref, verl, files, config.device)
     _set_actor(tree.actor_rollout_ref.actor, config, verl)
     _set_rollout(tree.actor_rollout_ref.rollout, config)
     _set_reference(tree.actor_rollout_ref.ref, config, verl)
@@ -97,11 +97,13 @@ def ppo_config(
     return OmegaConf.create(resolved)
 
 
-def _set_model(tree: DictConfig, verl: dict[str, Any], files: RunFiles) -> None:
+def _set_model(tree: DictConfig, verl: dict[str, Any], files: RunFiles, device: str) -> None:
     own = verl["model"]["external_lib"]
     libraries = [f"{OURS}.grpo.agent_loop", f"{OURS}.engine"]
     if verl["actor_rollout_ref"]["rollout"]["name"] == "hf":
         libraries += [f"{OURS}.grpo.rollout_server", f"{OURS}.verl_cpu.engine"]
+    elif device == "cpu":
+        libraries += [f"{OURS}.grpo.vllm_cpu", f"{OURS}.verl_cpu.engine"]
     tree.model.path = tree.model.hf_config_path = tree.model.tokenizer_path = files.model
     tree.model.lora.merge = verl["model"]["lora_rank"] > 0  # a rollout takes whole weights; the states keep the adapter
     tree.model.external_lib = libraries + ([own] if isinstance(own, str) else list(own or []))
@@ -143,8 +145,10 @@ def _set_rollout(rollout: DictConfig, config: Config) -> None:
         calculate_log_probs=True,
     )
     rollout.agent.default_agent_loop = "eaft_single_turn"
-    if rollout.name == "hf":
+    if config.device == "cpu":
         rollout.update(load_format="auto", free_cache_engine=False)
+        if rollout.name == "vllm":  # what a CPU has not: memory to give back, graphs to capture
+            rollout.update(enable_sleep_mode=False, enforce_eager=True)
 
 
 def _set_reference(ref: DictConfig, config: Config, verl: dict[str, Any]) -> None:

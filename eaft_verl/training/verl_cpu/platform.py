@@ -113,6 +113,11 @@ class PlatformCPU(PlatformBase):
     def ray_resource_options(self, num_gpus: float) -> dict[str, Any]:
         return {"num_gpus" if self.ray_resource_name() == "GPU" else "num_cpus": num_gpus}
 
+    def rollout_env_vars(self) -> dict[str, str]:
+        """What a CPU build of vLLM needs: gigabytes of cache, and not to bind its threads to cores that others use."""
+        given = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        return super().rollout_env_vars() | {name: os.environ.get(name, value) for name, value in given.items()}
+
     def is_ipc_supported(self) -> bool:
         return False
 

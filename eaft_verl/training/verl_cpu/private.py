@@ -68,6 +68,38 @@ def unpinned_offload() -> Iterator[None]:
         transformer_impl.CPUOffloadPolicy = original
 
 
+def cpu_vllm_replica() -> Any:
+    """verl's vLLM replica for a CPU build of vLLM: its workers keep the weights that synchronisation writes to."""
+    require_version()
+    import ray
+    from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
+
+    class CPUServer(vLLMHttpServer):
+        def _get_worker_extension_cls(self) -> str:
+            return "eaft_verl.training.grpo.vllm_cpu_worker.WorkerExtension"
+
+    class CPUReplica(vLLMReplica):
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            super().__init__(*arguments, **named)
+            self.server_class = ray.remote(CPUServer)
+
+    return CPUReplica
+
+
+def keep_weights_beside_packed() -> None:
+    """vLLM's linear layers on the CPU pack their weights and drop them, so that no other ones can be loaded."""
+    require_version()
+    from vllm.model_executor.layers import utils
+
+    original = utils.dispatch_cpu_unquantized_gemm
+
+    @functools.wraps(original)
+    def dispatch(layer: Any, remove_weight: bool = False) -> None:
+        original(layer, remove_weight=False)
+
+    utils.dispatch_cpu_unquantized_gemm = dispatch
+
+
 def group_of(key: str) -> tuple[str, int]:
     """(prompt uid, number of the sample) of a trajectory's key in TransferQueue: 'uid_sample_output'."""
     uid, sample, _output = key.rsplit("_", 2)

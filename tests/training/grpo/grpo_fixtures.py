@@ -42,8 +42,11 @@ def constant(response: str, answer: str) -> float:
     return 1.0
 
 
-def character_model(folder: Path, end: int | list[int] | None = None) -> Path:
-    """A random two-layer Llama over these characters; vocab_size equals len(tokenizer). end: of a generation config."""
+def character_model(folder: Path, end: int | list[int] | None = None, hidden: int = 64) -> Path:
+    """A random two-layer Llama over these characters; vocab_size equals len(tokenizer). end: of a generation config.
+
+    hidden: with 4 heads; vLLM on CPU takes heads of 32.
+    """
     import torch
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
@@ -51,8 +54,8 @@ def character_model(folder: Path, end: int | list[int] | None = None) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
