@@ -57,6 +57,12 @@ def _prepare(options: argparse.Namespace) -> None:
     prepare_command(options)
 
 
+def _synthesize(options: argparse.Namespace) -> None:
+    from eaft_verl.experiment.synthesize import synthesize_command
+
+    synthesize_command(options)
+
+
 def _train(options: argparse.Namespace) -> int:
     from eaft_verl.recipe.checks import check, pending, warn, warn_of
     from eaft_verl.recipe.config import as_yaml
@@ -156,6 +162,7 @@ def _launch(options: argparse.Namespace) -> int:
 
 VERBS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "prepare": _prepare,
+    "synthesize": _synthesize,
     "train": _train,
     "evaluate": _evaluate,
     "compare": _compare,
