@@ -43,6 +43,13 @@ def right(body: dict[str, Any]) -> Reply:
     return Reply(body=completion(f"{a} + {b} = \\boxed{{{a + b}}}"))
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Who was killed while asking is not news."""
+
+
 class StubEndpoint:
     """behave: (request, how often this prompt and seed were asked before) -> Reply. A context manager."""
 
@@ -78,8 +85,7 @@ class StubEndpoint:
             def log_message(self, *words: Any) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
 
     def send(self, handler: BaseHTTPRequestHandler, reply: Reply) -> None:

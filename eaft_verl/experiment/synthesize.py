@@ -64,7 +64,8 @@ def load_spec(path: str, overrides: list[str], *, own: bool) -> tuple[SynthesisS
         tree.setdefault("grader", config.reward.grader)
         if own and not tree.get("prompts"):
             tree["prompts"] = _training_prompts(config)
-    if own and tree.get("endpoint") is None:
+    asked = tree.get("endpoint")
+    if own and not (asked.get("url") if isinstance(asked, dict) else asked):
         raise ConfigError(
             f"{path}: --own asks the model that will be trained: say where it is served, endpoint.url=URL"
         )

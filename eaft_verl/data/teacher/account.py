@@ -69,7 +69,7 @@ def choose(
             account.rows += [_row(spec, prompt, sample, file) for sample in chosen]
         else:
             account.not_drawn += 1
-    account.acceptance = _acceptance(spec, account.answers, shares)
+    account.acceptance = _acceptance(spec, account.answers, shares) | {"alike": verdicts.alike(prompts)}
 
 
 def _row(spec: SynthesisSpec, prompt: Prompt, sample: int, file: AnswerFile) -> dict[str, Any]:

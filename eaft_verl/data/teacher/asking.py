@@ -43,6 +43,12 @@ class Verdicts:
             texts.add(digest)
             self.rows += min(self.keep, len(texts)) - before
 
+    def alike(self, prompts: Sequence[Prompt]) -> float | None:
+        """Share of the prompts with several answers all of whose answers are the same; None if there are none."""
+        several = [[digest for _, digest in self._of[one.key].values()] for one in prompts if one.key in self._of]
+        several = [digests for digests in several if len(digests) > 1]
+        return sum(len(set(digests)) == 1 for digests in several) / len(several) if several else None
+
     def of(self, prompt: Prompt) -> dict[int, Verdict]:
         """Of each sample asked, in order; the same words a second time are a duplicate."""
         seen: set[bytes] = set()
@@ -119,7 +125,7 @@ class Asking:
         if self._failed_in_a_row >= max(_IN_A_ROW, self.spec.endpoint.concurrency):
             raise Lost(
                 f"{self.spec.endpoint.url}: {self._failed_in_a_row} requests in a row have failed, the last with "
-                f"{row['error']!r}; {len(self.file)} answers are kept in {self.file.path}: the same command goes on"
+                f"{row['error']}; {len(self.file)} answers are kept in {self.file.path}: the same command goes on"
             )
 
 

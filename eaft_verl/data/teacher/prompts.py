@@ -106,7 +106,7 @@ def _prompt(spec: SynthesisSpec, name: str, source: PromptSource, number: int, r
         row[_NO_RESPONSE], columns["response"], bare = _NO_RESPONSE, _NO_RESPONSE, True
     messages, extra = to_messages(row, columns)
     last = max((at for at, turn in enumerate(messages) if turn["role"] == "user"), default=-1)
-    if last < 0:
+    if last < 0 or not messages[last]["content"].strip():
         raise RowError("format", "no turn of a user, which could be answered")
     plain, given = messages[: last + 1], [] if bare else messages[last + 1 :]
     if not source.thinking and any(turn.get("reasoning_content") for turn in messages):

@@ -4,6 +4,7 @@ OUT.synthesis holds answers.jsonl (every answer ever given), rejected.jsonl (eve
 spec.json (what the answers and rows are of) and manifest.json (counts that add up, tokens, cost, hash of OUT).
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,10 +23,14 @@ from eaft_verl.data.teacher.given import draw_given
 from eaft_verl.data.teacher.prompts import Prompt, Screen, iter_prompts
 from eaft_verl.data.teacher.spec import SynthesisSpec
 from eaft_verl.data.teacher.verify import GradingPool
-from eaft_verl.errors import ConfigError, DataError, Lost, RunError
-from eaft_verl.files import content_hash, locked, read_json, write_json, write_jsonl
+from eaft_verl.errors import ConfigError, DataError, Lost
+from eaft_verl.files import bytes_hash, locked, read_json, write_json, write_jsonl
 
 SCHEMA = 1
+GREEDY = (
+    "warning: all answers of a prompt are the same, as if nothing were sampled. `transformers serve` samples only with "
+    """sampling.extra={generation_config: '{"do_sample": true}'}"""
+)
 
 
 def synthesize(spec: SynthesisSpec, out: Path, against: Against | None, *, partial: bool = False) -> dict[str, Any]:
@@ -40,13 +45,12 @@ def synthesize(spec: SynthesisSpec, out: Path, against: Against | None, *, parti
         check_package()
     check_out(spec, out)
     if out.exists():
-        return _finished(spec, out)
+        return _finished(out)
     if spec.endpoint:
         spec = replace(spec, endpoint=replace(spec.endpoint, model=model_to_ask(spec)))
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / ".lock", busy=f"another process writes {folder}; wait for it, or name another OUT"):
         check_out(spec, out)
-        write_json(folder / "spec.json", identity(spec))
         with _grading(spec) as grading:
             account, spent = _collected(spec, folder, against, grading, partial=partial)
         if not account.rows:
@@ -56,9 +60,10 @@ def synthesize(spec: SynthesisSpec, out: Path, against: Against | None, *, parti
                 f"{_first_reason(account)}"
             )
         write_jsonl(folder / "rejected.jsonl", account.rejected)
-        write_jsonl(out, account.rows)
-        manifest = _manifest(spec, out, account, spent, against)
-        write_json(folder / "manifest.json", manifest)
+        write_jsonl(folder / "rows.jsonl", account.rows)
+        manifest = _manifest(spec, bytes_hash(folder / "rows.jsonl"), account, spent, against)
+        write_json(folder / "manifest.json", manifest)  # first, so that an OUT without one is somebody else's
+        os.replace(folder / "rows.jsonl", out)
     return manifest
 
 
@@ -66,7 +71,7 @@ def preview(spec: SynthesisSpec, out: Path, against: Against | None) -> list[str
     """What `synthesize` would do, in lines: nothing is asked or written. Raises what it would raise."""
     check_out(spec, out)
     if out.exists():
-        return describe(_finished(spec, out), out)
+        return describe(_finished(out), out)
     with _grading(spec) as grading:
         if spec.endpoint is None:
             account = draw_given(spec, against, grading)
@@ -101,10 +106,10 @@ def check_out(spec: SynthesisSpec, out: Path) -> None:
 
     Answers serve any rows that are made of them: where `out` is not there, only the request must be the same.
     """
-    folder = folder_of(out)
-    stored_file = folder / "spec.json"
-    if out.exists() and not stored_file.exists():
+    folder, made = folder_of(out), os.path.lexists(out)
+    if made and not (folder / "manifest.json").exists():
         raise DataError(f"{out} exists and was not made by `eaft synthesize`; nothing is overwritten: name another OUT")
+    stored_file = folder / ("manifest.json" if made else "spec.json")
     if not stored_file.exists():
         return
     stored, wanted = read_json(stored_file), identity(spec)
@@ -112,7 +117,7 @@ def check_out(spec: SynthesisSpec, out: Path) -> None:
         raise DataError(f"{stored_file} is not what this version writes; name another OUT")
     differs = _differences(stored["request"], wanted["request"], ignore_none=True)
     advice = "name another OUT, or take the spec back"
-    if not differs and out.exists():
+    if not differs and made:
         differs = _differences(stored["rows"], wanted["rows"])
         advice = f"name another OUT, or delete {out.name}: its answers are kept and used again"
     if differs:
@@ -128,12 +133,10 @@ def _differences(stored: Mapping[str, Any], wanted: Mapping[str, Any], *, ignore
     ]
 
 
-def _finished(spec: SynthesisSpec, out: Path) -> dict[str, Any]:
+def _finished(out: Path) -> dict[str, Any]:
     file = folder_of(out) / "manifest.json"
-    if not file.exists():  # killed between the two writes
-        raise RunError(f"{out} has no {file}: delete {out.name} and run the same command; the answers are kept")
     manifest = read_json(file)
-    if manifest.get("sha256") != content_hash(out):
+    if manifest.get("hash") != bytes_hash(out):
         raise DataError(f"{out} is not the file that {file} describes; delete it and run the same command")
     return dict(manifest)
 
@@ -171,6 +174,7 @@ def _collected(
     prompts, account = read_prompts(spec, against, grading)
     if against:
         against.find([])  # its index is built once, before threads share it
+    write_json(folder / "spec.json", identity(spec))
     file = AnswerFile(folder / "answers.jsonl")
     try:
         asking = Asking(spec, prompts, file, str(spec.endpoint.model), against)
@@ -206,7 +210,7 @@ def _grading(spec: SynthesisSpec) -> Iterator[GradingPool | None]:
 
 
 def _manifest(
-    spec: SynthesisSpec, out: Path, account: Account, spent: dict[str, int], against: Against | None
+    spec: SynthesisSpec, sha: str, account: Account, spent: dict[str, int], against: Against | None
 ) -> dict[str, Any]:
     checked = {name: len(questions) for name, questions in against.questions.items()} if against else {}
     return {
@@ -221,7 +225,7 @@ def _manifest(
         "tokens": spent,
         "cost": cost_of(spent, spec) if spent else None,
         "leakage": {"checked": checked, "not_checked": against.not_checked if against else {}},
-        "sha256": content_hash(out),
+        "hash": sha,
     }
 
 
@@ -239,6 +243,8 @@ def describe(manifest: Mapping[str, Any], out: Path) -> list[str]:
         lines.append(f"right answers of a prompt: {_items(acceptance['by_right'])} prompts")
         for level, part in acceptance.get("by_difficulty", {}).items():
             lines.append(f"difficulty {level}: {part['accepted']:.1%} of the answers to {part['prompts']} prompts")
+        if acceptance["alike"] == 1 and manifest["request"]["sampling.temperature"] > 0:
+            lines.append(GREEDY)
     if spent := manifest["tokens"]:
         cost = "" if manifest["cost"] is None else f", cost {manifest['cost']:.2f}"
         lines.append(f"tokens: {spent['prompt_tokens']:,} asked, {spent['completion_tokens']:,} answered{cost}")
