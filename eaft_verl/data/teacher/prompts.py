@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -19,6 +20,7 @@ from eaft_verl.errors import DataError
 from eaft_verl.grading.answers import marked_answer
 
 _NO_RESPONSE = "-"
+_COMMAND_LINE = re.compile(r" \(--column [^)]*\)")  # advice for `eaft prepare`
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ def iter_prompts(spec: SynthesisSpec) -> Iterator[Prompt | tuple[str, int, RowEr
             try:
                 yield _prompt(spec, name, source, number, row)
             except RowError as error:
-                yield name, number, error
+                advice = _COMMAND_LINE.sub("", str(error)).replace("data.columns", f"prompts.{name}.columns")
+                yield name, number, RowError(error.kind, advice)
 
 
 class Screen:

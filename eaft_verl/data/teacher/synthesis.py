@@ -79,7 +79,8 @@ def preview(spec: SynthesisSpec, out: Path, against: Against | None) -> list[str
         prompts, account = read_prompts(spec, against, grading)
     account.not_asked = len(prompts)
     most = len(prompts) * spec.samples
-    lines = [f"prompts: {_counted(account.counts())}", f"requests: up to {most:,}, in the order of seed {spec.seed}"]
+    lines = [f"prompts: {_counted(account.counts())}", *_examples(account)]
+    lines += [f"requests: up to {most:,}, in the order of seed {spec.seed}"]
     if spec.endpoint.prices:
         cost = cost_of({"prompt_tokens": 0, "completion_tokens": most * spec.sampling.max_tokens}, spec)
         lines.append(f"cost: at most {cost:,.2f} for answers of {spec.sampling.max_tokens:,} tokens, prompts aside")
@@ -262,6 +263,12 @@ def _counted(counts: Mapping[str, Any]) -> str:
 
 def _items(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {count}" for name, count in counts.items())
+
+
+def _examples(account: Account) -> list[str]:
+    """The first rejected row of each kind."""
+    first = {entry["kind"]: entry for entry in reversed(account.rejected)}
+    return [f"  {kind}: row {one['row']} of {one['source']}: {one['reason']}" for kind, one in sorted(first.items())]
 
 
 def _first_reason(account: Account) -> str:
