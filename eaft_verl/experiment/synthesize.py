@@ -53,6 +53,8 @@ def load_spec(path: str, overrides: list[str], *, own: bool) -> tuple[SynthesisS
     """
     tree = _tree(path)
     tree = plain(OmegaConf.merge(_OWN if own else {}, tree, overrides_tree(overrides)))
+    if isinstance(tree.get("endpoint"), str):
+        tree["endpoint"] = {"url": tree["endpoint"]}
     if isinstance(tree.get("endpoint"), dict):
         tree["endpoint"].setdefault("api_key", _default_key())
     if found := secrets_in_clear(tree):
@@ -67,8 +69,7 @@ def load_spec(path: str, overrides: list[str], *, own: bool) -> tuple[SynthesisS
         tree.setdefault("grader", config.reward.grader)
         if own and not tree.get("prompts"):
             tree["prompts"] = _training_prompts(config)
-    asked = tree.get("endpoint")
-    if own and not (asked.get("url") if isinstance(asked, dict) else asked):
+    if own and not (tree.get("endpoint") or {}).get("url"):
         raise ConfigError(
             f"{path}: --own asks the model that will be trained: say where it is served, endpoint.url=URL"
         )

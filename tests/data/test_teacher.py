@@ -1,6 +1,7 @@
 """Pieces of synthesis: specs, rows as prompts, replies, the file of answers, the account. No network."""
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from eaft_verl.data.teacher.endpoint import BrokenReply, read_reply
 from eaft_verl.data.teacher.prompts import Prompt, Screen, iter_prompts
 from eaft_verl.data.teacher.spec import NAMED, parse_spec
 from eaft_verl.data.teacher.verify import GradingPool, Verdict, judge
-from eaft_verl.errors import ConfigError, DataError, RunError
+from eaft_verl.errors import ConfigError, DataError, DiskFull, RunError
 
 URL = "http://127.0.0.1:1/v1"
 
@@ -41,6 +42,10 @@ def write(path: Path, *rows: dict[str, Any]) -> str:
         (
             {"prompts": "a.jsonl", "endpoint": {"url": "localhost:8000"}},
             "endpoint.url='localhost:8000' must be http://",
+        ),
+        *(
+            ({"prompts": "a.jsonl", "endpoint": url}, f"endpoint.url={url!r} must be http://")
+            for url in ("http:///v1", "http://[::1/v1", "http://host:99999/v1", "ftp://host/v1", "")
         ),
         ({"prompts": "a.jsonl", "endpoint": {"url": URL, "prices": {"prompt": 1}}}, "endpoint.prices="),
         ({"prompts": "a.jsonl", "samples": 0}, "samples=0 must be a whole number of at least 1"),
@@ -336,3 +341,15 @@ def test_cost_is_tokens_times_price_per_million() -> None:
     spec = parse_spec({"prompts": "p", "endpoint": {"url": URL, "prices": prices}}, "s")
     assert cost_of({"prompt_tokens": 2_000_000, "completion_tokens": 500_000}, spec) == pytest.approx(0.8)
     assert cost_of({}, parse_spec({"prompts": "p", "endpoint": URL}, "s")) is None
+
+
+def test_a_full_disk_says_what_is_kept() -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full")
+    file = AnswerFile.__new__(AnswerFile)
+    file.path, file.spent, file._settled, file._failed = Path("/dev/full"), {}, {("a", 0): 0}, {}
+    file._handle = os.open("/dev/full", os.O_RDWR)
+    with pytest.raises(DiskFull, match=r"/dev/full cannot be written \(No space left on device\); 1 answers are kept"):
+        file.add(answered("b"))
+    assert not file.has(("b", 0))
+    os.close(file._handle)

@@ -88,7 +88,7 @@ ONCE = {  # what the first request for a prompt gets; the second is answered
 ALWAYS = {
     10: (Reply(body=completion("1 + 1 + 1", finish="length")), "truncated", 1),
     11: (Reply(body=completion("\\boxed{99}")), "wrong", 1),
-    12: (Reply(400, {"error": {"message": "prompt too long"}}), "failed", 1),
+    12: (Reply(400, {"error": {"message": "prompt too long"}}), "failed", 2),
     13: (Reply(body=completion("", reasoning_content="hm")), "failed", 3),
     14: (Reply(body=completion(None, tool_calls=None)), "failed", 3),
 }
@@ -106,7 +106,9 @@ def test_a_misbehaving_endpoint_loses_and_doubles_nothing(desk: Desk) -> None:
         return right(body)
 
     with StubEndpoint(behave) as stub:
-        assert desk.run(stub.url, "endpoint.timeout=2.5") == 0, desk.said
+        assert desk.run(stub.url, "endpoint.timeout=2.5") == LOST and "1 requests have failed (HTTP 400" in desk.said
+        assert "--partial writes what there is" in desk.said and not desk.out.exists()
+        assert desk.run(stub.url, "endpoint.timeout=2.5", "--partial") == 0, desk.said  # the failed one is asked again
         for number in range(1, 21):
             want = ALWAYS[number][2] if number in ALWAYS else 1 + (number in ONCE)
             assert stub.asked_for(f"What is {number} +") == want, number
@@ -116,7 +118,7 @@ def test_a_misbehaving_endpoint_loses_and_doubles_nothing(desk: Desk) -> None:
     counts = desk.manifest["prompts"]
     assert counts["rejected"] == {"failed": 3, "truncated": 1, "wrong": 1} and counts["drawn"] == 15
     places = [(row["key"], row["sample"]) for row in desk.answers]
-    assert len(places) == len(set(places)) == 20
+    assert len(places) == 21 and len(set(places)) == 20
     rows = lines(desk.out)
     assert desk.out.read_bytes() == written and len(rows) == 15
     for row in rows:
@@ -278,7 +280,9 @@ def test_the_key_reaches_the_endpoint_and_no_file_or_message(desk: Desk, monkeyp
     for variable, words in (("OPENAI_API_KEY", ()), ("MY_OWN", ("endpoint.api_key=${oc.env:MY_OWN}",))):
         monkeypatch.setenv(variable, secret)
         with StubEndpoint(echoing) as stub:
-            assert desk.run(stub.url, *words, "grader=null", out=desk.folder / f"{variable}.jsonl") == 0, desk.said
+            assert desk.run(stub.url, *words, "grader=null", "--partial", out=desk.folder / f"{variable}.jsonl") == 0, (
+                desk.said
+            )
             assert stub.keys == {f"Bearer {secret}"} and secret not in desk.said
         monkeypatch.delenv(variable)
     for path in desk.folder.rglob("*"):

@@ -1,11 +1,12 @@
 """Answers as they come, one line each, keyed by prompt and sample: what a kill or a power cut leaves is whole lines."""
 
+import errno
 import json
 import os
 from pathlib import Path
 from typing import Any
 
-from eaft_verl.errors import RunError
+from eaft_verl.errors import DiskFull, RunError
 from eaft_verl.files import json_line
 
 Place = tuple[str, int]  # prompt key, number of the sample
@@ -58,8 +59,13 @@ class AnswerFile:
     def add(self, row: dict[str, Any]) -> None:
         """Append a row; it is in the file, whole, when this returns."""
         start, data = os.lseek(self._handle, 0, os.SEEK_END), json_line(row).encode("utf-8")
-        while data:
-            data = data[os.write(self._handle, data) :]
+        try:
+            while data:
+                data = data[os.write(self._handle, data) :]
+        except OSError as error:
+            kept = f"{len(self)} answers are kept: the same command goes on"
+            kind = DiskFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else RunError
+            raise kind(f"{self.path} cannot be written ({error.strerror}); {kept}") from None
         self._index(row, start)
 
     def has(self, place: Place) -> bool:

@@ -31,14 +31,18 @@ _WHOLE = ("stop", "tool_calls", "function_call")
 
 
 class BrokenReply(Exception):
-    """A reply with status 200 that is no answer."""
+    """A reply with status 200 that is no answer. final: it is one, but nothing to train on, and would be again."""
+
+    def __init__(self, reason: str, *, final: bool = False) -> None:
+        super().__init__(reason)
+        self.final = final
 
 
 @dataclass
 class Trouble:
     """What an attempt failed with. again: whether asking again may help; pause: seconds that the endpoint asks for.
 
-    final: the endpoint has answered, and would answer a later run likewise.
+    final: the model has answered, with nothing to train on; a later run does not ask again.
     """
 
     words: str
@@ -157,7 +161,7 @@ class Teacher:
         import openai
 
         if isinstance(error, BrokenReply):
-            return Trouble(str(error), final=True)
+            return Trouble(str(error), final=error.final)
         if isinstance(error, openai.APIConnectionError | asyncio.TimeoutError):
             hung = isinstance(error, openai.APITimeoutError | asyncio.TimeoutError)
             return Trouble(f"no reply within {self.endpoint.timeout:g} s" if hung else _first_line(error))
@@ -171,7 +175,7 @@ class Teacher:
         if pause is not None and pause > MOST_PATIENCE:
             raise Lost(f"{self.endpoint.url} asks to come back in {pause / 60:.0f} minutes ({words}); try again then")
         again = error.status_code in _AGAIN or error.status_code >= 500
-        return Trouble(words, again, pause, final=not again)
+        return Trouble(words, again, pause)
 
 
 _KEY_ADVICE = "endpoint.api_key: ${oc.env:NAME} takes the key from a variable (default: OPENAI_API_KEY)"
@@ -199,13 +203,13 @@ def read_reply(text: str) -> dict[str, Any]:
     if finish not in (*_WHOLE, "length", "content_filter"):
         raise BrokenReply(f"the reply has finish_reason {finish!r}: it may not be whole")
     if finish == "content_filter":
-        raise BrokenReply("the endpoint's content filter cut the answer")
+        raise BrokenReply("the endpoint's content filter cut the answer", final=True)
     if finish != "length" and not (content or "").strip() and not calls:
-        raise BrokenReply("the answer is empty")
+        raise BrokenReply("the answer is empty", final=True)
     try:
         check_fields({"content": content, "reasoning": reasoning, "tool_calls": calls})
     except RowError as error:
-        raise BrokenReply(f"the answer cannot be trained on: {error}") from None
+        raise BrokenReply(f"the answer cannot be trained on: {error}", final=True) from None
     return {"finish": finish, "content": content or "", "reasoning": reasoning, "tool_calls": calls, **spent}
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from eaft_verl.data.spec import Columns, check_columns
 from eaft_verl.errors import ConfigError, require
@@ -139,7 +140,12 @@ def parse_spec(tree: Mapping[str, Any], where: str) -> SynthesisSpec:
 
 
 def _endpoint(endpoint: Endpoint, where: str) -> Endpoint:
-    if not endpoint.url.startswith(("http://", "https://")):
+    try:
+        parts = urlsplit(endpoint.url)
+        sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port or an IPv6 address that cannot be
+        sound = False
+    if not sound:
         raise ConfigError(f"{where}: endpoint.url={endpoint.url!r} must be http://HOST:PORT/v1, or endpoint: null")
     priced = endpoint.prices
     if priced is not None and not (
