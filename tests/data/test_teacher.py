@@ -115,6 +115,10 @@ def prompts(tmp_path: Path, *rows: dict[str, Any], **keys: Any) -> list[Any]:
             {"prompt": [{"role": "user", "content": "a"}], "reward_model": {"ground_truth": "5", "style": "rule"}},
             *({"prompt": "prompt", "answer": "reward_model.ground_truth"}, ["a"], "5"),
         ),
+        (
+            {"x": {"q": "a", "r": "5", "level": 3}},
+            *({"prompt": "x.q", "answer": "x.r"}, ["a"], "5"),
+        ),
     ],
 )
 def test_a_row_as_a_prompt(tmp_path: Path, row: Any, columns: Any, asked: list[str], answer: str) -> None:

@@ -1,7 +1,7 @@
 """Which answers become rows, and where every prompt has gone."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ from eaft_verl.data.teacher.answer_file import AnswerFile
 from eaft_verl.data.teacher.asking import Verdicts
 from eaft_verl.data.teacher.prompts import Prompt
 from eaft_verl.data.teacher.spec import SynthesisSpec
-from eaft_verl.data.teacher.verify import REASONS
+from eaft_verl.data.teacher.verify import REASONS, Verdict
 
 _FEW = 10  # different difficulties up to which each is stated by itself; more numbers than that are stated by fifths
 
@@ -54,22 +54,29 @@ def choose(
     for prompt in prompts:
         found = verdicts.of(prompt)
         account.answers.update(verdict.reason or "verified" for verdict in found.values())
-        right = [sample for sample, verdict in found.items() if not verdict.reason]
         judged = [verdict for verdict in found.values() if verdict.reason != "failed"]
         if len(judged) == spec.samples:
             shares.append((prompt, sum(verdict.reason in ("", "duplicate") for verdict in judged) / spec.samples))
-        if not found:
-            account.not_asked += 1
-        elif not right:
-            kind = Counter(verdict.reason for verdict in found.values()).most_common(1)[0][0]
-            reason = next(verdict.detail for verdict in found.values() if verdict.reason == kind)
-            account.reject(prompt.source, prompt.row, kind, reason)
-        elif chosen := right[: spec.keep][: None if spec.rows is None else spec.rows - len(account.rows)]:
-            account.drawn += 1
-            account.rows += [_row(spec, prompt, sample, file) for sample in chosen]
-        else:
-            account.not_drawn += 1
+        _settle(account, spec, prompt, found, file)
     account.acceptance = _acceptance(spec, account.answers, shares) | {"alike": verdicts.alike(prompts)}
+
+
+def _settle(
+    account: Account, spec: SynthesisSpec, prompt: Prompt, found: Mapping[int, Verdict], file: AnswerFile
+) -> None:
+    """One prompt into the account, its rows if there is room for them."""
+    right = [sample for sample, verdict in found.items() if not verdict.reason]
+    if not found:
+        account.not_asked += 1
+    elif not right:
+        kind = Counter(verdict.reason for verdict in found.values()).most_common(1)[0][0]
+        reason = next(verdict.detail for verdict in found.values() if verdict.reason == kind)
+        account.reject(prompt.source, prompt.row, kind, reason)
+    elif chosen := right[: spec.keep][: None if spec.rows is None else spec.rows - len(account.rows)]:
+        account.drawn += 1
+        account.rows += [_row(spec, prompt, sample, file) for sample in chosen]
+    else:
+        account.not_drawn += 1
 
 
 def _row(spec: SynthesisSpec, prompt: Prompt, sample: int, file: AnswerFile) -> dict[str, Any]:

@@ -187,30 +187,37 @@ def read_reply(text: str) -> dict[str, Any]:
     Reasoning is taken from `reasoning_content` (vLLM, DeepSeek) or `reasoning` (vLLM from 0.12, OpenRouter).
     """
     try:
-        reply = json.loads(text)
-        choice = reply["choices"][0]
-        message, finish = choice["message"], choice.get("finish_reason")
-        content, calls = message.get("content"), message.get("tool_calls") or None
-        reasoning = message.get("reasoning_content") or message.get("reasoning")
-        usage = reply.get("usage") or {}
-        spent = {key: int(usage[key]) if usage.get(key) is not None else None for key in _USAGE}
+        found = _reply_parts(json.loads(text))
     except (ValueError, RecursionError):
         raise BrokenReply(f"the reply is no JSON: {text[:60]!r}") from None
     except (KeyError, IndexError, TypeError, AttributeError):
         raise BrokenReply(f"the reply is no chat completion: {text[:60]!r}") from None
-    if not isinstance(content, str | None) or not isinstance(reasoning, str | None):
+    content, finish = found["content"], found["finish"]
+    if not isinstance(content, str) or not isinstance(found["reasoning"], str | None):
         raise BrokenReply("the reply's content is no text")
-    if finish not in (*_WHOLE, "length", "content_filter"):
-        raise BrokenReply(f"the reply has finish_reason {finish!r}: it may not be whole")
     if finish == "content_filter":
         raise BrokenReply("the endpoint's content filter cut the answer", final=True)
-    if finish != "length" and not (content or "").strip() and not calls:
+    if finish not in (*_WHOLE, "length"):
+        raise BrokenReply(f"the reply has finish_reason {finish!r}: it may not be whole")
+    if finish != "length" and not content.strip() and not found["tool_calls"]:
         raise BrokenReply("the answer is empty", final=True)
     try:
-        check_fields({"content": content, "reasoning": reasoning, "tool_calls": calls})
+        check_fields({key: found[key] for key in ("content", "reasoning", "tool_calls")})
     except RowError as error:
         raise BrokenReply(f"the answer cannot be trained on: {error}", final=True) from None
-    return {"finish": finish, "content": content or "", "reasoning": reasoning, "tool_calls": calls, **spent}
+    return found
+
+
+def _reply_parts(reply: Any) -> dict[str, Any]:
+    choice, usage = reply["choices"][0], reply.get("usage") or {}
+    message = choice["message"]
+    return {
+        "finish": choice.get("finish_reason"),
+        "content": message.get("content") or "",
+        "reasoning": message.get("reasoning_content") or message.get("reasoning"),
+        "tool_calls": message.get("tool_calls") or None,
+        **{key: None if usage.get(key) is None else int(usage[key]) for key in _USAGE},
+    }
 
 
 _USAGE = ("prompt_tokens", "completion_tokens")

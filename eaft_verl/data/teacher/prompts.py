@@ -85,43 +85,55 @@ def _check_columns(name: str, source: PromptSource, row: Mapping[str, Any]) -> N
     columns = source.columns or {}
     named = {f"columns.{role}": column for role, column in columns.items() if isinstance(column, str)}
     for key, column in {**named, "difficulty": source.difficulty}.items():
-        if column is not None and column not in row and _lifted(row, column) is None:
+        if column is not None and column not in row and _value(row, column) is None:
             raise DataError(
                 f"prompts.{name}.{key}={column!r}: there is no such column; {source.source} has {', '.join(row)}"
             )
 
 
-def _lifted(row: Mapping[str, Any], column: str) -> Any:
-    """Field b of column a for 'a.b'."""
+def _value(row: Mapping[str, Any], column: str) -> Any:
+    """Of a column, or for 'a.b' of field b of column a."""
+    if column in row:
+        return row[column]
     outer, _, inner = column.partition(".")
     found = row.get(outer)
     return found.get(inner) if isinstance(found, Mapping) else None
 
 
-def _prompt(spec: SynthesisSpec, name: str, source: PromptSource, number: int, row: dict[str, Any]) -> Prompt:
-    row, columns = dict(row), dict(source.columns or {})
-    for column in columns.values():
-        if isinstance(column, str) and column not in row:
-            row[column] = _lifted(row, column)
-            row.pop(column.partition(".")[0], None)
-    seen, bare = Row(row, columns), False
-    if not seen.find("messages") and (not seen.find("response") or not columns.get("response", True)):
-        row[_NO_RESPONSE], columns["response"], bare = _NO_RESPONSE, _NO_RESPONSE, True
+def _prompt(spec: SynthesisSpec, name: str, source: PromptSource, number: int, given_row: dict[str, Any]) -> Prompt:
+    row, columns = _flat(given_row, source)
+    seen = Row(row, columns)
+    bare = not seen.find("messages") and not (seen.find("response") and columns.get("response", True))
+    if bare:
+        row[_NO_RESPONSE], columns["response"] = _NO_RESPONSE, _NO_RESPONSE
     messages, extra = to_messages(row, columns)
+    plain, given = _parted(messages)
+    if not source.thinking and any(turn.get("reasoning_content") for turn in messages):
+        raise RowError("thinking", "its answer holds reasoning")
+    asked, tools = _instructed(spec, plain), extra.get("tools") or []
+    key = hashlib.sha256(json.dumps([asked, tools], sort_keys=True, default=str).encode()).hexdigest()[:32]
+    answer = extra.get("answer") or ("" if bare else _reference(seen, given))
+    level = _value(given_row, source.difficulty) if source.difficulty else None
+    name_of = extra.get("id") or f"{name}-{number}"
+    return Prompt(key, name_of, name, number, asked, plain, [] if bare else given, tools, answer.strip(), level)
+
+
+def _flat(given: dict[str, Any], source: PromptSource) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(row, columns) with fields of columns as columns of their own, in place of those they are of."""
+    row, columns = dict(given), dict(source.columns or {})
+    lifted = [column for column in columns.values() if isinstance(column, str) and column not in given]
+    for column in lifted:
+        row.pop(column.partition(".")[0], None)
+    return row | {column: _value(given, column) for column in lifted}, columns
+
+
+def _parted(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """What is asked, up to the last user turn, and what follows; RowError where nothing is, or not to be trained on."""
     last = max((at for at, turn in enumerate(messages) if turn["role"] == "user"), default=-1)
     if last < 0 or not messages[last]["content"].strip():
         raise RowError("format", "no turn of a user, which could be answered")
-    plain, given = messages[: last + 1], [] if bare else messages[last + 1 :]
-    if not source.thinking and any(turn.get("reasoning_content") for turn in messages):
-        raise RowError("thinking", "its answer holds reasoning")
-    check_row([*plain, {"role": "assistant", "content": "-"}])
-    asked = _instructed(spec, plain)
-    tools = extra.get("tools") or []
-    key = hashlib.sha256(json.dumps([asked, tools], sort_keys=True, default=str).encode()).hexdigest()[:32]
-    answer = extra.get("answer") or ("" if bare else _reference(seen, given))
-    level = row.get(source.difficulty) if source.difficulty else None
-    identity = extra.get("id") or f"{name}-{number}"
-    return Prompt(key, identity, name, number, asked, plain, given, tools, answer.strip(), level)
+    check_row([*messages[: last + 1], {"role": "assistant", "content": "-"}])
+    return messages[: last + 1], messages[last + 1 :]
 
 
 def _reference(row: Row, given: list[dict[str, Any]]) -> str:

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -198,20 +198,19 @@ def _built(kind: Any, tree: Any, where: str, prefix: str = "") -> Any:
             close = difflib.get_close_matches(str(name), known, n=1)
             hint = f"did you mean {f'{prefix}.{close[0]}'.lstrip('.')}?" if close else f"allowed: {', '.join(known)}"
             raise ConfigError(f"{where}: unknown key {dotted}; {hint}")
-        check = known[name].metadata.get("check")
-        whole = str(known[name].type).startswith("int") or known[name].type is int
-        fault = check(value) if check else _kind_fault(known[name].type, value)
-        if not fault and check and whole and value is not None and type(value) is not int:
-            fault = "a whole number"
-        if fault:
+        if fault := _fault(known[name], value):
             raise ConfigError(f"{where}: {dotted}={value!r} must be {fault}")
-    if missing := [one for one in ("source",) if one in known and one not in tree]:
-        raise ConfigError(f"{where}: {prefix}.{missing[0]} is missing: a file, a hub id, or {', '.join(NAMED)}")
+    if kind is PromptSource and "source" not in tree:
+        raise ConfigError(f"{where}: {prefix}.source is missing: a file, a hub id, or {', '.join(NAMED)}")
     return kind(**tree)
 
 
-def _kind_fault(kind: Any, value: Any) -> str:
-    """What a field without a check of its own must be, if the value is not that."""
+def _fault(wanted: Field[Any], value: Any) -> str | None:
+    """What the value of a field must be, if it is not that."""
+    kind = wanted.type
+    if check := wanted.metadata.get("check"):
+        whole = kind in (int, int | None) and value is not None and type(value) is not int
+        return check(value) or ("a whole number" if whole else None)
     if kind is bool:
         return "" if isinstance(value, bool) else "true or false"
     if kind in (str, str | None):
