@@ -51,36 +51,49 @@ def load_spec(path: str, overrides: list[str], *, own: bool) -> tuple[SynthesisS
 
     path: a spec; a recipe, which stands for {recipe: it}; or a source of prompts. ConfigError as parse_spec.
     """
-    tree = _tree(path)
-    tree = plain(OmegaConf.merge(_OWN if own else {}, tree, overrides_tree(overrides)))
-    if isinstance(tree.get("endpoint"), str):
-        tree["endpoint"] = {"url": tree["endpoint"]}
-    if isinstance(tree.get("endpoint"), dict):
-        tree["endpoint"].setdefault("api_key", _default_key())
-    if found := secrets_in_clear(tree):
-        raise ConfigError(f"{path}: {found[0]} holds a secret in clear: export it and write ${{oc.env:NAME}} there")
-    try:
-        tree = plain(OmegaConf.create(tree), resolve=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: a ${{...}} reference cannot be resolved: {str(error).splitlines()[0]}") from None
-    recipe = tree.pop("recipe", None)
+    tree = _resolved(path, overrides, own=own)
+    recipe, sources = tree.pop("recipe", None), tree.pop("against", None) or []
     config = _config(recipe, Path(path).parent if Path(path).suffix in _YAML else Path()) if recipe else None
     if config is not None:
         tree.setdefault("grader", config.reward.grader)
         if own and not tree.get("prompts"):
             tree["prompts"] = _training_prompts(config)
+    _check_said(tree, path, own=own)
+    spec = parse_spec({**tree, "own": own}, path)
+    return spec, _against(config, [sources] if isinstance(sources, str) else sources)
+
+
+def _resolved(path: str, overrides: list[str], *, own: bool) -> dict[str, Any]:
+    """The tree of the spec with overrides over it; the key of the endpoint from the environment."""
+    try:
+        tree = plain(OmegaConf.merge(_OWN if own else {}, _tree(path), overrides_tree(overrides)))
+        if isinstance(tree.get("endpoint"), str):
+            tree["endpoint"] = {"url": tree["endpoint"]}
+        if isinstance(tree.get("endpoint"), dict):
+            tree["endpoint"].setdefault("api_key", _default_key())
+        if found := secrets_in_clear(tree):
+            raise ConfigError(f"{path}: {found[0]} holds a secret in clear: export it and write ${{oc.env:NAME}} there")
+        return plain(OmegaConf.create(tree), resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: a ${{...}} reference cannot be resolved: {str(error).splitlines()[0]}") from None
+
+
+def _check_said(tree: dict[str, Any], path: str, *, own: bool) -> None:
+    """ConfigError unless the spec says who answers and how answers are verified."""
     if own and not (tree.get("endpoint") or {}).get("url"):
         raise ConfigError(
             f"{path}: --own asks the model that will be trained: say where it is served, endpoint.url=URL"
+        )
+    if "endpoint" not in tree:
+        raise ConfigError(
+            f"{path}: say who answers: endpoint.url=http://HOST:PORT/v1, or endpoint: null to draw from the "
+            "answers that rows have"
         )
     if "grader" not in tree:
         raise ConfigError(
             f"{path}: say how answers are verified: recipe: FILE.yaml (its grader and benchmarks), grader: NAME, or "
             "grader: null to keep answers as they come"
         )
-    sources = tree.pop("against", None) or []
-    spec = parse_spec({**tree, "own": own}, path)
-    return spec, _against(config, [sources] if isinstance(sources, str) else sources)
 
 
 def _against(config: Config | None, sources: list[str]) -> Against | None:

@@ -251,6 +251,20 @@ def test_what_is_wrong_is_said_before_anything_is_asked(desk: Desk, monkeypatch:
         assert "pip install 'eaft-verl[synthesize]'" in desk.refused(stub.url)
 
 
+def test_who_answers_and_who_verifies_must_be_said(desk: Desk) -> None:
+    def line(*words: str) -> str:
+        assert main(["synthesize", str(desk.prompts), str(desk.out), *words]) == REFUSED
+        return desk.capsys.readouterr().err
+
+    assert "say who answers: endpoint.url=http://HOST:PORT/v1, or endpoint: null" in line("grader=number")
+    assert "say how answers are verified: recipe: FILE.yaml" in line("endpoint.url=http://127.0.0.1:9/v1")
+    assert "recipe=5 must be the path of a recipe" in line("recipe=5", "endpoint=null")
+    assert "recipe none.yaml does not exist" in line("recipe=none.yaml", "endpoint=null")
+    assert "a ${...} reference cannot be resolved" in line("system=${nothing}", "endpoint=null")
+    assert main(["synthesize", str(desk.prompts), "out.txt", "endpoint=null", "grader=null"]) == REFUSED
+    assert "OUT is written as NAME.jsonl, got 'out.txt'" in desk.capsys.readouterr().err
+
+
 def test_out_of_another_spec_is_refused_and_answers_serve_another_draw(desk: Desk) -> None:
     with StubEndpoint() as stub:
         assert desk.run(stub.url, "rows=5") == 0
@@ -357,7 +371,9 @@ def test_rows_with_answers_are_drawn_without_an_endpoint(desk: Desk) -> None:
     source = desk.folder / "agent.jsonl"
     source.write_text("".join(json.dumps(calls(number)) + "\n" for number in [*range(30), 5]))
     spec = desk.folder / "agent.yaml"
-    spec.write_text(f"prompts: {{agent: {{source: {source}, thinking: false}}}}\ngrader: null\nrows: 12\n")
+    spec.write_text(
+        f"prompts: {{agent: {{source: {source}, thinking: false}}}}\nendpoint: null\ngrader: null\nrows: 12\n"
+    )
     assert main(["synthesize", str(spec), str(desk.out)]) == 0
     counts = desk.manifest["prompts"]
     assert counts["rejected"] == {"thinking": 10, "duplicate": 1} and (counts["drawn"], counts["not_drawn"]) == (12, 8)
