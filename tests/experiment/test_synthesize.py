@@ -261,6 +261,11 @@ def test_who_answers_and_who_verifies_must_be_said(desk: Desk) -> None:
     assert "recipe=5 must be the path of a recipe" in line("recipe=5", "endpoint=null")
     assert "recipe none.yaml does not exist" in line("recipe=none.yaml", "endpoint=null")
     assert "a ${...} reference cannot be resolved" in line("system=${nothing}", "endpoint=null")
+    assert (
+        main(["synthesize", str(desk.prompts), str(desk.prompts / "out.jsonl"), "endpoint=null", "grader=null"])
+        == REFUSED
+    )
+    assert "cannot be written there" in desk.capsys.readouterr().err
     assert main(["synthesize", str(desk.prompts), "out.txt", "endpoint=null", "grader=null"]) == REFUSED
     assert "OUT is written as NAME.jsonl, got 'out.txt'" in desk.capsys.readouterr().err
 

@@ -48,7 +48,11 @@ def synthesize(spec: SynthesisSpec, out: Path, against: Against | None, *, parti
         return _finished(out)
     if spec.endpoint:
         spec = replace(spec, endpoint=replace(spec.endpoint, model=model_to_ask(spec)))
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".lock").touch()
+    except OSError as error:
+        raise ConfigError(f"{out} cannot be written there: {error}; name another OUT") from None
     with locked(folder / ".lock", busy=f"another process writes {folder}; wait for it, or name another OUT"):
         check_out(spec, out)
         with _grading(spec) as grading:
