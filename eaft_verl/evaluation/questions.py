@@ -6,7 +6,7 @@ from eaft_verl.errors import ConfigError, DataError
 from eaft_verl.evaluation.settings import EvaluateSettings
 from eaft_verl.evaluation.tasks import BFCL, Entry, OwnTask
 
-_FIELDS = (*PROMPT_KEYS, "text", "QUESTION", "sent1", "sentence", "ctx")
+QUESTION_FIELDS = (*PROMPT_KEYS, "text", "QUESTION", "sent1", "sentence", "ctx")
 
 
 def benchmark_questions(settings: EvaluateSettings) -> tuple[dict[str, list[str]], dict[str, str]]:
@@ -41,7 +41,7 @@ def _unreadable(entry: Entry) -> str:
 
 
 def _questions(entry: Entry, own: OwnTask) -> list[str]:
-    named = [name for name in _FIELDS if name in own.fields] or list(_FIELDS)
+    named = [name for name in QUESTION_FIELDS if name in own.fields] or list(QUESTION_FIELDS)
     rows = read_rows(str(entry.data or own.data))[: entry.limit]
     found = (next((row[name] for name in named if isinstance(row.get(name), str)), None) for row in rows)
     return [question for question in found if question is not None]

@@ -21,6 +21,7 @@ def parser() -> argparse.ArgumentParser:
     _add_init(verbs)
     _add_recipes(verbs)
     _add_prepare(verbs)
+    _add_synthesize(verbs)
     _add_train(verbs)
     _add_evaluate(verbs)
     _add_compare(verbs)
@@ -72,6 +73,20 @@ def _add_prepare(verbs: argparse._SubParsersAction) -> None:
     )
     verb.add_argument("--leakage", default="warn", help="with --against: warn, error or drop (default: %(default)s)")
     verb.add_argument("--show", type=int, default=0, metavar="N", help="print N examples with trained tokens coloured")
+
+
+def _add_synthesize(verbs: argparse._SubParsersAction) -> None:
+    verb = verbs.add_parser("synthesize", help="prompts to verified training rows by any OpenAI-compatible endpoint")
+    verb.add_argument("spec", metavar="SPEC", help="spec YAML, a recipe (its prompts and grader), or prompts to read")
+    verb.add_argument("out", metavar="OUT", type=Path, help="NAME.jsonl to write; what led to it is in NAME.synthesis")
+    verb.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="e.g. endpoint.url=http://HOST:8000/v1 rows=100"
+    )
+    verb.add_argument(
+        "--own", action="store_true", help="answers of the model that will be trained: 4 a prompt, as it is"
+    )
+    verb.add_argument("--partial", action="store_true", help="write OUT even where requests have failed")
+    verb.add_argument("--dry-run", action="store_true", help="read and screen the prompts, ask nothing")
 
 
 def _add_train(verbs: argparse._SubParsersAction) -> None:

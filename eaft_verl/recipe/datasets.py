@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from eaft_verl.data.account import check_rejected, rows_used
-from eaft_verl.data.columns import PROMPT_KEYS
 from eaft_verl.data.formats import to_messages
 from eaft_verl.data.leakage import Against, summary
 from eaft_verl.data.prepare import (
@@ -23,11 +22,9 @@ from eaft_verl.data.prepare import (
 from eaft_verl.data.sources import at_hand, iter_rows
 from eaft_verl.data.spec import Columns, RowError, Source, sources_of
 from eaft_verl.errors import DataError
-from eaft_verl.evaluation.questions import benchmark_questions
+from eaft_verl.evaluation.questions import QUESTION_FIELDS, benchmark_questions
 from eaft_verl.recipe.config import Config
 from eaft_verl.recipe.views import data_spec, evaluate_settings, own_rows, source_of
-
-_QUESTION_KEYS = (*PROMPT_KEYS, "text")
 
 
 def prepare_data(config: Config, tokenizer: Any, which: str) -> Prepared:
@@ -75,7 +72,7 @@ def file_questions(source: str, policy: str) -> Against:
     """The questions of any data source, one per row; DataError if no row has one."""
     questions = _questions(sources_of(source))
     if not questions:
-        raise DataError(f"{source} has no questions; rows need messages, or one of {', '.join(_QUESTION_KEYS)}")
+        raise DataError(f"{source} has no questions; rows need messages, or one of {', '.join(QUESTION_FIELDS)}")
     return Against({source: questions}, {}, policy)
 
 
@@ -89,7 +86,7 @@ def question_of(row: dict[str, Any], columns: Columns | None = None) -> str:
     try:
         messages, _ = to_messages(row, columns)
     except RowError:
-        keys = [columns["prompt"]] if columns and columns.get("prompt") else _QUESTION_KEYS
+        keys = [columns["prompt"]] if columns and columns.get("prompt") else QUESTION_FIELDS
         return next((row[key] for key in keys if isinstance(row.get(key), str)), "")
     return next((message["content"] for message in reversed(messages) if message["role"] == "user"), "")
 

@@ -83,7 +83,7 @@ def resolve(recipe: Recipe, arm: str, overrides: Iterable[str] = ()) -> Config:
         raise ConfigError(f"{recipe.path} has no arm {arm!r}; its arms are {', '.join(recipe.arms)}")
     defaults = own_defaults()
     layers = [(f"{recipe.path}", recipe.shared), (f"{recipe.path}: arms.{arm}", recipe.arms[arm])]
-    layers.append(("command line", _overrides(overrides)))
+    layers.append(("command line", overrides_tree(overrides)))
     check_only_in_arms([layers[0], layers[2]])
     trainer, device = _trainer(layers), _device(layers)
     tree = {**defaults, "verl": _verl_tree(defaults["verl"], trainer)}
@@ -202,7 +202,8 @@ def _apply_device(tree: dict[str, Any], device: str) -> None:
     tree["device"] = device
 
 
-def _overrides(items: Iterable[str]) -> dict[str, Any]:
+def overrides_tree(items: Iterable[str]) -> dict[str, Any]:
+    """`key=value` words as one tree; ConfigError for a word that is not that."""
     items = list(items)
     for item in items:
         if "=" not in item or item.startswith("="):
