@@ -156,9 +156,10 @@ def chunk_bytes(setup: Setup) -> float:
     if setup.rollout:
         return 0.0
     if setup.fused:
-        rows = min(setup.tokens, head_chunk(setup.model.vocab, setup.compute, "cuda" if setup.cuda else "cpu"))
+        each = bytes_per_logit(setup.compute)
+        rows = min(setup.tokens, head_chunk(setup.model.vocab, each, "cuda" if setup.cuda else "cpu"))
         head = 0 if setup.adapter else setup.compute * setup.model.embedding
-        return bytes_per_logit(setup.compute) * setup.model.vocab * rows + head
+        return each * setup.model.vocab * rows + head
     per_entry = 12 if setup.anchored else 8 if setup.compute == 4 else 10
     return per_entry * setup.model.vocab * min(setup.tokens, CHUNK_TOKENS)
 

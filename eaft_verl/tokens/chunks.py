@@ -10,7 +10,7 @@ def bytes_per_logit(itemsize: int) -> int:
     return itemsize if itemsize >= 4 else itemsize + 4
 
 
-def head_chunk(vocab: int, itemsize: int, device: str) -> int:
+def head_chunk(vocab: int, bytes_of_each: int, device: str) -> int:
     """Rows of a chunk in the fused head: a multiple of 64 that fills the budget of its device, at least 64."""
     budget = HEAD_BYTES.get(device, ACCELERATOR_HEAD_BYTES)
-    return max(64, budget // (vocab * bytes_per_logit(itemsize)) // 64 * 64)
+    return max(64, budget // (vocab * bytes_of_each) // 64 * 64)

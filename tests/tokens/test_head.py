@@ -16,6 +16,7 @@ from eaft_verl.tokens import head as fused
 from eaft_verl.tokens.chunks import head_chunk
 from eaft_verl.tokens.head import Gate, Head, head_statistics
 from eaft_verl.tokens.logits import LogitStats, reference_stats
+from eaft_verl.tokens.row_kernels import CHUNKED
 from eaft_verl.tokens.stats import TokenStats
 
 T, D, V = 37, 24, 301
@@ -237,12 +238,12 @@ class Storages(TorchDispatchMode):
 def test_memory_at_the_size_of_the_32b_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()  # the chunk of an accelerator
     tokens, hidden_size, vocab = 16_384, 5_120, 152_064
-    chunk = head_chunk(vocab, 2, "meta")
+    chunk = head_chunk(vocab, CHUNKED.bytes_per_logit(2), "meta")
     hidden = torch.empty(tokens, hidden_size, dtype=torch.bfloat16, device="meta", requires_grad=True)
     weight = torch.empty(vocab, hidden_size, dtype=torch.bfloat16, device="meta", requires_grad=True)
     labels, rows = (torch.empty(tokens, dtype=torch.long, device="meta") for _ in range(2))
     with Storages() as storages:
-        fused._FusedHead.apply(hidden, weight, None, labels, rows, gate_of(Eaft()), 20, False, True)
+        fused._FusedHead.apply(hidden, weight, None, labels, rows, gate_of(Eaft()), 20, False, CHUNKED, True)
     result = 2 * (tokens * hidden_size + vocab * hidden_size)  # bytes of dX and dW
     assert storages.peak <= (6 * chunk * vocab + result) * 1.03
     assert storages.peak <= (2 * 4096 * vocab + result) * 1.03
