@@ -23,12 +23,12 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @triton.jit
 def _statistics(
-    logits: Tensor,
+    logits: tl.tensor,
     stride: int,
-    labels: Tensor,
-    out: Tensor,
-    sums: Tensor,
-    best: Tensor,
+    labels: tl.tensor,
+    out: tl.tensor,
+    sums: tl.tensor,
+    best: tl.tensor,
     rows: int,
     V: tl.constexpr,
     G: tl.constexpr,
@@ -63,11 +63,11 @@ def _statistics(
 
 @triton.jit
 def _entropies(
-    logits: Tensor,
+    logits: tl.tensor,
     stride: int,
-    out: Tensor,
-    sums: Tensor,
-    best: Tensor,
+    out: tl.tensor,
+    sums: tl.tensor,
+    best: tl.tensor,
     rows: int,
     k: int,
     V: tl.constexpr,
@@ -110,11 +110,11 @@ def _entropies(
 
 @triton.jit
 def _gradient(
-    logits: Tensor,
+    logits: tl.tensor,
     stride: int,
-    labels: Tensor,
-    weights: Tensor,
-    sums: Tensor,
+    labels: tl.tensor,
+    weights: tl.tensor,
+    sums: tl.tensor,
     rows: int,
     V: tl.constexpr,
     BLOCK: tl.constexpr,
