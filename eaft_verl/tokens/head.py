@@ -127,7 +127,7 @@ class _FusedHead(torch.autograd.Function):
 
 def _chunks(rows_R: Tensor, head: Head, kernels: RowKernels) -> list[tuple[int, Tensor]]:
     weight_VD = head.weight_VD
-    size = head_chunk(len(weight_VD), kernels.bytes_per_logit(weight_VD.dtype.itemsize), weight_VD.device.type)
+    size = head_chunk(len(weight_VD), weight_VD.dtype.itemsize, weight_VD.device.type, in_place=kernels.in_place)
     return [(number * size, rows) for number, rows in enumerate(rows_R.split(size)) if len(rows)]
 
 

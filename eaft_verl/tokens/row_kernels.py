@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from eaft_verl.tokens.chunks import bytes_per_logit
 from eaft_verl.tokens.logits import row_gradient, row_statistics
 from eaft_verl.tokens.stats import TOPK
 
@@ -27,10 +26,6 @@ class RowKernels(NamedTuple):
     statistics: Callable[[Tensor, Tensor, int, bool], tuple[Tensor, Tensor, Tensor]]
     gradient: Callable[[Tensor, Tensor, Tensor, Tensor, torch.dtype], Tensor]
     in_place: bool = False
-
-    def bytes_per_logit(self, itemsize: int) -> int:
-        """Of a chunk at its peak."""
-        return itemsize if self.in_place else bytes_per_logit(itemsize)
 
 
 CHUNKED = RowKernels("chunked", row_statistics, row_gradient)

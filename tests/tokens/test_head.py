@@ -25,7 +25,7 @@ T, D, V = 37, 24, 301
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks at these sizes."""
-    monkeypatch.setattr(fused, "head_chunk", lambda *_: 8)
+    monkeypatch.setattr(fused, "head_chunk", lambda *_, **__: 8)
 
 
 class Inputs:
@@ -238,7 +238,7 @@ class Storages(TorchDispatchMode):
 def test_memory_at_the_size_of_the_32b_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()  # the chunk of an accelerator
     tokens, hidden_size, vocab = 16_384, 5_120, 152_064
-    chunk = head_chunk(vocab, CHUNKED.bytes_per_logit(2), "meta")
+    chunk = head_chunk(vocab, 2, "meta")
     hidden = torch.empty(tokens, hidden_size, dtype=torch.bfloat16, device="meta", requires_grad=True)
     weight = torch.empty(vocab, hidden_size, dtype=torch.bfloat16, device="meta", requires_grad=True)
     labels, rows = (torch.empty(tokens, dtype=torch.long, device="meta") for _ in range(2))
