@@ -6,7 +6,7 @@ and where they do not, chunked torch. Dimension letters: R rows, V vocabulary.
 
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,15 +30,6 @@ class RowKernels(NamedTuple):
 
 CHUNKED = RowKernels("chunked", row_statistics, row_gradient)
 chosen: dict[tuple[torch.dtype, int], tuple[RowKernels, str | None]] = {}  # by dtype and V; why not Triton
-
-
-def compiled_kernels() -> RowKernels:
-    """Chunked torch through torch.compile: needs a compiler where it runs, and seconds at its first use."""
-    return RowKernels("compiled", *(_compiled(step) for step in (row_statistics, row_gradient)))
-
-
-def _compiled(function: Any) -> Any:
-    return torch.compile(function, dynamic=True)
 
 
 def triton_kernels() -> RowKernels:
@@ -72,7 +63,8 @@ def verified(logits_RV: Tensor, labels_R: Tensor) -> tuple[RowKernels, str | Non
         kernels = triton_kernels()
         ours, theirs = (_both(each, logits_RV.clone(), labels_R) for each in (kernels, CHUNKED))
     except Exception as error:  # whatever a compiler and a driver may say
-        return CHUNKED, f"the Triton kernels do not run here ({type(error).__name__}: {str(error).splitlines()[:1]})"
+        said = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        return CHUNKED, f"the Triton kernels do not run here ({said})"
     rounding = 0.0 if logits_RV.dtype.itemsize >= 4 else torch.finfo(logits_RV.dtype).eps
     for name, one, other, tolerance in zip(
         ("statistics", "gradient"), ours, theirs, (TOLERANCE, TOLERANCE + rounding), strict=True

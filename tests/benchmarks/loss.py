@@ -29,8 +29,8 @@ from torch import Tensor
 
 from eaft_verl.objectives import Eaft, Objective, Sft, weighted_nll
 from eaft_verl.tokens.head import Head, head_statistics
-from eaft_verl.tokens.logits import logit_stats
-from eaft_verl.tokens.row_kernels import CHUNKED, compiled_kernels, triton_kernels
+from eaft_verl.tokens.logits import logit_stats, row_gradient, row_statistics
+from eaft_verl.tokens.row_kernels import CHUNKED, RowKernels, triton_kernels
 from eaft_verl.tokens.stats import TokenStats
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # hidden [T, D], weight [V, D], labels [T], mask [T] -> loss
@@ -38,6 +38,11 @@ Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # hidden [T, D], weig
 
 def weights(objective: Objective, made: Any, vocab: int) -> Tensor:
     return objective.weight(TokenStats(-made.nll_T.detach(), made.entropy_T, min(20, vocab), made.sum_p2_T))
+
+
+def compiled_kernels() -> RowKernels:
+    """Chunked torch through torch.compile."""
+    return RowKernels("compiled", *(torch.compile(step, dynamic=True) for step in (row_statistics, row_gradient)))
 
 
 KERNELS = {"chunked": lambda: CHUNKED, "compiled": cache(compiled_kernels), "triton": cache(triton_kernels)}
