@@ -13,6 +13,7 @@ import yaml
 
 from eaft_verl.planning.arm_plan import plan_arm
 from eaft_verl.planning.machine import machine_of
+from eaft_verl.recipe.checks import check
 from eaft_verl.recipe.resolve import load_recipe, resolve
 from tests.tiny import sums, tiny_model, tiny_tokenizer
 
@@ -76,11 +77,16 @@ def recipe(folder: Path, model: Path, *, rows: int, batch: int, sums_each: int, 
         {"prompt": part[0]["prompt"], "response": "\n".join(row["response"] for row in part), "answer": "1"}
         for part in (made[start : start + sums_each] for start in range(0, len(made), sums_each))
     ]
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in joined))
+    for name, part in (("train", joined), ("heldout", joined[:4])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     tree = {
         "model": str(model),
         "output": str(folder / "runs"),
-        "data": {"train": str(folder / "train.jsonl"), "max_length": 2048},
+        "data": {
+            "train": str(folder / "train.jsonl"),
+            "heldout": str(folder / "heldout.jsonl"),
+            "max_length": min(pack, 2048),
+        },
         "evaluate": {"points": 1},
         "verl": {
             "optim": {"lr": 1e-3 if pack < 8192 else 1e-5},
@@ -124,7 +130,7 @@ def resolved(path: Path) -> str:
     loaded = load_recipe(str(path))
     for arm in loaded.arms:
         for device in ("cpu", "cuda"):
-            resolve(loaded, arm, [f"device={device}"])
+            check(resolve(loaded, arm, [f"device={device}"]), dry_run=device == "cuda")
         planned(path, arm)
     return ", ".join(loaded.arms)
 
