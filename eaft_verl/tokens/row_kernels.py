@@ -4,7 +4,7 @@ On a GPU the Triton kernels, once they have given the numbers of chunked torch o
 and where they do not, chunked torch. Dimension letters: R rows, V vocabulary.
 """
 
-import sys
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -52,7 +52,7 @@ def kernels_for(
             return CHUNKED
         chosen[dtype, vocab] = verified(logits_RV, labels_R)
         if reason := chosen[dtype, vocab][1]:
-            print(f"token statistics: {reason}; chunked torch is used instead", file=sys.stderr, flush=True)
+            warnings.warn(f"token statistics: {reason}; chunked torch is used instead", stacklevel=2)
     return chosen[dtype, vocab][0]
 
 
@@ -67,10 +67,10 @@ def verified(logits_RV: Tensor, labels_R: Tensor) -> tuple[RowKernels, str | Non
         return CHUNKED, f"the Triton kernels do not run here ({said})"
     rounding = 0.0 if logits_RV.dtype.itemsize >= 4 else torch.finfo(logits_RV.dtype).eps
     for name, one, other, tolerance in zip(
-        ("statistics", "gradient"), ours, theirs, (TOLERANCE, TOLERANCE + rounding), strict=True
+        ("other statistics", "another gradient"), ours, theirs, (TOLERANCE, TOLERANCE + rounding), strict=True
     ):
         if not torch.allclose(one, other, rtol=tolerance, atol=TOLERANCE, equal_nan=True):
-            return CHUNKED, f"the Triton kernels give other {name} than torch"
+            return CHUNKED, f"the Triton kernels give {name} than torch"
     return kernels, None
 
 

@@ -183,7 +183,7 @@ class TokenLoss(LogitsHook):
             k=min(self.objective.k, vocab),
             sum_p2_T=values.get("sum_p2"),
             sample_weight_T=sample_weight_T if "sample_weight" in self.objective.needs else None,
-            tau=_state(data).get("tau"),
+            tau=_state(data).get("tau", None if torch.is_grad_enabled() else 1.0),  # no weight trains without one
             old_logprob_T=values.get("old_logprob"),
         )
 
