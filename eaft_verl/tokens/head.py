@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from eaft_verl.tokens.chunks import head_chunk
-from eaft_verl.tokens.logits import LogitStats, accumulator, asked, row_gradient, row_statistics
+from eaft_verl.tokens.logits import LogitStats, accumulator, asked
+from eaft_verl.tokens.row_kernels import COMPARED, RowKernels, kernels_for
 from eaft_verl.tokens.stats import TOPK
 
 Gate = Callable[[LogitStats, Tensor], Tensor]  # statistics [C] of some tokens and which of the T they are -> weight [C]
@@ -41,12 +42,14 @@ def head_statistics(
     k: int = TOPK,
     sum_p2: bool = False,
     full_entropy: bool = False,
+    kernels: RowKernels | None = None,
 ) -> LogitStats:
     """`logit_stats(hidden @ weight^T + bias, ...)` in chunks; rows with mask 0 are not multiplied.
 
     Args: hidden_TD: [T, D] and head in one float dtype, in which the products run; all else is float32 (float64 in,
     float64 out). gate: the weights with which the loss is going to sum nll_T. None, or a loss that does otherwise:
     right all the same, but backward forms the logits a second time (four products instead of three).
+    kernels: None: those that `kernels_for` chooses.
     Returns: LogitStats [T]; nll_T carries the gradient to hidden, weight and bias; a frozen one costs no product.
     Under autocast the products run in its dtype, as those of `torch.nn.Linear` do.
     """
@@ -57,9 +60,17 @@ def head_statistics(
         hidden_TD, head = hidden_TD.to(dtype), Head(head.weight_VD.to(dtype), bias_V)
     rows_R = mask_T.nonzero().squeeze(-1)
     with torch.autocast(device, enabled=False):
+        if kernels is None:
+            few_R = rows_R[:COMPARED]
+            kernels = kernels_for(
+                device,
+                hidden_TD.dtype,
+                len(head.weight_VD),
+                lambda: (_logits(hidden_TD[few_R], head).detach(), labels_T[few_R]),
+            )
         made = _FusedHead.apply(
             *(hidden_TD, head.weight_VD, head.bias_V, labels_T, rows_R),
-            *(gate, k, sum_p2, full_entropy, torch.is_grad_enabled()),
+            *(gate, k, sum_p2, full_entropy, kernels, torch.is_grad_enabled()),
         )
     return asked(LogitStats(*made), sum_p2, full_entropy)
 
@@ -77,6 +88,7 @@ class _FusedHead(torch.autograd.Function):
         k: int,
         sum_p2: bool,
         full_entropy: bool,
+        kernels: RowKernels,
         grad: bool,
     ) -> tuple[Tensor, ...]:
         out_6T = torch.zeros(6, hidden_TD.shape[0], dtype=accumulator(hidden_TD), device=hidden_TD.device)
@@ -85,17 +97,19 @@ class _FusedHead(torch.autograd.Function):
         head = Head(weight_VD, bias_V)
         sums = _Gradients(hidden_TD, head, len(rows_R), wanted) if speculate else None
         weight_R = out_6T.new_empty(len(rows_R))
-        for start, rows in _chunks(rows_R, head):
+        for start, rows in _chunks(rows_R, head, kernels):
             hidden_CD, labels_C = hidden_TD[rows], labels_T[rows]
-            out_6T[:, rows], exp_CV, total_C = row_statistics(
+            out_6T[:, rows], held_CV, sums_C = kernels.statistics(
                 _logits(hidden_CD, head), labels_C, k, sum_p2, full_entropy
             )
             if gate is not None and sums is not None:
                 weight_C = weight_R[start : start + len(rows)].copy_(gate(LogitStats(*out_6T[:, rows].unbind()), rows))
-                sums.add(start, hidden_CD, head, row_gradient(exp_CV, total_C, labels_C, weight_C, hidden_CD.dtype))
-            del exp_CV  # before the next chunk's logits are formed
+                gradient_CV = kernels.gradient(held_CV, sums_C, labels_C, weight_C, hidden_CD.dtype)
+                sums.add(start, hidden_CD, head, gradient_CV)
+                del gradient_CV
+            del held_CV  # before the next chunk's logits are formed
         ctx.sums, ctx.weight_R = sums, weight_R
-        ctx.wanted, ctx.k = wanted, k
+        ctx.wanted, ctx.kernels = wanted, kernels
         ctx.save_for_backward(hidden_TD, weight_VD, bias_V, labels_T, rows_R)
         nll_T, *rest = out_6T.unbind()
         ctx.mark_non_differentiable(*rest)
@@ -110,12 +124,13 @@ class _FusedHead(torch.autograd.Function):
         factor = _common_factor(upstream_R, ctx.weight_R) if sums is not None else None
         head = Head(weight_VD, bias_V)
         if sums is None or factor is None:
-            factor, sums = None, _recomputed(hidden_TD, head, labels_T, rows_R, upstream_R, ctx.wanted)
-        return *sums.results(rows_R, hidden_TD, factor), *[None] * 7
+            factor, sums = None, _recomputed(*(hidden_TD, head, labels_T, rows_R, upstream_R), ctx.wanted, ctx.kernels)
+        return *sums.results(rows_R, hidden_TD, factor), *[None] * 8
 
 
-def _chunks(rows_R: Tensor, head: Head) -> list[tuple[int, Tensor]]:
-    size = head_chunk(len(head.weight_VD), head.weight_VD.dtype.itemsize, head.weight_VD.device.type)
+def _chunks(rows_R: Tensor, head: Head, kernels: RowKernels) -> list[tuple[int, Tensor]]:
+    weight_VD = head.weight_VD
+    size = head_chunk(len(weight_VD), weight_VD.dtype.itemsize, weight_VD.device.type, in_place=kernels.in_place)
     return [(number * size, rows) for number, rows in enumerate(rows_R.split(size)) if len(rows)]
 
 
@@ -124,15 +139,21 @@ def _logits(hidden_CD: Tensor, head: Head) -> Tensor:
 
 
 def _recomputed(
-    hidden_TD: Tensor, head: Head, labels_T: Tensor, rows_R: Tensor, upstream_R: Tensor, wanted: tuple[bool, ...]
+    hidden_TD: Tensor,
+    head: Head,
+    labels_T: Tensor,
+    rows_R: Tensor,
+    upstream_R: Tensor,
+    wanted: tuple[bool, ...],
+    kernels: RowKernels,
 ) -> "_Gradients":
     """The gradient for any upstream: the logits are formed once more."""
     sums = _Gradients(hidden_TD, head, len(rows_R), wanted)
-    for start, rows in _chunks(rows_R, head):
+    for start, rows in _chunks(rows_R, head, kernels):
         hidden_CD, labels_C = hidden_TD[rows], labels_T[rows]
-        _, exp_CV, total_C = row_statistics(_logits(hidden_CD, head), labels_C, 1, False)
+        _, held_CV, sums_C = kernels.statistics(_logits(hidden_CD, head), labels_C, 1, False, False)
         upstream_C = upstream_R[start : start + len(rows)]
-        sums.add(start, hidden_CD, head, row_gradient(exp_CV, total_C, labels_C, upstream_C, hidden_CD.dtype))
+        sums.add(start, hidden_CD, head, kernels.gradient(held_CV, sums_C, labels_C, upstream_C, hidden_CD.dtype))
     return sums
 
 

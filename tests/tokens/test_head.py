@@ -16,6 +16,7 @@ from eaft_verl.tokens import head as fused
 from eaft_verl.tokens.chunks import head_chunk
 from eaft_verl.tokens.head import Gate, Head, head_statistics
 from eaft_verl.tokens.logits import LogitStats, reference_stats
+from eaft_verl.tokens.row_kernels import CHUNKED
 from eaft_verl.tokens.stats import TokenStats
 
 T, D, V = 37, 24, 301
@@ -25,7 +26,7 @@ OBJECTIVES = [Sft(), Eaft(), Eaft(power=2, k=7), Deft(), Mile()]
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks at these sizes."""
-    monkeypatch.setattr(fused, "head_chunk", lambda *_: 8)
+    monkeypatch.setattr(fused, "head_chunk", lambda *_, **__: 8)
 
 
 class Inputs:
@@ -248,7 +249,7 @@ def test_memory_at_the_size_of_the_32b_model(monkeypatch: pytest.MonkeyPatch) ->
     weight = torch.empty(vocab, hidden_size, dtype=torch.bfloat16, device="meta", requires_grad=True)
     labels, rows = (torch.empty(tokens, dtype=torch.long, device="meta") for _ in range(2))
     with Storages() as storages:
-        fused._FusedHead.apply(hidden, weight, None, labels, rows, gate_of(Eaft()), 20, False, False, True)
+        fused._FusedHead.apply(hidden, weight, None, labels, rows, gate_of(Eaft()), 20, False, False, CHUNKED, True)
     result = 2 * (tokens * hidden_size + vocab * hidden_size)  # bytes of dX and dW
     assert storages.peak <= (6 * chunk * vocab + result) * 1.03
     assert storages.peak <= (2 * 4096 * vocab + result) * 1.03

@@ -125,6 +125,11 @@ def _say_whether_fused(config: Config, run: Run, objective: Objective, group: An
     if reason and config.fused_head:
         print(f"[{config.arm}] the loss is formed from whole logits: {reason}")
     run.update(fused_head=reason is None)
+    if made := group.row_kernels()[0]:  # on a GPU, by the passes of the self-check
+        kernels, why = made
+        if why:
+            print(f"[{config.arm}] {why}: chunked torch is used instead, about half as fast in the head")
+        run.update(head_kernels=kernels)
 
 
 def _require_finite(config: Config, group: Any) -> None:

@@ -15,6 +15,7 @@ from verl.utils.distributed import initialize_global_process_group_ray
 from verl.utils.fsdp_utils import merged_lora_context, normalize_peft_param_name
 from verl.workers.engine_workers import TrainingWorker, TrainingWorkerConfig
 
+from eaft_verl.tokens.row_kernels import chosen
 from eaft_verl.training.dcp import DcpCheckpoints
 from eaft_verl.training.export import export_weights
 from eaft_verl.training.sft.anchor_model import AdapterOff, Reference
@@ -55,6 +56,11 @@ class EaftWorker(TrainingWorker):
     def plain_head(self) -> str | None:
         """Why the loss is formed from whole logits; None where it is not."""
         return self.unfused
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def row_kernels(self) -> tuple[str, str | None] | None:
+        """By which code the chunks of logits have run so far, and why not by Triton's; None: no choice was made."""
+        return next(((kernels.name, why) for kernels, why in chosen.values()), None)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def nonfinite_weights(self) -> list[str]:

@@ -103,6 +103,14 @@ def test_a_missing_batch_statistic_is_an_error(name: str, statistic: str) -> Non
         both_calls(TokenLoss(build_objective(name)), batch, logits_of(batch))
 
 
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_pass_that_trains_nothing_needs_nothing_of_the_driver(name: str) -> None:
+    """As the check of every export makes it."""
+    batch = micro_batch()
+    with torch.no_grad():
+        assert both_calls(TokenLoss(ready(name)), batch, logits_of(batch)).isfinite()
+
+
 def test_a_masked_micro_batch_has_a_connected_zero_loss() -> None:
     batch = micro_batch((PADDING, PADDING))
     logits = logits_of(batch)
