@@ -12,7 +12,7 @@ from eaft_verl.data.sources import GENERATED, at_hand, iter_rows
 from eaft_verl.data.spec import RowError, Source
 from eaft_verl.errors import ConfigError, DataError
 from eaft_verl.evaluation.rows import benchmark_rows
-from eaft_verl.evaluation.tasks import OWN_TASKS, UNBUILT, Entry, unknown_task
+from eaft_verl.evaluation.tasks import BFCL, OWN_TASKS, Entry, unknown_task
 from eaft_verl.grading.answers import marked_answer
 from eaft_verl.recipe.config import Config
 from eaft_verl.recipe.views import data_spec, evaluate_settings, objective_of, source_of
@@ -71,7 +71,7 @@ def _task_fault(entry: Entry) -> str:
     own = entry.own
     if own is None:
         known = _harness_names()
-        return "" if entry.task in (known | UNBUILT.keys()) or not known else unknown_task(entry.task, "evaluate", [])
+        return "" if entry.task in (known | {BFCL}) or not known else unknown_task(entry.task, "evaluate", [])
     source = entry.data or own.data
     if source is None or source.startswith(GENERATED) or not at_hand(source):
         return ""
