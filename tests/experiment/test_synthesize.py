@@ -251,6 +251,17 @@ def test_what_is_wrong_is_said_before_anything_is_asked(desk: Desk, monkeypatch:
         assert "pip install 'eaft-verl[synthesize]'" in desk.refused(stub.url)
 
 
+def test_a_server_without_a_list_that_drops_the_first_connection_is_asked_all_the_same(desk: Desk) -> None:
+    """As `transformers serve` does without a cache folder: HTTP 500 for the list, then it closes the connection."""
+
+    def behave(body: dict[str, Any], before: int) -> Reply:
+        return Reply(body=completion("x"), cut=0) if asked(body) == "Hi" else right(body)
+
+    with StubEndpoint(behave, models=Reply(500, {}, cut=2)) as stub:
+        assert desk.run(stub.url, "endpoint.model=a/folder", "rows=2", "endpoint.concurrency=1") == 0, desk.said
+        assert [body["model"] for body in stub.requests] == ["a/folder"] * 3 and stub.asked_for("Hi") == 1
+
+
 def test_who_answers_and_who_verifies_must_be_said(desk: Desk) -> None:
     def line(*words: str) -> str:
         assert main(["synthesize", str(desk.prompts), str(desk.out), *words]) == REFUSED

@@ -91,7 +91,10 @@ class Teacher:
             return []
 
     async def refusal(self, model: str) -> str:
-        """Why a model that is not listed cannot be asked, by asking it for one token; '' if it can."""
+        """Why the endpoint refuses a model that it does not list, asked for one token; '' if it does not.
+
+        Trouble that may pass (no connection, 429, 5xx) is no refusal: requests deal with it.
+        """
         import openai
 
         asked = self.client.chat.completions.with_raw_response.create(
@@ -99,8 +102,11 @@ class Teacher:
         )
         try:
             await asyncio.wait_for(asked, self.endpoint.timeout)
-        except (openai.APIError, asyncio.TimeoutError) as error:
-            return _status(error) if isinstance(error, openai.APIStatusError) else _first_line(error)
+        except openai.APIStatusError as error:
+            passing = error.status_code in _AGAIN or error.status_code >= 500
+            return "" if passing else _status(error)
+        except (openai.APIConnectionError, asyncio.TimeoutError):
+            return ""
         return ""
 
     async def answer(self, prompt: Prompt, sample: int, model: str) -> dict[str, Any]:
