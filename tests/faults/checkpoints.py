@@ -329,28 +329,3 @@ def _exported(lab: Lab) -> Outcome:
     _refused(lab.eaft("checkpoints", lab.run, "--export", "5"), "has no state of step 5; it has 4, 8")
     _refused(lab.eaft("checkpoints", lab.run, "--export", NEWER), "is never overwritten")
     return Outcome("every file equal")
-
-
-@fault(
-    "killed under objectives that know the start, the loss of a batch or the share of the run (l2, finch, idft)",
-    "every row equals the uninterrupted run's",
-    slow=True,
-)
-def _stateful_objectives(lab: Lab) -> Outcome:
-    for objective in (
-        "objective={name: finch, anchor: {kind: l2, coef: 30}}",
-        "objective={name: idft, stats: base}",
-    ):
-        shutil.rmtree(lab.out, ignore_errors=True)
-        assert lab.train(objective).code == 0
-        whole = lab.rows()
-        shutil.rmtree(lab.out)
-        with lab.started("train", lab.recipe, "--arm", "eaft", objective) as process:
-            lab.wait_for_step(process, 10)
-            os.killpg(process.pid, signal.SIGKILL)
-        seen = lab.train(objective)
-        assert seen.code == 0 and f"resuming at step {NEWER} of {STEPS}" in seen.said, seen.said
-        names = whole[0].keys() & {"step", "loss", "nll", "grad_norm", "lr", "weight_mean", "anchor_l2", "step_factor"}
-        mine, theirs = ([{name: row[name] for name in names} for row in rows] for rows in (lab.rows(), whole))
-        assert mine == theirs and len(mine) == STEPS, (mine, theirs)
-    return Outcome(f"resumed at step {NEWER}, every row equal", lost=2)

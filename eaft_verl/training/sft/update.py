@@ -17,6 +17,7 @@ class Update:
         self.optimizer, self.group = optimizer, group
         self.start: list[Tensor] = []
         self.coef = self.distance = 0.0
+        self.begun = False  # a saved state is loaded into an optimizer by a step of it that is none of training's
         optimizer.register_step_pre_hook(self._before)
         optimizer.register_step_post_hook(self._after)
 
@@ -26,7 +27,7 @@ class Update:
 
     def begin(self, loss: Any) -> None:
         """Before a batch whose loss this is. verl skips the step where the gradient is not finite."""
-        self.loss, self.made, self.factor = loss, False, 1.0
+        self.loss, self.begun, self.made, self.factor = loss, True, False, 1.0
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
 
     @property
@@ -43,14 +44,16 @@ class Update:
         return [weight for group in self.optimizer.param_groups for weight in group["params"]]
 
     def _before(self, *_: Any) -> None:
-        if _sets_rates(self.loss):
+        if self.begun and _sets_rates(self.loss):
             self.factor = self.loss.objective.step_factor(self.loss.table.mean_nll(self.group))
             for group in self.optimizer.param_groups:
                 group["lr"] *= self.factor
 
     @torch.no_grad()
     def _after(self, *_: Any) -> None:
-        self.made = True
+        if not self.begun:
+            return
+        self.begun, self.made = False, True
         start = iter(self.start)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             if self.start:

@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from eaft_verl.experiment.train import train
-from eaft_verl.objectives import KINDS, OBJECTIVES
+from eaft_verl.objectives import KINDS, L2_KIND, OBJECTIVES
 from eaft_verl.recipe.checks import check
 from eaft_verl.recipe.resolve import declared_keys, load_recipe, resolve
 from eaft_verl.runs import Run
@@ -69,9 +69,12 @@ def test_two_steps_of_an_anchored_objective(trained: Callable[[str, str], Run], 
     run = trained(name, kind)
     rows = [row for row in run.metrics() if row["split"] == "train"]
     assert run.info["status"] == "finished" and [row["step"] for row in rows] == [1, 2]
-    assert all(math.isfinite(row[key]) for row in rows for key in ("loss", "nll", "anchor_kl", "grad_norm"))
-    assert rows[0]["anchor_kl"] == pytest.approx(0.0, abs=1e-6)  # the reference is the model itself before a step
-    assert rows[1]["anchor_kl"] > 1e-6, "the first step moved the model"
+    assert all(math.isfinite(row[key]) for row in rows for key in ("loss", "nll", "grad_norm"))
+    if kind == L2_KIND:
+        assert 0 < rows[0]["anchor_l2"] < rows[1]["anchor_l2"]  # after the step
+    else:
+        assert rows[0]["anchor_kl"] == pytest.approx(0.0, abs=1e-6)  # the reference is the model itself before a step
+        assert rows[1]["anchor_kl"] > 1e-6, "the first step moved the model"
     assert json.loads((run.path / "run.json").read_text())["objective"]["anchor"]["kind"] == kind
     if calibrated := run.info.get("calibrated"):
         assert calibrated["anchor"] == {"kind": kind, "coef": 0.5, "k": 64, "reference": None}

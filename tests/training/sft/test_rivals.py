@@ -156,3 +156,31 @@ def test_l2_holds_the_weights(runs: dict[str, Run]) -> None:
     distances = [row["anchor_l2"] for row in lightly]
     assert 0 < distances[0] < distances[1] < distances[2]
     assert runs["held"].info["fused_head"], "no logits are needed for it"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "objective", ["{name: finch, anchor: {kind: l2, coef: 30}}", "{name: idft, stats: base, warmup: 0.3}"]
+)
+def test_resumed_they_are_the_uninterrupted_run(objective: str, runs: dict[str, Run], monkeypatch: Any) -> None:
+    """Killed at step 3 with the state of step 2: the start, the rate of a batch and the share of the run come back."""
+    from eaft_verl.training.sft.trainer import Trainer
+
+    def trained(output: str) -> list[dict[str, Any]]:
+        overrides = [f"objective={objective}", f"output={output}", "verl.trainer.save_freq=2"]
+        return steps(train(resolve(runs["recipe"], "sft", [*overrides, "verl.trainer.total_training_steps=4"]), []))
+
+    def killed(self: Trainer, step: int, *_: Any) -> None:
+        if step == 3:
+            raise KeyboardInterrupt
+
+    folder = f"{runs['recipe'].path.parent}/{objective[7:11]}"
+    whole = trained(f"{folder}-whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_check_finite", killed)
+        with pytest.raises(KeyboardInterrupt):
+            trained(f"{folder}-killed")
+    resumed = trained(f"{folder}-killed")
+    names = whole[0].keys() & {"step", "loss", "nll", "grad_norm", "lr", "weight_mean", "anchor_l2", "step_factor"}
+    assert [[row[name] for name in names] for row in resumed] == [[row[name] for name in names] for row in whole]
+    assert len(whole) == 4 and Run(Path(f"{folder}-killed") / "sft-seed0").info["attempt"] == 2

@@ -76,6 +76,16 @@ def test_the_start_is_what_was_held_and_not_what_was_loaded_later() -> None:
     torch.testing.assert_close(weight.detach(), START, rtol=0, atol=1e-15)
 
 
+def test_a_step_outside_of_training_is_left_alone() -> None:
+    """torch makes one, with a rate of 0, to have a state that a saved one is loaded into."""
+    weight = parameter()
+    update = sgd(weight)
+    update.hold(coef=5.0)
+    weight.grad = GRADIENT.clone()
+    update.optimizer.step()
+    torch.testing.assert_close(weight.detach(), START - RATE * GRADIENT, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize(("nll", "factor"), [(4.0, 0.5), (1.0, 1.0), (0.25, 2.0), (1e-9, 2.0), (1e9, 0.1)])
 def test_finch_scales_the_rate_of_this_step_only(nll: float, factor: float) -> None:
     weight = parameter()
