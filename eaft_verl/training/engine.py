@@ -42,8 +42,8 @@ class SavingEngine(FSDPEngineWithLMHead):
                 weights = convert_weight_keys(normalize_peft_param_name(self.module.state_dict()), self.module)
                 for name, weight in weights.items():
                     here: Any = weight.to(get_device_id()) if isinstance(weight, DTensor) else weight
-                    whole = here.full_tensor() if isinstance(here, DTensor) else here.detach().clone()
-                    yield name, whole.to(dtype)
+                    whole = here.full_tensor() if isinstance(here, DTensor) else here.detach()
+                    yield name, whole.to(dtype, copy=True)  # the storage is given the base's values back at the end
         finally:
             if self._is_offload_param:
                 offload_fsdp_model_to_cpu(self.module)
