@@ -65,21 +65,22 @@ def train(config: Config, declared: list[str]) -> Run:
                 run.update(**train_grpo(config, run, data, str(model), tokenizer))
                 run.update(status="finished", finished=time.time())
             else:
-                base = partial(base_of, config, keys, data.examples, tokenizer)
-                probe = _meter_probe(config, model, tokenizer)
-                train_sft(config, run, data, heldout.examples if heldout else [], str(model), keys, base, probe)
+                known = (str(model), keys, partial(base_of, config, keys, data.examples, tokenizer))
+                train_sft(
+                    config, run, data, heldout.examples if heldout else [], *known, _meter_probe(config, tokenizer)
+                )
         except BaseException as error:
             told = _noted(error, config, run)
             raise told from None if told is not error else error.__cause__
     return run
 
 
-def _meter_probe(config: Config, model: Path | str, tokenizer: Any) -> Sequence[Example]:
-    """The texts of the arm's meter; none without one."""
+def _meter_probe(config: Config, tokenizer: Any) -> Sequence[Example]:
+    """The texts of the arm's meter; none without one. The base answers them, wherever the arm starts."""
     if (meter := meter_of(config)) is None:
         return []
     settings, work = evaluate_settings(config), Path(config.output) / "data"
-    probe = meter_probe(settings, meter.rows, meter.new_tokens, model, tokenizer, work)
+    probe = meter_probe(settings, meter.rows, meter.new_tokens, resolve_model(config.model), tokenizer, work)
     check_lengths(config, probe)
     return probe
 
