@@ -65,14 +65,26 @@ def train(config: Config, declared: list[str]) -> Run:
                 run.update(**train_grpo(config, run, data, str(model), tokenizer))
                 run.update(status="finished", finished=time.time())
             else:
-                known = (str(model), keys, partial(base_of, config, keys, data.examples, tokenizer))
-                train_sft(
-                    config, run, data, heldout.examples if heldout else [], *known, _meter_probe(config, tokenizer)
-                )
+                _train_sft(config, run, (data, heldout), str(model), keys, tokenizer)
         except BaseException as error:
             told = _noted(error, config, run)
             raise told from None if told is not error else error.__cause__
     return run
+
+
+def _train_sft(
+    config: Config,
+    run: Run,
+    prepared: tuple[Prepared, Prepared | None],
+    model: str,
+    keys: dict[str, str],
+    tokenizer: Any,
+) -> None:
+    """An SFT arm with what it may ask of the base: statistics of its data, the texts of its meter."""
+    data, heldout = prepared
+    base = partial(base_of, config, keys, data.examples, tokenizer)
+    probe = _meter_probe(config, tokenizer)
+    train_sft(config, run, data, heldout.examples if heldout else [], model, keys, base, probe)
 
 
 def _meter_probe(config: Config, tokenizer: Any) -> Sequence[Example]:
