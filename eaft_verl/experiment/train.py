@@ -106,12 +106,12 @@ def _work(
     run.update(status="finished", finished=time.time())
 
 
-def _meter_probe(config: Config, model: str, tokenizer: Any) -> Sequence[Example]:
-    """The texts of the arm's meter; none without one."""
+def _meter_probe(config: Config, base_model: str, tokenizer: Any) -> Sequence[Example]:
+    """The texts of the arm's meter; none without one. The base answers them, wherever the arm starts."""
     if (meter := meter_of(config)) is None:
         return []
     settings, work = evaluate_settings(config), Path(config.output) / "data"
-    probe = meter_probe(settings, meter.rows, meter.new_tokens, model, tokenizer, work)
+    probe = meter_probe(settings, meter.rows, meter.new_tokens, base_model, tokenizer, work)
     check_lengths(config, probe)
     return probe
 

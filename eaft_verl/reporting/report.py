@@ -19,7 +19,7 @@ from eaft_verl.reporting.controls import control_notes, controls
 from eaft_verl.reporting.failures import lost_seeds, split
 from eaft_verl.reporting.history import curves
 from eaft_verl.reporting.marks import read_noise, set_marks, with_floors
-from eaft_verl.reporting.measures import build_board
+from eaft_verl.reporting.measures import Board, build_board
 from eaft_verl.reporting.paper import beside, require_table
 from eaft_verl.reporting.paths import COST, axes, equal_gain, paths
 from eaft_verl.reporting.provenance import environment, sample_answers
@@ -122,12 +122,29 @@ def measure(
         "general": paths(board, "general_mean") if {"general_mean", COST} <= board.measures.keys() else {},
         "equal_gain": {axis: equal_gain(board, axis) for axis in tracks},
         "pareto": pareto(table),
-        "choice": choice(board, rule or recorded_rule(arms), [run for arm in arms for run in arm.runs], seed),
-        "curves": curves(arms, board.notes),
+        "choice": _chosen(board, rule, arms, seed),
+        **_trainings(arms, board.notes),
+        **_evidence(base, arms, out, seed),
+    }
+    set_marks(found)
+    notes = [*chain_notes(arms), *control_notes(arms), *interruptions(arms), *truncations(base, arms), *board.notes]
+    return found | {"answer": answer(found), "headline": headline(found), "caveats": caveats(found, notes)}
+
+
+def _trainings(arms: list[Arm], notes: list[str]) -> dict[str, Any]:
+    """How the arms were trained: curves, settings, budgets, data."""
+    return {
+        "curves": curves(arms, notes),
         "config_differences": config_differences(arms),
         "budgets": budgets(arms),
         "cost": cost(arms),
         "sources": arms[0].runs[0].info.get("sources", {}),
+    }
+
+
+def _evidence(base: Arm, arms: list[Arm], out: Path, seed: int) -> dict[str, Any]:
+    """What stands behind the means: answers, questions, tokens, weights."""
+    return {
         "answers": held_out_answers(base, arms),
         "samples": sample_answers(base, arms),
         "transitions": transitions(base, arms),
@@ -137,9 +154,10 @@ def measure(
         "analysis": analysis(out),
         "environment": environment(base, arms, out),
     }
-    set_marks(found)
-    notes = [*chain_notes(arms), *control_notes(arms), *interruptions(arms), *truncations(base, arms), *board.notes]
-    return found | {"answer": answer(found), "headline": headline(found), "caveats": caveats(found, notes)}
+
+
+def _chosen(board: Board, rule: Rule | None, arms: list[Arm], seed: int) -> dict[str, Any]:
+    return choice(board, rule or recorded_rule(arms), [run for arm in arms for run in arm.runs], seed)
 
 
 def _resamples(base: Arm, arms: list[Arm]) -> int:
