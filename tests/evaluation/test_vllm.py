@@ -26,7 +26,9 @@ def evaluated(folder: Path, backend: str, limit: int, models: list[Path]) -> dic
 
 
 def agreement(one: dict, other: dict) -> float:
-    pairs = [(one[step][name], other[step][name]) for step in one for name in one[step]]
+    """The share of equal answers. vLLM does not show the first bytes of a character at which an answer was cut off."""
+    cut = "\N{REPLACEMENT CHARACTER}"
+    pairs = [(one[step][name].rstrip(cut), other[step][name].rstrip(cut)) for step in one for name in one[step]]
     assert len(pairs) == sum(map(len, other.values())) > 0
     return sum(a == b for a, b in pairs) / len(pairs)
 
