@@ -63,9 +63,7 @@ def head_statistics(
         if kernels is None:
             few_R = rows_R[:COMPARED]
             kernels = kernels_for(
-                device,
-                hidden_TD.dtype,
-                len(head.weight_VD),
+                *(device, hidden_TD.dtype, len(head.weight_VD)),
                 lambda: (_logits(hidden_TD[few_R], head).detach(), labels_T[few_R]),
             )
         made = _FusedHead.apply(

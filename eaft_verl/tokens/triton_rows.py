@@ -84,7 +84,6 @@ def _entropies(
     MOST: tl.constexpr,
 ) -> None:
     """Of one row: entropies of its k and its TOPK largest logits, all that are equal taken at once.
-
     With z relative to the largest and S = sum exp(z): H = ln S - sum z exp(z) / S, both terms positive.
     """
     row = tl.program_id(0)
@@ -103,13 +102,10 @@ def _entropies(
         product = tl.where(share > 0.0, (largest - top) * share, 0.0)
         count = tl.minimum(tl.maximum(k - taken, 0), equal).to(tl.float32)
         count20 = tl.minimum(tl.maximum(TOPK - taken, 0), equal).to(tl.float32)
-        total += count * share
-        weighed += count * product
-        total20 += count20 * share
-        weighed20 += count20 * product
+        total, weighed = total + count * share, weighed + count * product
+        total20, weighed20 = total20 + count20 * share, weighed20 + count20 * product
         taken += equal
-        below = tl.max(tl.where(value < largest, value, float("-inf")), axis=0)
-        left = tl.where(groups == where, below, left)
+        left = tl.where(groups == where, tl.max(tl.where(value < largest, value, float("-inf")), axis=0), left)
     tl.store(out + rows + row, tl.log(total) - weighed / total)
     tl.store(out + 2 * rows + row, tl.log(total20) - weighed20 / total20)
 

@@ -1,7 +1,9 @@
 """The command for the day a GPU is at hand, on the CPU: every part runs at toy sizes, or says why not."""
 
 import json
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,8 @@ ROOT = Path(__file__).parents[2]
 
 def test_every_part_is_there(tmp_path: Path) -> None:
     words = ["--dry-run", "--json", str(tmp_path / "gpu.json"), "--work", str(tmp_path / "work")]
-    done = subprocess.run(["bash", "tests/gpu/run.sh", *words], cwd=ROOT, capture_output=True, text=True)
+    python = {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run(["bash", "tests/gpu/run.sh", *words], cwd=ROOT, env=python, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert {"parity", "losses", "engine", "trainers", "vllm"} < found.keys()
