@@ -4,82 +4,27 @@ import contextlib
 import functools
 import multiprocessing
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eaft_verl.errors import RunError
 from eaft_verl.evaluation.bfcl import BFCL, measure_bfcl
 from eaft_verl.evaluation.model_files import check_model_files
+from eaft_verl.evaluation.session import Session
 from eaft_verl.evaluation.settings import EvaluateSettings, evaluation_key
 from eaft_verl.files import write_json
 from eaft_verl.models import model_key, resolve_model
 from eaft_verl.runs import Run, step_name
 
 if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from eaft_verl.data.parquet import Example
     from eaft_verl.evaluation.benchmarks import Benchmark
 
 __all__ = ["EvaluateSettings", "evaluate_checkpoints", "evaluation_key"]
 FORCED = ("heldout", "drift", "drift_task")  # measured in forward passes over given answers
 Outcome = tuple[dict[str, Any], list[dict[str, Any]]]
-
-
-@dataclass
-class _Session:
-    """What one call of evaluate_checkpoints shares between its steps."""
-
-    run: Run
-    settings: EvaluateSettings
-    base: Path | str
-    work: Path
-    benchmarks: dict[str, "Benchmark"] = field(default_factory=dict)
-    heldout: Sequence["Example"] = ()
-    probes: dict[str, tuple[Sequence["Example"], list["Tensor"]]] = field(
-        default_factory=dict
-    )  # with the base's logits
-    loaded: tuple[Path | str, "PreTrainedModel", "PreTrainedTokenizerBase"] | None = None
-    mark: float = field(default_factory=time.perf_counter)
-
-    @property
-    def of_base(self) -> bool:
-        """Whether the run is the base model's: what is evaluated has then not been trained."""
-        return self.run.info["kind"] == "base"
-
-    @property
-    def token_budget(self) -> int:
-        """Padded tokens of a forward pass."""
-        from eaft_verl.evaluation.teacher_forced import TOKEN_BUDGET
-
-        given = self.settings.backend_args if self.settings.backend == "hf" else {}
-        return given.get("token_budget", TOKEN_BUDGET)
-
-    def model(self, path: Path | str) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
-        """The checkpoint and its tokenizer; one model is held at a time, the last one is kept."""
-        from eaft_verl.evaluation import harness
-
-        if self.loaded is None or self.loaded[0] != path:
-            self.free()
-            self.loaded = (path, *harness.load_model(path, self.settings))
-        return self.loaded[1:]
-
-    def free(self) -> None:
-        """Release the held model."""
-        from eaft_verl.evaluation import harness
-
-        self.loaded = None
-        harness.release()
-
-    def book_time(self) -> None:
-        """Add the seconds since the last call to run.json, so that a killed evaluation has booked what it did."""
-        now = time.perf_counter()
-        self.run.update(eval_seconds=round(self.run.info.get("eval_seconds", 0.0) + now - self.mark, 3))
-        self.mark = now
 
 
 def evaluate_checkpoints(
@@ -108,7 +53,7 @@ def evaluate_checkpoints(
         return
     from eaft_verl.evaluation import answers
 
-    session = _Session(run, settings, resolve_model(base_model), Path(work))
+    session = Session(run, settings, resolve_model(base_model), Path(work))
     paths = {step: resolve_model(path) for step, path in checkpoints.items() if step in pending or noisy}
     for path in {session.base, *paths.values()}:
         check_model_files(path)
@@ -147,7 +92,7 @@ def _pending(
     return pending
 
 
-def _prepare(session: _Session, names: set[str]) -> None:
+def _prepare(session: Session, names: set[str]) -> None:
     """Everything that is read once, for these benchmarks: their data first, because that needs no model."""
     settings = session.settings
     session.benchmarks = _load_benchmarks(settings, names - {BFCL})
@@ -169,7 +114,7 @@ def _load_benchmarks(settings: EvaluateSettings, names: set[str]) -> dict[str, "
     return {entry.task: load_benchmark(entry) for entry in entries}
 
 
-def _prepare_drift(session: _Session, name: str) -> None:
+def _prepare_drift(session: Session, name: str) -> None:
     """Probe and base logits; after this the base model itself is not needed any more."""
     from eaft_verl.data.prepare import load_prepared
     from eaft_verl.evaluation import drift
@@ -189,7 +134,7 @@ def _prepare_drift(session: _Session, name: str) -> None:
     session.probes[name] = probe, drift.base_logits(model, probe, session.token_budget)
 
 
-def _evaluate_step(session: _Session, step: int, path: Path | str, names: list[str]) -> None:
+def _evaluate_step(session: Session, step: int, path: Path | str, names: list[str]) -> None:
     for name in names:
         if name in FORCED:
             _record(session, step, name, functools.partial(_forced, session, name, path), "hf")
@@ -201,7 +146,7 @@ def _evaluate_step(session: _Session, step: int, path: Path | str, names: list[s
         _record(session, step, BFCL, measure, session.settings.backend)
 
 
-def _forced(session: _Session, name: str, path: Path | str) -> Outcome:
+def _forced(session: Session, name: str, path: Path | str) -> Outcome:
     """The `heldout` benchmark, or one of the two of drift."""
     from eaft_verl.evaluation import drift, teacher_forced
 
@@ -211,7 +156,7 @@ def _forced(session: _Session, name: str, path: Path | str) -> Outcome:
     return drift.drift(model, *session.probes[name], session.token_budget)
 
 
-def _apart(work: Callable[..., Any], session: _Session, *arguments: Any) -> Any:
+def _apart(work: Callable[..., Any], session: Session, *arguments: Any) -> Any:
     """work(session, *arguments); with vLLM in a process of its own, whose end gives the GPUs back, engine and all.
 
     The model that is held here must be gone before the engine takes the memory.
@@ -226,7 +171,7 @@ def _apart(work: Callable[..., Any], session: _Session, *arguments: Any) -> Any:
     return outcome
 
 
-def _language(session: _Session, path: Path | str, tasks: list[str], batch_size: int | None = None) -> Any:
+def _language(session: Session, path: Path | str, tasks: list[str], batch_size: int | None = None) -> Any:
     """The model behind the harness, and every task's answers limited to what their prompts leave."""
     from eaft_verl.evaluation import harness
 
@@ -241,7 +186,7 @@ def _language(session: _Session, path: Path | str, tasks: list[str], batch_size:
     return language
 
 
-def _generate(session: _Session, step: int, path: Path | str, tasks: list[str]) -> None:
+def _generate(session: Session, step: int, path: Path | str, tasks: list[str]) -> None:
     """The records of these tasks, with one engine."""
     from eaft_verl.evaluation import harness
 
@@ -251,7 +196,7 @@ def _generate(session: _Session, step: int, path: Path | str, tasks: list[str]) 
         _record(session, step, name, measure, session.settings.backend)
 
 
-def _noise(session: _Session, path: Path | str) -> dict[str, Any]:
+def _noise(session: Session, path: Path | str) -> dict[str, Any]:
     """What eval/noise.json holds; None where nothing was measured."""
     from eaft_verl.evaluation import noise
 
@@ -271,7 +216,7 @@ def _noise(session: _Session, path: Path | str) -> dict[str, Any]:
     return {**found, "task": task, "accuracy": accuracy, "questions": noise.QUESTIONS}
 
 
-def _repeat(session: _Session, path: Path | str, tasks: list[str]) -> dict[str, Any]:
+def _repeat(session: Session, path: Path | str, tasks: list[str]) -> dict[str, Any]:
     """{task: noise.accuracy_noise}: the first questions of each once more, in batches of a quarter of the size."""
     from eaft_verl.evaluation import harness, noise
 
@@ -287,7 +232,7 @@ def _repeat(session: _Session, path: Path | str, tasks: list[str]) -> dict[str, 
     return found
 
 
-def _record(session: _Session, step: int, name: str, measure: Callable[[], Outcome], backend: str) -> None:
+def _record(session: Session, step: int, name: str, measure: Callable[[], Outcome], backend: str) -> None:
     started = time.perf_counter()
     with _named(name, step):
         outcome, samples = measure()

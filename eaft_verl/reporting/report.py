@@ -55,8 +55,6 @@ def report(
     paper: number of a table of the paper to stand beside these results.
     Raises RunError: no or two base runs, no arm, an (arm, seed) twice, or runs that are not comparable.
     """
-    from eaft_verl.reporting import plots
-
     out = Path(out)
     if paper:
         require_table(paper)
@@ -67,6 +65,13 @@ def report(
     problems = check(base, arms, force=force, failed=failed)
     found = measure(base, arms, out, problems=problems, seed=seed, failed=failed, rule=rule)
     found["paper"] = beside(found, paper) if paper else None
+    _write(out, found, base, arms)
+    return found
+
+
+def _write(out: Path, found: dict[str, Any], base: Arm, arms: list[Arm]) -> None:
+    from eaft_verl.reporting import plots
+
     figures = plots.draw(found)
     text = page.text(found, set(figures))
     write_json(out / "report.json", found)  # first: by it the folder is known as ours
@@ -77,7 +82,6 @@ def report(
     write_jsonl(out / "questions.jsonl", question_paths(base, arms))
     write_text(out / "report.md", text)
     write_text(out / "report.html", page.html(text, found["arms"], figures))
-    return found
 
 
 def _require_free(out: Path) -> None:

@@ -32,13 +32,11 @@ def _statistics(
     rows: int,
     V: tl.constexpr,
     G: tl.constexpr,
-    SQUARES: tl.constexpr,
     ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
 ) -> None:
-    """Of one row: nll, whether the label is the best, sum p^2, full entropy; the largest logit, the sum beside it, of
-    each group."""
+    """Of one row: nll, label is the best, sum p^2, full entropy; largest logit, sum beside it; largest of each group."""
     row = tl.program_id(0)
     line = logits + row.to(tl.int64) * stride
     top, total, squares, weighed = float("-inf"), 0.0, 0.0, 0.0
@@ -55,8 +53,7 @@ def _statistics(
             moved = tl.where(top == float("-inf"), 0.0, shrink * (weighed + total * (top - base)))
             weighed = moved + tl.sum(tl.where(part > 0.0, part * (value - base), 0.0), axis=0)
         total = total * shrink + tl.sum(part, axis=0)
-        if SQUARES:
-            squares = squares * shrink * shrink + tl.sum(part * part, axis=0)
+        squares = squares * shrink * shrink + tl.sum(part * part, axis=0)
         top = larger
     label = tl.load(line + tl.load(labels + row)).to(tl.float32) - top
     tl.store(sums + row, top)
@@ -134,7 +131,10 @@ def _gradient(
 def triton_statistics(
     logits_RV: Tensor, labels_R: Tensor, k: int, sum_p2: bool, full_entropy: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(six statistics [6, R] in the order of LogitStats, the logits as they are, their largest and its sum [2, R])."""
+    """(six statistics [6, R] in the order of LogitStats, the logits as they are, their largest and its sum [2, R]).
+
+    sum_p2 is formed always: a multiplication beside what memory takes.
+    """
     rows, vocab = logits_RV.shape
     blocks = triton.cdiv(vocab, BLOCK)
     groups = blocks * (BLOCK // GROUP)
@@ -143,7 +143,7 @@ def triton_statistics(
     line = logits_RV.stride(0)
     _statistics[(rows,)](
         *(logits_RV, line, labels_R, out_6R, sums_2R, best_RG, rows, vocab, groups),
-        *(sum_p2, full_entropy, BLOCK, GROUP),
+        *(full_entropy, BLOCK, GROUP),
         num_warps=8,
     )
     searched = min(k, vocab) if k <= MOST else TOPK

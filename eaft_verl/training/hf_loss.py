@@ -98,7 +98,8 @@ class HfLoss:
             mask_T,
             gate=lambda stats, rows: self.objective.weight(self._token_stats(stats, vocab)),
             k=self.objective.k,
-            **self.objective.extras,
+            sum_p2=self.objective.extras["sum_p2"],
+            full_entropy=self.objective.extras["full_entropy"],
         )
         if guard:
             check_head(made, hidden_TD, head, labels_T, mask_T, self.objective)

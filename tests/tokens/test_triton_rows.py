@@ -45,7 +45,7 @@ def logits(dtype: torch.dtype) -> Tensor:
 
 
 def definition(logits_V: Tensor, label: int, k: int, weight: float) -> tuple[list[float], Tensor]:
-    """(nll, H_k, H_20, label is a largest, sum p^2, H over the vocabulary) and the gradient, in float64, by the papers."""
+    """(nll, H_k, H_20, label is a largest, sum p^2, full entropy) and the gradient, in float64, by the papers."""
     prob = torch.exp(logits_V - logits_V.max())
     prob = prob / prob.sum()
     entropies = []
