@@ -36,7 +36,7 @@ def _statistics(
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
 ) -> None:
-    """Of one row: nll, label is the best, sum p^2, full entropy; largest logit, sum beside it; largest of each group."""
+    """Of one row: nll, label is best, sum p^2, full entropy; largest logit, sum beside it; largest of each group."""
     row = tl.program_id(0)
     line = logits + row.to(tl.int64) * stride
     top, total, squares, weighed = float("-inf"), 0.0, 0.0, 0.0

@@ -396,7 +396,7 @@ def test_a_limit_on_a_group_is_that_of_the_whole_group(models, tmp_path):
 def test_vllm_has_a_process_of_its_own(models, settings, tmp_path, monkeypatch):
     """Without vLLM: what would run there runs in a spawned process, and its error comes back."""
     run = new_run(tmp_path / "run")
-    session = module._Session(run, EvaluateSettings(target=["sums"], backend="vllm"), models[0], tmp_path)
+    session = module.Session(run, EvaluateSettings(target=["sums"], backend="vllm"), models[0], tmp_path)
     session.model(models[4])
     import os
 
