@@ -29,7 +29,8 @@ from typing import Any, NamedTuple
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-TEXTS = ("README.md", "recipes/README.md", "recipes/troubleshooting.md")
+PAGES = ("README", "arms", "choose", "data", "trainers", "troubleshooting", "watch")
+TEXTS = ("README.md", "examples/README.md", "eaft_verl/README.md", *(f"recipes/{page}.md" for page in PAGES))
 ORDER = ("name", "value", "low", "high", "unit", "says", "command", "commit", "machine")
 FIELDS = set(ORDER)
 PLANNED = (
@@ -44,6 +45,28 @@ KEPT = ("columns", "results", "versus", "noise", "equal_gain", "paths", "arms", 
 TABLE = "| quickstart, "  # how the table's first line begins
 COLUMNS = (("two_shot_sums", 1), ("heldout", 3), ("general_mean", 1), ("drift.kl", 4))  # and decimals
 GROUPS = {"commit": r"[0-9a-f]{7,40}|unknown", "command": r"[^`]+"}
+H100_COMMIT = "6b829c0"
+LOSSES = {  # as the benchmark calls them: as the page does
+    "3 products": "three bare matrix products",
+    "EAFT, ours Triton": "EAFT here",
+    "CE, ours Triton": "cross-entropy by the same code",
+    "CE, eager": "cross-entropy, eager",
+    "CE, eager compiled": "cross-entropy, eager, compiled",
+    "EAFT, as LLaMA-Factory": "EAFT as in LLaMA-Factory",
+    "CE, verl fused": "verl's fused cross-entropy",
+    "CE, verl Triton": "verl's Triton cross-entropy",
+}
+STUDY = {
+    "base": "base",
+    "sft_3e5": "`sft`, `lr=3e-5`",
+    "sft": "`sft`, `lr=1e-4`",
+    "sft_3e4": "`sft`, `lr=3e-4`",
+    "eaft": "`eaft`, `lr=1e-4`",
+    "eaft_3e4": "`eaft`, `lr=3e-4`",
+    "masked": "`masked`, `lr=1e-4`",
+    "sft_kl": "`sft_kl`, `lr=1e-4`",
+    "dft": "`dft`, `lr=1e-4`",
+}
 NUMBER = r"[-+]?\d[\d,]*(?:\.\d+)?(?:e-?\d+)?"
 
 Row = dict[str, Any]
@@ -68,7 +91,7 @@ def lines() -> list[Row]:
                     f"{path.name}:{number} must have {', '.join(sorted(FIELDS))}, value a number, says words"
                 )
             found.append(row)
-    found += _of_quickstart(quickstart())
+    found += _of_quickstart(quickstart()) + _of_h100(h100())
     if twice := {row["name"] for row in found if sum(one["name"] == row["name"] for one in found) > 1}:
         raise ValueError(f"{', '.join(sorted(twice))}: more than one line has this name")
     return found
@@ -77,6 +100,11 @@ def lines() -> list[Row]:
 def quickstart() -> Row:
     """quickstart.json."""
     return json.loads((HERE / "quickstart.json").read_text(encoding="utf-8"))
+
+
+def h100() -> Row:
+    """gpu_h100.json, as tests/gpu/run.sh leaves it, and the study that ran beside it."""
+    return json.loads((HERE / "gpu_h100.json").read_text(encoding="utf-8"))
 
 
 def said_in(text: str, template: str, row: Row) -> list[Said]:
@@ -175,6 +203,40 @@ def _of_quickstart(found: Row) -> list[Row]:
     return rows
 
 
+def _of_h100(found: Row) -> list[Row]:
+    """The rows of its two tables, of losses and of the study, and the memory of a training."""
+    about = {"low": None, "high": None, "command": found["command"], "commit": H100_COMMIT}
+    about |= {"machine": found["about"]["device"]}
+    rows = []
+    losses = next(one for one in found["losses"]["ways"] if one["shape"] == "32B")["ms_MB_dX_dW"]
+    for way, words in LOSSES.items():
+        time, memory = losses[way][:2]
+        rows.append({"name": f"h100.{way}.ms", "value": time, "unit": "ms", "says": [f"| {words} | {{value:.1f}} |"]})
+        rows.append(
+            {"name": f"h100.{way}.MB", "value": memory, "unit": "MB", "says": [f"| {words} |… | {{value:,.0f}} |"]}
+        )
+    for name, unit, says in (
+        ("sft: GiB measured", "GiB", "peaked at {value:.2f} GiB"),
+        ("sft: GiB planned", "GiB", "planned {value:.2f} GiB"),
+    ):
+        rows.append({"name": f"h100.{name}", "value": found["trainers"][name], "unit": unit, "says": [says]})
+    worst = max(value for key, value in found["engine"].items() if "worst" in key)
+    rows.append({"name": "h100.engine", "value": worst, "unit": "relative", "says": ["at worst {value:.0e} apart"]})
+    for arm, words in STUDY.items():
+        runs = [
+            steps for name, steps in found["study"]["runs"].items() if name.rpartition("-seed")[0] == arm or name == arm
+        ]
+        nll, kl = (sum(run[max(run, key=int)][which] for run in runs) / len(runs) for which in (0, 1))
+        rows.append(
+            {"name": f"study.{arm}.nll", "value": nll, "unit": "nats", "says": [f"| {words} |… | {{value:.3f}} |"]}
+        )
+        if arm != "base":
+            rows.append(
+                {"name": f"study.{arm}.kl", "value": kl, "unit": "nats", "says": [f"| {words} |… |… | {{value:.3f}} |"]}
+            )
+    return [row | about for row in rows]
+
+
 def block(text: str) -> tuple[int, int] | None:
     """Where the quickstart's table stands."""
     start = text.find(TABLE)
@@ -214,8 +276,31 @@ def draw(folder: Path) -> None:
         for path in sorted(HERE.glob("landscape_*.json")):
             found = json.loads(path.read_text(encoding="utf-8"))
             (folder / f"{path.stem}.png").write_bytes(png(figures.landscape(found, found["title"])))
-    drawn = plots.draw({**quickstart(), "general": {}, "pareto": {}, "curves": []})
+    undecided = {"rule": None, "chosen": None}
+    drawn = plots.draw({**quickstart(), "general": {}, "pareto": {}, "curves": [], "choice": undecided})
     (folder / "quickstart_paths.png").write_bytes(drawn["path_heldout"])
+    (folder / "study_paths.png").write_bytes(_study_figure(h100()["study"]["runs"]))
+
+
+def _study_figure(runs: Row) -> bytes:
+    """Every run's path from the base: held-out NLL, falling to the right, against KL to the base."""
+    import matplotlib
+    import matplotlib.pyplot as plt
+
+    from eaft_verl.pages.canvas import STYLE, png
+
+    with matplotlib.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(7.2, 4.4))
+        for number, arm in enumerate(name for name in STUDY if name not in ("base", "dft")):
+            mine = [steps for name, steps in runs.items() if name.rpartition("-seed")[0] == arm]
+            for seed, steps in enumerate(mine):
+                path = [runs["base"]["0"], *(steps[step] for step in sorted(steps, key=int))]
+                label = STUDY[arm].replace("`", "") if seed == 0 else None
+                axes.plot(*zip(*path, strict=True), marker="o", markersize=3, color=f"C{number}", label=label)
+        axes.invert_xaxis()
+        axes.set(xlabel="held-out NLL, nats per token (right: learnt more)", ylabel="KL to base, nats per token")
+        axes.legend(frameon=False, fontsize=8)
+        return png(figure)
 
 
 def take_quickstart(report: Path) -> None:

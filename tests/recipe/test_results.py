@@ -34,6 +34,11 @@ CONSTANTS = {  # why no result file holds them
     r"section 5\.1": "of the paper",
     r"fp32 Adam needs 95 of 80 GiB": "16 bytes for each of 32.8e9 parameters, and gradients, on 8 devices",
     r"\b3\.0 makes every weight|by 3\.0[;| ]|a fixed 0\.17": "the paper's constants",
+    r"TRL 1\.16|torch 2\.11, no flash-attn|bfcl-eval \d{4}\.\d+\.\d+": "versions",
+    r"`coef` from 0\.1": "where to begin",
+    r"below 0\.1 a step rests|above 0\.1 the two": "rules of thumb",
+    r"1, 1, s \| passes": "units",
+    r"temperatures? (?:0\.95, 0\.9, 0\.8|of 0\.[89])": "what was set, not found",
     r"default of 64 MiB": "Docker's",
     r"limit of 1,800 s": "PyTorch's",
 }
@@ -122,6 +127,7 @@ def test_the_figures_are_those_of_the_result_files(tmp_path: Path) -> None:
     assert [file.stem for file in drawn] == [
         *sorted(path.stem for path in rebuild.HERE.glob("landscape_*.json")),
         "quickstart_paths",
+        "study_paths",
     ]
     for file in drawn:
         new, old = (
