@@ -20,6 +20,9 @@ from eaft_verl.errors import ConfigError
 MAX_REFERENCES = 24
 
 
+OF_SFT = ("objective", "fused_head", "meter")  # what trainer: grpo has no use for, null in its arms
+
+
 @dataclass(frozen=True)
 class Data:
     """`data`: what is trained on and what is held out."""

@@ -20,7 +20,7 @@ from yaml import YAMLError
 
 from eaft_verl.errors import ConfigError
 from eaft_verl.recipe.chains import KEYS, check_no_circle, check_only_in_arms, needed_arms, own_blocks
-from eaft_verl.recipe.config import Config, configuration, own_defaults
+from eaft_verl.recipe.config import OF_SFT, Config, configuration, own_defaults
 from eaft_verl.recipe.file import read_recipe
 from eaft_verl.recipe.keys import (
     ENGINE_OF_GRPO,
@@ -94,7 +94,7 @@ def resolve(recipe: Recipe, arm: str, overrides: Iterable[str] = ()) -> Config:
     for where, layer in layers:
         _merge(tree, layer, where, pristine)
     if trainer == "grpo":
-        tree["objective"] = tree["fused_head"] = tree["meter"] = None
+        tree |= dict.fromkeys(OF_SFT)
     tree["name"] = tree["name"] or recipe.name
     _check_name(tree["name"])
     tree["output"] = str(Path(tree["output"] or Path("runs") / tree["name"]).expanduser().absolute())

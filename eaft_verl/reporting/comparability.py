@@ -6,6 +6,7 @@ from itertools import combinations
 from typing import Any
 
 from eaft_verl.errors import RunError
+from eaft_verl.recipe.config import OF_SFT
 from eaft_verl.reporting.chains import own_rows
 from eaft_verl.reporting.collect import Arm, RunData
 from eaft_verl.reporting.spending import unequal
@@ -58,7 +59,8 @@ def _may_differ(key: str, values: dict[str, str], trainers: dict[str, str], x: R
         return all(DERIVED.get(key) in run.info.get("derived", {}) for run in (x, y))
     declared = {CHOSEN_WHOLE.get(name, name) for run in (x, y) for name in run.info.get("declared", [])}
     said = {key} | {key[:index] for index, char in enumerate(key) if char == "."}
-    if trainers[x.label] != trainers[y.label] and ABSENT in (values[x.label], values[y.label]):
+    of_one = key in OF_SFT or ABSENT in (values[x.label], values[y.label])
+    if trainers[x.label] != trainers[y.label] and of_one:
         said.add("trainer")
     return not declared.isdisjoint(said)
 
@@ -67,7 +69,9 @@ def _of_trainer(values: dict[str, str], trainers: dict[str, str]) -> bool:
     groups: dict[str, set[str]] = {}
     for label, value in values.items():
         groups.setdefault(trainers[label], set()).add(value)
-    return {ABSENT} in groups.values() and all(len(group) == 1 for group in groups.values())
+    return any(group <= {ABSENT, "null"} for group in groups.values()) and all(
+        len(group) == 1 for group in groups.values()
+    )
 
 
 def _config(run: RunData) -> dict[str, str]:
