@@ -25,6 +25,7 @@ from eaft_verl.files import write_json
 from eaft_verl.recipe.chains import BASE
 from eaft_verl.recipe.checks import check
 from eaft_verl.recipe.config import Config, changed, plain, stored_configuration, value_of
+from eaft_verl.recipe.datasets import prepared_path
 from eaft_verl.reporting.comparability import flatten
 from eaft_verl.runs import Run, is_run, run_name
 from eaft_verl.training.interruption import is_stage
@@ -149,7 +150,9 @@ def _outcome(run: Run, made: Run, asked: list[str], environment: dict[str, list[
     """Print and keep what came out."""
     rows = compared(run, made)
     require(rows, f"{run.path} holds no number to be compared: neither metrics.jsonl nor eval/")
-    inputs = other_inputs(run, made.info["keys"])
+    trained = run.info["kind"] not in UNTRAINED
+    prepared = prepared_path(stored_configuration(made.config), "train") if trained else None
+    inputs = other_inputs(run, made.info["keys"], prepared)
     otherwise = [*asked, *inputs, *(line for lines in environment.values() for line in lines)]
     found = {"run": str(run.path), "made": str(made.path), "otherwise": otherwise, "numbers": rows}
     write_json(made.path / "reproduction.json", found | {"summary": summary(rows)})
