@@ -87,7 +87,7 @@ def mean_k3(run: Run, step: int, folder: Path) -> tuple[float, float]:
 
 
 def test_a_resume_goes_on_to_rounding(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not bit for bit as without LoRA: the gradient norm of a later step was seen 1.5e-7 apart, for a reason unknown."""
+    """Not bit for bit as without LoRA: the gradient norm of a later step was seen 1.5e-7 apart, nobody knows why."""
     other = tmp_path / "out" / "grpo-seed0"
     stop = partial(signal.raise_signal, signal.SIGTERM)
     threading.Thread(target=after_first_step, args=(other, stop)).start()
