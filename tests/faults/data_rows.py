@@ -117,7 +117,7 @@ def _odd_rows(lab: Lab) -> Outcome:
     return Outcome("exit 0, all of them listed in the manifest")
 
 
-@fault("a row nested 100,000 deep, a number of 5,000 digits", "the dry run and the run name file and row")
+@fault("a row nested 100,000 deep, a number of 5,000 digits", "the dry run and the run name file and row", slow=True)
 def _json_that_is_not_read(lab: Lab) -> Outcome:
     for text, said in ((DEEP, "nested too deeply"), (DIGITS, "a number of more than 4,300 digits")):
         (lab.folder / "train.jsonl").write_text(text + "\n")
@@ -143,7 +143,11 @@ FILES: dict[str, tuple[bytes, str]] = {
 }
 
 
-@fault(f"training data that is no data: {', '.join(FILES)}, an empty folder", "a line at dry run and at the start")
+@fault(
+    f"training data that is no data: {', '.join(FILES)}, an empty folder",
+    "a line at dry run and at the start",
+    slow=True,
+)
 def _no_data(lab: Lab) -> Outcome:
     for name, (content, said) in FILES.items():
         (lab.folder / name).write_bytes(content)

@@ -100,7 +100,11 @@ def _manifests(lab: Lab) -> Outcome:
     return Outcome("exit 2, the manifest is named")
 
 
-@fault("prepared data with a flipped byte, cut off, empty, or of another model", "refused before Ray; never trained on")
+@fault(
+    "prepared data with a flipped byte, cut off, empty, or of another model",
+    "refused before Ray; never trained on",
+    slow=True,
+)
 def _prepared_data(lab: Lab) -> Outcome:
     out = lab.folder / "p.parquet"
     assert prepare(lab, lab.folder / "train.jsonl", out).code == 0
@@ -116,7 +120,11 @@ def _prepared_data(lab: Lab) -> Outcome:
     return Outcome("exit 2, the file is named")
 
 
-@fault("the memory map of prepared data is cut off, empty, flipped or foreign", "made again; never used as it is")
+@fault(
+    "the memory map of prepared data is cut off, empty, flipped or foreign",
+    "made again; never used as it is",
+    slow=True,
+)
 def _memory_maps(lab: Lab) -> Outcome:
     out = lab.folder / "p.parquet"
     assert prepare(lab, lab.folder / "train.jsonl", out).code == 0

@@ -92,7 +92,11 @@ def _pickle(lab: Lab) -> Outcome:
     return Outcome("exit 2, not run")
 
 
-@fault("tokenizer.json or config.json is cut off, empty or no JSON", "one line names the model and what it lacks")
+@fault(
+    "tokenizer.json or config.json is cut off, empty or no JSON",
+    "one line names the model and what it lacks",
+    slow=True,
+)
 def _companions(lab: Lab) -> Outcome:
     for name in ("tokenizer.json", "config.json"):
         for content in (b"", b"[", (lab.model / name).read_bytes()[:-99]):
