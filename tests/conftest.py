@@ -33,7 +33,7 @@ def tiny_model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With --dist loadgroup a file stays on one worker, as its tests share a Ray start; rows of faults share nothing."""
+    """With --dist loadgroup a file stays on one worker: its tests share a Ray start. Rows of faults share nothing."""
     for item in items:
         if item.path.name != "test_faults.py":
             item.add_marker(pytest.mark.xdist_group(str(item.path)))
