@@ -152,6 +152,12 @@ def test_thinking_that_the_prompt_opens(prompt: str, opened: str, tmp_path: Path
     entry = EvaluateSettings(target=[{"task": "mmlu_chat", "data": str(path)}]).entries("target")[0]
     task = load_benchmark(entry).tasks["mmlu_chat"]
     doc = next(iter(task.test_docs()))
-    task._instances = [Instance("generate_until", doc, (prompt, {}), 0)]
-    assert task.process_results(doc, ["Answer: B"])["answered"] == float(not opened)
-    assert task.process_results(doc, ["Hm.</think>Answer: B"])["accuracy"] == 1.0
+
+    def scores(response: str) -> dict[str, float]:
+        """As the harness has them: filters, then the scorer."""
+        task._instances = [Instance("generate_until", doc, (prompt, {}), 0, resps=[response])]
+        task.apply_filters()
+        return task.process_results(doc, list(task.instances[0].filtered_resps.values()))
+
+    assert scores("Answer: B")["answered"] == float(not opened)
+    assert scores("Hm.</think>Answer: B")["accuracy"] == 1.0
