@@ -269,7 +269,7 @@ def test_a_bad_recipe(tmp_path: Path, text: str, message: str) -> None:
 def test_a_missing_recipe_names_those_that_exist(tmp_path: Path, recipe: Any) -> None:
     with pytest.raises(ConfigError, match=r"nothing.yaml does not exist; there are .*demo.yaml"):
         load_recipe(tmp_path / "nothing.yaml")
-    with pytest.raises(ConfigError, match=r"no/where.yaml does not exist$"):
+    with pytest.raises(ConfigError, match=r"no/where.yaml does not exist; by name there are .*quickstart"):
         load_recipe(tmp_path / "no" / "where.yaml")
 
 
