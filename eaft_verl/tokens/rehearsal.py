@@ -19,10 +19,18 @@ def weight_fault(objective: Any) -> str:
     k = min(objective.k, 20)
     entropy_T = share_T * torch.tensor(float(k)).log()
     logprob_T = -12 * share_T
-    known = {"sum_p2_T": logprob_T.exp() ** 2, "full_entropy_T": entropy_T, "old_logprob_T": logprob_T - 0.1}
-    given = {"sample_weight_T": torch.ones(TOKENS), "tau": 1.0, "progress": 0.5}
-    stats = TokenStats(logprob_T, entropy_T, k, **known, **given)
-    columns = {"logprob": logprob_T, "entropy": entropy_T, "sum_p2": known["sum_p2_T"], "full_entropy": entropy_T}
+    stats = TokenStats(
+        logprob_T,
+        entropy_T,
+        k,
+        sum_p2_T=logprob_T.exp() ** 2,
+        sample_weight_T=torch.ones(TOKENS),
+        tau=1.0,
+        old_logprob_T=logprob_T - 0.1,
+        full_entropy_T=entropy_T,
+        progress=0.5,
+    )
+    columns = {"logprob": logprob_T, "entropy": entropy_T, "sum_p2": logprob_T.exp() ** 2, "full_entropy": entropy_T}
     base = BaseStats(share_T, logprob_T.exp(), -logprob_T, columns.__getitem__)
     try:
         if "base" in objective.needs:
