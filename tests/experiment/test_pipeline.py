@@ -86,9 +86,9 @@ def test_training_learns_and_evaluation_is_complete(experiment: Path) -> None:
     assert run.metrics()[-1]["nll"] < 0.7 * run.metrics()[0]["nll"]
     evals = run.evals()
     assert {step: set(records) for step, records in evals.items()} == {
-        **{step: {"heldout", "drift"} for step in (1, 2, 4, 8)},
-        16: {"heldout", "drift", "sums"},
-        STEPS: {"heldout", "drift", "sums", "products"},
+        **{step: {"heldout", "drift", "drift_task"} for step in (1, 2, 4, 8)},
+        16: {"heldout", "drift", "drift_task", "sums"},
+        STEPS: {"heldout", "drift", "drift_task", "sums", "products"},
     }
     assert evals[STEPS]["drift"]["metrics"]["kl"]["score"] > 0
     base = Run(experiment / "base").evals()[0]
