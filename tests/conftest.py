@@ -30,11 +30,3 @@ def tiny_model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import tiny
 
     return tiny.tiny_model(tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With --dist loadgroup a file stays on one worker: its tests share a Ray start. Rows of faults share nothing."""
-    for item in items:
-        if item.path.name != "test_faults.py":
-            item.add_marker(pytest.mark.xdist_group(str(item.path)))
