@@ -127,6 +127,7 @@ def measure(
         "equal_gain": {axis: equal_gain(board, axis) for axis in tracks},
         "pareto": pareto(table),
         "choice": _chosen(board, rule, arms, seed),
+        "paper": None,
         **_trainings(arms, board.notes),
         **_evidence(base, arms, out, seed),
     }

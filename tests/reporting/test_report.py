@@ -211,6 +211,6 @@ def test_figures_are_png_files(made):
 
 def test_nothing_temporary_is_left(made):
     assert sorted(path.name for path in (made[1] / "report").iterdir()) == [
-        *("figures", "report.html", "report.json", "report.md"),
+        *("figures", "questions.jsonl", "report.html", "report.json", "report.md"),
     ]
     assert not re.search(r"\bnan\b", (made[1] / "report" / "report.md").read_text())
