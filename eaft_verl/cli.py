@@ -145,9 +145,12 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> None:
+    from eaft_verl.reporting.paper import require_table
     from eaft_verl.reporting.report import report
     from eaft_verl.reporting.summary import runs_of, summary
 
+    if options.paper:
+        require_table(options.paper)  # before any run is read
     runs = runs_of(options.runs, evaluated=True)
     out = options.out or runs[0].resolve().parent / "report"
     found = report(runs, out, force=options.force, paper=options.paper)

@@ -20,7 +20,7 @@ from eaft_verl.reporting.failures import lost_seeds, split
 from eaft_verl.reporting.history import curves
 from eaft_verl.reporting.marks import read_noise, set_marks, with_floors
 from eaft_verl.reporting.measures import Board, build_board
-from eaft_verl.reporting.paper import beside, require_table
+from eaft_verl.reporting.paper import beside
 from eaft_verl.reporting.paths import COST, axes, equal_gain, paths
 from eaft_verl.reporting.provenance import environment, sample_answers
 from eaft_verl.reporting.results import columns, pareto, results, versus
@@ -56,8 +56,6 @@ def report(
     Raises RunError: no or two base runs, no arm, an (arm, seed) twice, or runs that are not comparable.
     """
     out = Path(out)
-    if paper:
-        require_table(paper)
     _require_free(out)
     good, broken = (list(runs), []) if force else split(runs)
     failed = [*failed, *broken]
@@ -127,7 +125,6 @@ def measure(
         "equal_gain": {axis: equal_gain(board, axis) for axis in tracks},
         "pareto": pareto(table),
         "choice": _chosen(board, rule, arms, seed),
-        "paper": None,
         **_trainings(arms, board.notes),
         **_evidence(base, arms, out, seed),
     }
@@ -148,8 +145,9 @@ def _trainings(arms: list[Arm], notes: list[str]) -> dict[str, Any]:
 
 
 def _evidence(base: Arm, arms: list[Arm], out: Path, seed: int) -> dict[str, Any]:
-    """What stands behind the means: answers, questions, tokens, weights."""
+    """What stands behind the means: answers, questions, tokens, weights; the paper's table where one is asked for."""
     return {
+        "paper": None,
         "answers": held_out_answers(base, arms),
         "samples": sample_answers(base, arms),
         "transitions": transitions(base, arms),
