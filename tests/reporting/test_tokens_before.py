@@ -56,4 +56,4 @@ def test_the_general_mean_along_training_ends_where_the_table_does(made):
 def test_a_report_alone_says_nothing_of_an_analysis(tmp_path):
     found = report(make_runs(tmp_path), tmp_path / "report")
     assert found["analysis"] == {"sentences": None, "moved": None}
-    assert "before training" not in (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+    assert "The data before training" not in (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
