@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=${1:-.bfcl}
 want=$(cat examples/setup_bfcl.sh examples/apart.sh | sha256sum)
-# shellcheck source=examples/apart.sh
+# shellcheck source=/dev/null
 . examples/apart.sh
 # torch is needed by its embedding search only, which v3 does not have: the CPU build where pip finds one
 pip install -q "torch==2.13.0"

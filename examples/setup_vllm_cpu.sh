@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=${1:-.vllm_cpu}
 want=$(cat pyproject.toml examples/setup_vllm_cpu.sh examples/apart.sh | sha256sum)
-# shellcheck source=examples/apart.sh
+# shellcheck source=/dev/null
 . examples/apart.sh
 pip install -q "torch==2.13.0"
 pip install -q -e ".[eval,dev]"
