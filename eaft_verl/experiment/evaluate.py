@@ -79,13 +79,14 @@ def evaluate_model(what: str, config: Config, out: Path | None, again: Again | N
     check_model_files(model)
     tokenizer = load_tokenizer(model)
     _check_template(what, config, tokenizer)
-    is_base = key == model_key(config.model)
+    base_key = key if what == config.model else model_key(config.model)  # every byte is read for one
+    is_base = key == base_key
     settings = settings_for(config, tokenizer)
     if not is_base and settings.drift:
         check_same_vocabulary(model, config.model, "--base (default: the recipe's model)", "evaluate.drift")
     keys = {"model": key, "template": _template_key(tokenizer), "evaluation": evaluation_key(settings)}
     if not is_base:
-        keys["base"] = model_key(config.model)
+        keys["base"] = base_key
     if again:
         again.require(keys)
     kind = "base" if is_base else "model"
