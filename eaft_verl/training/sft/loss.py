@@ -34,7 +34,7 @@ BATCH_FLAGS: dict[str, Any] = {
 }
 ANCHOR_FIELDS = ("anchor_ids", "anchor_logprob", "anchor_tail")  # in the batch: a TopReference per row
 STATISTICS = ("logprob", "entropy", "sum_p2", "full_entropy")  # of TokenStats, those that a model gives
-ANY_STATE = {"tau": 1.0, "progress": 1.0}  # for forward passes whose weights nobody reads
+ANY_STATE = {"tau": 1.0, "progress": 1.0}  # for passes whose weights nobody reads
 DUAL_CLIP = 10.0  # verl's bound for negative advantages: without effect at advantage 1
 
 
@@ -261,5 +261,9 @@ def shifted(data: TensorDict) -> tuple[Tensor, Tensor]:
 
 
 def _state(data: TensorDict) -> dict[str, float]:
-    """What the driver knows of the global batch and a micro-batch cannot: tau, weight_scale."""
-    return tu.get_non_tensor_data(data, "objective_state", None) or {}
+    """What the driver knows of the global batch and a micro-batch cannot: tau, progress, weight_scale.
+
+    A pass that trains nothing needs none of it: nobody reads its weights, unless the driver has given a state.
+    """
+    given = tu.get_non_tensor_data(data, "objective_state", None) or {}
+    return given if torch.is_grad_enabled() else {**ANY_STATE, **given}

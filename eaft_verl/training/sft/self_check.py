@@ -17,7 +17,7 @@ from eaft_verl.data.parquet import Example, lengths_of
 from eaft_verl.errors import RunError
 from eaft_verl.recipe.config import Config
 from eaft_verl.training.sft.batches import make_batch
-from eaft_verl.training.sft.loss import ANY_STATE, BATCH_FLAGS
+from eaft_verl.training.sft.loss import BATCH_FLAGS
 
 ROWS, LENGTH = 4, 128  # of the data, and the first tokens of each
 SMALLEST = 8  # tokens of a row
@@ -129,7 +129,7 @@ def reversed_row(row: Example) -> Example:
 
 def engine_nll(group: Any, rows: Sequence[Example], together: int, ranks: int) -> list[Tensor]:
     """NLL [L - 1] of every row on every data-parallel rank, `together` rows in a micro-batch."""
-    layout = {"use_dynamic_bsz": False, "micro_batch_size_per_gpu": together, "objective_state": ANY_STATE}
+    layout = {"use_dynamic_bsz": False, "micro_batch_size_per_gpu": together}
     batch = make_batch(rows, list(range(len(rows))) * ranks, {**BATCH_FLAGS, **layout})
     return [nll[:-1].double() for nll in group.infer_batch(batch).get()["nll"].unbind()]
 

@@ -22,7 +22,7 @@ from eaft_verl.training.schedule import MAX_NONFINITE_STEPS, Moment, SaveClock, 
 from eaft_verl.training.sft import checkpoint
 from eaft_verl.training.sft.base_tokens import BaseTokens
 from eaft_verl.training.sft.batches import TokenSource, balanced, make_batch
-from eaft_verl.training.sft.loss import ANY_STATE, BATCH_FLAGS
+from eaft_verl.training.sft.loss import BATCH_FLAGS
 from eaft_verl.training.sft.meter import DriftMeter
 from eaft_verl.training.sft.old_policy import OldPolicy
 from eaft_verl.training.sft.order import PADDING, batch_indices, sequential_batches, steps_per_epoch
@@ -203,7 +203,7 @@ class Trainer:
         if isinstance(objective, Talr) and "tau" in objective.needs:
             known = self.state["tau"] if objective.tau == "previous_step" else None
             known = self.base.median_nll(rows) if self.base else known
-            state["tau"] = known or self._forward(rows, ANY_STATE)["median_example_nll"]
+            state["tau"] = known or self._forward(rows, {})["median_example_nll"]
         if objective.weight_norm == "batch_mean":
             mean = self._forward(rows, state)["weight_mean"]
             state["weight_scale"] = 1.0 / mean if mean > 0 else 1.0
@@ -251,7 +251,7 @@ class Trainer:
             return self.validated[1]
         total, sums = 0.0, dict.fromkeys(VALIDATED, 0.0)
         for indices in sequential_batches(len(self.heldout), self.batch_size):
-            metrics = metrics_of(self.infer(self.heldout, indices, objective_state=ANY_STATE))
+            metrics = metrics_of(self.infer(self.heldout, indices))
             total += metrics["step_tokens"]
             for name in VALIDATED:
                 sums[name] += metrics[name] * metrics["step_tokens"]
