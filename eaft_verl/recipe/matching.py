@@ -38,11 +38,16 @@ def budget_source(
             f"arm {arm} has trainer=grpo, which cannot be stopped at a number of {match}, but {matched}; "
             f"set compare.to={arm}, or match updates or samples"
         )
-    alike = trainers[arm] == trainers[to] and not any(
-        _sets(arms[name], key) for name in (arm, to) for key in UPDATE_KEYS
-    )
-    alike = alike and (fixed or all(arms[arm].get(key) == arms[to].get(key) for key in OWN_DATA))
-    return to, None if match == "updates" and alike else to
+    if match != "updates" or trainers[arm] != trainers[to]:
+        return to, to
+    return to, None if _equally_long(arms[arm], arms[to], fixed) else to
+
+
+def _equally_long(arm: Mapping[str, Any], other: Mapping[str, Any], fixed: bool) -> bool:
+    """Whether two arms of one trainer make equally many updates as they stand; `fixed` as for `budget_source`."""
+    if any(_sets(one, key) for one in (arm, other) for key in UPDATE_KEYS):
+        return False
+    return fixed or all(arm.get(key) == other.get(key) for key in OWN_DATA)
 
 
 def _reference(arms: Arms, trainers: Mapping[str, str], compare: Mapping[str, Any]) -> str:

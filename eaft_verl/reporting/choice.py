@@ -76,12 +76,18 @@ def choice(board: Board, rule: Rule | None, runs: Sequence[RunData], seed: int) 
     candidates = _candidates(board, rule, seed)
     if candidates is None:
         return found | {"unjudged": "no arm has an evaluation with both measures"}
+    return found | _decided(board, rule, candidates)
+
+
+def _decided(board: Board, rule: Rule, candidates: Candidates) -> Row:
+    """What the rule says of the candidates, and how sure that is."""
     decided_R, allowed_RC = candidates.decide(), candidates.meets()
     mine = int(decided_R[0])
-    near = None if mine != NONE else candidates.closest()
-    found |= {"candidates": len(candidates.names), "allowed": int(allowed_RC[0].sum())}
-    found["chosen"] = None if mine == NONE else _described(board, rule, candidates, mine)
-    found["closest"] = None if near is None else _described(board, rule, candidates, near)
+    found: Row = {"candidates": len(candidates.names), "allowed": int(allowed_RC[0].sum())}
+    if mine != NONE:
+        found["chosen"] = _described(board, rule, candidates, mine)
+    elif (near := candidates.closest()) is not None:
+        found["closest"] = _described(board, rule, candidates, near)
     if np.isfinite(candidates.gain_RC).all() and np.isfinite(candidates.cost_RC).all():
         found["probability"] = float((decided_R[1:] == mine).mean())
         found["bound_probability"] = None if mine == NONE else float(allowed_RC[1:, mine].mean())

@@ -105,19 +105,24 @@ def beside(report: Row, name: str) -> Row:
         {"model": row["model"], "method": row["method"], "theirs": row["scores"], "arm": None, "ours": {}}
         for row in rows or table["rows"]
     ]
-    for arm, cells in report["results"].items():
-        ours = {column: _percent(cells[one]) for column, one in shared.items() if one in cells}
-        same = next((row for row in found if rows and arm == METHODS.get(row["method"], row["method"].lower())), None)
-        if same:
-            same |= {"arm": arm, "ours": ours}
-        elif ours:
-            found.append({"model": report["model"], "method": arm, "theirs": {}, "arm": arm, "ours": ours})
+    _set_ours(found, report, shared, matched=bool(rows))
     missing = [column for column in columns if column not in shared]
     about = {"table": name, "domain": table["domain"], "unit": published()["unit"]}
     return about | {
         "inconsistencies": inconsistencies(name), "columns": columns, "rows": found,
         "missing": missing, "other_model": not rows,
     }  # fmt: skip
+
+
+def _set_ours(found: list[Row], report: Row, shared: dict[str, str], *, matched: bool) -> None:
+    """Our arms into the rows of their methods where the table has the model, else as rows of their own."""
+    for arm, cells in report["results"].items():
+        ours = {column: _percent(cells[one]) for column, one in shared.items() if one in cells}
+        theirs = (row for row in found if matched and arm == METHODS.get(row["method"], row["method"].lower()))
+        if same := next(theirs, None):
+            same |= {"arm": arm, "ours": ours}
+        elif ours:
+            found.append({"model": report["model"], "method": arm, "theirs": {}, "arm": arm, "ours": ours})
 
 
 def _benchmark(report: Row, column: str) -> str | None:

@@ -82,11 +82,9 @@ def equal_gain(board: Board, axis: str) -> Row:
     Returns {common_gain, levels: [{fraction, level, arms: {arm: row or None where not reached}}]}; a row is {kl, step,
     low, high, difference: `bounds` to the first arm}, or {withheld: True}.
     """
-    judged = [arm for arm in board.arms if arm.control is None and arm.average is None] or board.arms
     tracks = {arm.name: _tracks(board, axis, arm) for arm in board.arms}
-    seeds = [seed for seed in shared_seeds(*judged) if all(seed in tracks[arm.name] for arm in judged)]
-    common = {seed: np.min([tracks[arm.name][seed].gain_RP[:, -1] for arm in judged], axis=0) for seed in seeds}
-    if not seeds or not all(common_R[0] > 0 for common_R in common.values()):
+    common = _common_gain(board, tracks)
+    if not common or not all(common_R[0] > 0 for common_R in common.values()):
         return {"common_gain": 0.0, "levels": []}
     gain = float(np.mean([common_R[0] for common_R in common.values()]))
     levels = [
@@ -94,6 +92,13 @@ def equal_gain(board: Board, axis: str) -> Row:
         for fraction in FRACTIONS
     ]
     return {"common_gain": gain, "levels": levels}
+
+
+def _common_gain(board: Board, tracks: dict[str, dict[int, "_Track"]]) -> dict[int, Floats]:
+    """{seed: the least of the arms' last gains, as measured and of every resample}."""
+    judged = [arm for arm in board.arms if arm.control is None and arm.average is None] or board.arms
+    seeds = [seed for seed in shared_seeds(*judged) if all(seed in tracks[arm.name] for arm in judged)]
+    return {seed: np.min([tracks[arm.name][seed].gain_RP[:, -1] for arm in judged], axis=0) for seed in seeds}
 
 
 def _rows(tracks: dict[str, dict[int, "_Track"]], common: dict[int, Floats], fraction: float) -> Row:

@@ -64,17 +64,22 @@ def shorten(value: Any, head: int = TEXT_LENGTH - _TAIL) -> str:
     return text[:head] + gap + text[len(text) - (TEXT_LENGTH - head - len(gap)) :]
 
 
+def _recorded(run: RunData) -> dict[str, str]:
+    """{dotted key: text} of env.json, and what differed where the run was gone on with, or evaluated, later."""
+    found = {key: shorten(json.loads(text)) for key, text in flatten(run.run.env).items()}
+    for entry in run.info.get("environments", []):
+        lines = "; ".join(line for group in entry["found"].values() for line in group)
+        found[f"then ({entry['stage']}, attempt {entry['attempt']})"] = shorten(lines)
+    return found
+
+
 def environment(base: Arm, arms: list[Arm], out: Path) -> Row:
     """{runs: {run: folder relative to the report}, equal: {key: text}, differing: {key: {run: text}}} of env.json.
 
     Of what is installed beside the packages that decide a number, only what differs.
     """
     runs = [base.runs[0], *(run for arm in arms for run in arm.runs)]
-    flat = {run.label: {key: shorten(json.loads(text)) for key, text in flatten(run.run.env).items()} for run in runs}
-    for run in runs:  # gone on with, or evaluated, elsewhere
-        for entry in run.info.get("environments", []):
-            lines = "; ".join(line for group in entry["found"].values() for line in group)
-            flat[run.label][f"then ({entry['stage']}, attempt {entry['attempt']})"] = shorten(lines)
+    flat = {run.label: _recorded(run) for run in runs}
     keys = sorted({key for values in flat.values() for key in values})
     found = {key: {label: env.get(key, ABSENT) for label, env in flat.items()} for key in keys}
     equal = {key: next(iter(values.values())) for key, values in found.items() if len(set(values.values())) == 1}

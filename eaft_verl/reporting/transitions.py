@@ -115,21 +115,27 @@ def _judged(base: Arm, arm: Arm, name: str) -> bool:
 def _row(base: Arm, arm: Arm, name: str) -> Row:
     record = base.runs[0].evals[base.runs[0].step][name]
     metric, before = record["metric"], _rows(base.runs[0], name)
-    was = {key: int(_score(row, metric) or 0) for key, row in before.items()}
-    now = [{key: int(_score(row, metric) or 0) for key, row in _rows(run, name).items()} for run in arm.runs]
+    was, *now = (_right(rows, metric) for rows in (before, *(_rows(run, name) for run in arm.runs)))
     seeds, number = len(now), len(was)
     lost = sum(was[key] > one[key] for one in now for key in was) / seeds
     gained = sum(was[key] < one[key] for one in now for key in was) / seeds
-    choices = [len(row["logprobs"]) for row in before.values() if len(row.get("logprobs") or ()) > 1]
-    chance = None
-    if len(choices) == number:
-        after = sum(one[key] for one in now for key in was) / seeds / number
-        chance = guessed_flips(choices, sum(was.values()) / number, after)
+    after = sum(sum(one.values()) for one in now) / seeds / number
     return {
         **{"arm": arm.name, "benchmark": name, "side": record["side"], "n": number, "seeds": seeds},
-        **{"lost": lost, "gained": gained, "chance": chance},
+        **{"lost": lost, "gained": gained, "chance": _by_chance(before, sum(was.values()) / number, after)},
         "p": sign_flip_p([sum(one[key] for one in now) - seeds * was[key] for key in was]),
     }
+
+
+def _right(rows: dict[str, Row], metric: str) -> dict[str, int]:
+    """{question: 1 where it was answered right}."""
+    return {key: int(_score(row, metric) or 0) for key, row in rows.items()}
+
+
+def _by_chance(rows: dict[str, Row], before: float, after: float) -> float | None:
+    """`guessed_flips` of questions that all have several choices; None for others."""
+    choices = [len(row["logprobs"]) for row in rows.values() if len(row.get("logprobs") or ()) > 1]
+    return guessed_flips(choices, before, after) if len(choices) == len(rows) else None
 
 
 def _rows(run: RunData, name: str) -> dict[str, Row]:
