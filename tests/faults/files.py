@@ -191,8 +191,10 @@ def _evaluate_into_a_folder(lab: Lab) -> Outcome:
 def _no_runs(lab: Lab) -> Outcome:
     base, sft, eaft = fake_runs.make_runs(lab.folder / "runs")
     second = fake_runs.make_base(lab.folder / "second")
+    (empty := lab.folder / "empty").mkdir()
     for runs, said in (
-        ((base, lab.folder), "is not a run directory: it has no run.json"),
+        ((base, lab.folder / "none"), "is not a run directory"),
+        ((base, empty), "is no run directory and holds none"),
         ((base, lab.recipe), "is not a run directory"),
         ((sft, eaft), "exactly one base run"),
         ((base, second, sft), "exactly one base run"),

@@ -377,7 +377,7 @@ def test_progress_writes_plain_lines_where_there_is_no_terminal() -> None:
 def test_workers_on_a_cpu_get_the_platform_and_their_share_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "PYTHONPATH", "VERL_PLATFORM", "VERL_ENGINE_DEVICE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr("eaft_verl.cluster.session.cpus_here", lambda: 8)
     found = worker_environment("cpu", workers=3)
     assert (found["VERL_PLATFORM"], found["VERL_ENGINE_DEVICE"], found["OMP_NUM_THREADS"]) == ("cpu", "cuda", "2")
     assert worker_environment("cpu", workers=64)["OMP_NUM_THREADS"] == "1"
