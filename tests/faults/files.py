@@ -193,9 +193,9 @@ def _no_runs(lab: Lab) -> Outcome:
     second = fake_runs.make_base(lab.folder / "second")
     (empty := lab.folder / "empty").mkdir()
     for runs, said in (
-        ((base, lab.folder / "none"), "is not a run directory"),
+        ((base, lab.folder / "none"), "is no run directory and holds none"),
         ((base, empty), "is no run directory and holds none"),
-        ((base, lab.recipe), "is not a run directory"),
+        ((base, lab.recipe), "is no run directory and holds none"),
         ((sft, eaft), "exactly one base run"),
         ((base, second, sft), "exactly one base run"),
         ((base,), "at least one arm run"),
