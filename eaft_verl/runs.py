@@ -139,7 +139,11 @@ class Run:
 
     def metrics(self, split: str = "train") -> list[dict[str, Any]]:
         """Logged rows of one split ('train' or 'val'), in order of step."""
-        return [row for row in read_jsonl(self.path / "metrics.jsonl") if row.get("split") == split]
+        file = self.path / "metrics.jsonl"
+        rows = [row for row in read_jsonl(file) if row.get("split") == split]
+        if wrong := next((row for row in rows if not isinstance(row.get("step"), int)), None):
+            raise RunError(f"{file} has a row whose step is {wrong.get('step')!r} and no number; remove that line")
+        return rows
 
     def mend_metrics(self) -> list[int]:
         """Leave damaged lines of metrics.jsonl out, the file as it was kept beside it; their numbers, from 1."""

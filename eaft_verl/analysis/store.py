@@ -6,6 +6,7 @@ numbers. A store is filled part by part beside its place and gets its name when 
 goes on at its first missing part.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -43,6 +44,8 @@ COLUMNS = pa.schema(
         ("source", TEXT),  # part of a mixture
     ]
 )
+CHECKED: dict[str, Any] = {"page_checksum_verification": True}  # a page without a checksum passes
+WRITTEN: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
 IDENTITY = ("keys", "k", "origin", "sampling")  # of the metadata: what decides whether two stores are the same
 _DIFFERS = "stale: delete it, or choose another output folder"
 
@@ -79,16 +82,28 @@ class TokenStore:
 
     def batches(self, columns: Sequence[str] | None = None, size: int = BATCH) -> Iterator[pa.RecordBatch]:
         """All rows in order, at most `size` at a time; memory does not grow with the store."""
-        with pq.ParquetFile(self.path / FILE, pre_buffer=False, buffer_size=1 << 20) as file:  # else all is kept
+        options = {"pre_buffer": False, "buffer_size": 1 << 20, **CHECKED}  # else all is kept
+        with _damage_named(self.path / FILE), pq.ParquetFile(self.path / FILE, **options) as file:
             yield from file.iter_batches(size, columns=columns and list(columns))
 
     def column(self, name: str) -> pa.ChunkedArray:
         """One column whole: 4 bytes a token."""
-        return pq.read_table(self.path / FILE, columns=[name]).column(0)
+        with _damage_named(self.path / FILE):
+            return pq.read_table(self.path / FILE, columns=[name], **CHECKED).column(0)
 
     def sample(self, index: int) -> pa.Table:
         """The rows of one sample, [T]; reads its row groups alone."""
-        return pq.read_table(self.path / FILE, filters=pc.field("sample") == index)
+        with _damage_named(self.path / FILE):
+            return pq.read_table(self.path / FILE, filters=pc.field("sample") == index, **CHECKED)
+
+
+@contextlib.contextmanager
+def _damage_named(file: Path) -> Iterator[None]:
+    """DataError for a file with pages that are not as they were written."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{file} is damaged ({str(error)[:200]}); delete it and run it again") from None
 
 
 def stored_once(
@@ -136,23 +151,27 @@ def _checked(path: Path, meta: dict[str, Any]) -> TokenStore:
 
 def _write(file: Path, table: pa.Table, meta: dict[str, Any]) -> None:
     temporary = file.with_suffix(".tmp")
-    pq.write_table(table.replace_schema_metadata({META: json.dumps(meta)}), temporary, compression="zstd")
+    pq.write_table(table.replace_schema_metadata({META: json.dumps(meta)}), temporary, **WRITTEN)
     os.replace(temporary, file)
 
 
 def _join(target: Path, files: Sequence[Path], meta: dict[str, Any]) -> None:
     """The parts as one file of large row groups; parts hold whole samples and are read one at a time."""
-    footers = [pq.read_metadata(file) for file in files]
+    footers = []
+    for file in files:
+        with _damage_named(file):
+            footers.append(pq.read_metadata(file))
     seconds = sum(json.loads(footer.metadata[META])["seconds"] for footer in footers)
     tokens = sum(footer.num_rows for footer in footers)
     if not tokens:
         raise DataError("no token is trained: every loss mask is empty; look at the rows with `eaft prepare --show`")
     whole = {**meta, "schema": SCHEMA, "tokens": tokens, "seconds": seconds}
     schema = COLUMNS.with_metadata({META: json.dumps(whole)})
-    with pq.ParquetWriter(target, schema, compression="zstd") as writer:
+    with pq.ParquetWriter(target, schema, **WRITTEN) as writer:
         waiting: list[pa.Table] = []
         for file in files:
-            waiting.append(pq.read_table(file))
+            with _damage_named(file):
+                waiting.append(pq.read_table(file, **CHECKED))
             if sum(map(len, waiting)) >= GROUP or file == files[-1]:
                 group = pa.concat_tables(waiting).unify_dictionaries().replace_schema_metadata(schema.metadata)
                 writer.write_table(group, row_group_size=GROUP)

@@ -10,7 +10,7 @@ from typing import Any
 from eaft_verl.errors import ConfigError, RunError
 from eaft_verl.evaluation.settings import EvaluateSettings
 from eaft_verl.experiment.use import last_export
-from eaft_verl.models import check_model, resolve_model
+from eaft_verl.models import check_model, load_tokenizer, resolve_model
 from eaft_verl.reporting.summary import runs_of
 from eaft_verl.runs import Run, is_run
 
@@ -98,6 +98,7 @@ def _answer(speaker: Speaker, asked: str, system: str | None, new_tokens: int, t
     from eaft_verl.evaluation.harness import load_model
 
     if speaker.loaded is None:
+        load_tokenizer(speaker.model)  # says in a line what is not there, or cannot be read
         speaker.loaded = load_model(speaker.model, EvaluateSettings())
     opening = [{"role": "system", "content": system}] if system else []
     speaker.said.append({"role": "user", "content": asked})

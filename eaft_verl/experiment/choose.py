@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from eaft_verl.errors import RunError
+from eaft_verl.evaluation.model_files import check_checksums
 from eaft_verl.files import locked, read_json, write_json
 from eaft_verl.recipe.resolve import load_recipe, resolve
 
@@ -20,11 +21,14 @@ def choose_command(what: str, overrides: list[str], *, copy: bool) -> str:
     """
     output = _output(what, overrides)
     found = _report(output)
-    first, *more = found["answer"]
-    chosen = found["choice"]["chosen"]
-    if chosen is None:
-        raise RunError(f"{first} {LINK}/ is left as it is")
-    checkpoint = _checkpoint(output, found, chosen)
+    try:
+        first, *more = found["answer"]
+        if (chosen := found["choice"]["chosen"]) is None:
+            raise RunError(f"{first} {LINK}/ is left as it is")
+        checkpoint = _checkpoint(output, found, chosen)
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{output / 'report' / 'report.json'} is damaged ({error}); run `eaft report` again") from None
+    check_checksums(checkpoint)
     busy = f"another process makes {output / LINK}"
     with locked(output / f".{LINK}.lock", busy=busy, wait=True):
         _require_ours(output)

@@ -58,8 +58,11 @@ def export(run: Run, step: int | None, out: Path | None, push: str | None, *, pu
     if out is not None:
         if out.exists():
             raise RunError(f"{out} exists and is never overwritten; give another --out")
-        shutil.copytree(folder, out)
-        (out / "README.md").write_text(card, encoding="utf-8")
+        partial = out.with_name(f".{out.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(folder, partial)  # under another name until it is whole
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        partial.rename(out)
     return _pushed(folder, card, push, public=public) if push else str(out or folder)
 
 

@@ -106,6 +106,8 @@ def _host(arm: Arm, process: float) -> dict[str, float]:
     """Parts on the fullest host; on a CPU it holds the devices too, each one process of that many bytes."""
     setup = arm.setup
     host = host_bytes(setup, EXPORT_BYTES, arm.reference_tokens)
+    if arm.config.async_save:
+        host["state being saved"] = checkpoint_bytes(setup) / setup.nodes
     if not setup.cuda:
         del host["processes"]
         host["all processes"] = process * setup.devices

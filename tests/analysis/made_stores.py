@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from eaft_verl.analysis.store import COLUMNS, META, TokenStore
+from eaft_verl.analysis.store import COLUMNS, META, WRITTEN, TokenStore
 
 FLOATS = ("logprob", "entropy", "full_entropy", "max_prob", "sum_p2", "top_k_mass")
 
@@ -29,7 +29,7 @@ def write_store(path: Path, *, vocab: int = 384, k: int = 20, origin: str = "dat
     meta = {"schema": 1, "model": "org/<model>", "keys": keys or {"model": "m", "data": "d", "template": "t"}, "k": k}
     meta |= {"vocab": vocab, "origin": origin, "sampling": None, "samples": int(sample.max()) + 1, "tokens": size}
     path.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table.replace_schema_metadata({META: json.dumps(meta)}), path / "tokens.parquet", compression="zstd")
+    pq.write_table(table.replace_schema_metadata({META: json.dumps(meta)}), path / "tokens.parquet", **WRITTEN)
     return TokenStore(path)
 
 

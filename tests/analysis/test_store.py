@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from made_stores import random_columns, write_store
 
 from eaft_verl.analysis.store import COLUMNS, FILE, META, TokenStore, stored_once
 from eaft_verl.errors import DataError
@@ -146,3 +147,19 @@ def test_nothing_trained_is_an_error_and_leaves_no_store(tmp_path: Path) -> None
     with pytest.raises(DataError, match="every loss mask is empty"):
         stored_once(tmp_path / "store", {**IDENTITY, "samples": 1}, 1, lambda part: part_of(0).slice(0, 0))
     assert not (tmp_path / "store").exists()
+
+
+def test_a_flipped_bit_anywhere_in_the_numbers_is_named(tmp_path: Path) -> None:
+    """Each was read as another number before, or ended in a traceback."""
+    store = write_store(tmp_path, **random_columns(20, 30))
+    file = tmp_path / "tokens.parquet"
+    whole = file.read_bytes()
+    pages = pq.read_metadata(file).row_group(0)
+    assert len(list(store.batches())) == 1
+    for column in range(pages.num_columns):
+        chunk = pages.column(column)
+        damaged = bytearray(whole)
+        damaged[(chunk.dictionary_page_offset or chunk.data_page_offset) + chunk.total_compressed_size - 2] ^= 4
+        file.write_bytes(damaged)
+        with pytest.raises(DataError, match="tokens.parquet is damaged"):
+            list(store.batches())

@@ -2,7 +2,9 @@
 
 import os
 import signal
+import sys
 import time
+from pathlib import Path
 
 from .matrix import Lab, Outcome, fault
 
@@ -44,3 +46,17 @@ def _two(lab: Lab) -> Outcome:
     assert codes == [0, 0] and said.count("step 1/") == 1 and "waiting for it" in said
     assert not partial.exists() and "Traceback" not in said
     return Outcome("both exit 0; one pass")
+
+
+@fault("one flipped bit in the pages of token statistics", "refused in one line that names the file")
+def _flipped(lab: Lab) -> Outcome:
+    sys.path.insert(0, str(Path(__file__).parents[1] / "analysis"))
+    import made_stores
+
+    made_stores.write_store(lab.folder / "store", **made_stores.random_columns(20, 30))
+    file = lab.folder / "store" / "tokens.parquet"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 4] ^= 4  # among the first columns: samples, tokens, log-probabilities
+    file.write_bytes(data)
+    seen = lab.eaft("analyze", lab.folder / "store", "--out", lab.folder / "seen")
+    return Outcome(f"exit 2: {seen.refused('tokens.parquet is damaged')}"[:100])

@@ -65,6 +65,11 @@ def test_every_remedy_fits_when_it_is_applied_and_passes_the_checks(recipe: Path
         assert plan.peak == pytest.approx(remedy["peak"])
 
 
+def test_a_state_that_is_saved_in_the_background_takes_its_size_in_host_memory(recipe: Path) -> None:
+    plain, behind = (plan_arm(config(recipe, "sft", f"async_save={on}"), A100) for on in ("false", "true"))
+    assert behind.needed - plain.needed == 12 * QWEN_32B.parameters and behind.peak == plain.peak
+
+
 def test_what_each_anchor_loads(recipe: Path) -> None:
     plans = {arm: plan_arm(config(recipe, arm), A100) for arm in ("sft", "kl", "topk", "lora", "lora_kl")}
     assert plans["kl"].device["reference"] == 2 * QWEN_32B.parameters / 8
