@@ -17,7 +17,7 @@ model: {model}
 device: cpu
 data: {{train: {questions}, max_length: 48}}
 reward: {{grader: "digits:share"}}
-evaluate: {{target: [sums], points: 1}}
+evaluate: {{points: 1}}
 compare: {{match: none}}
 verl:
   engine: {{mixed_precision: {{param_dtype: fp32, reduce_dtype: fp32}}}}
