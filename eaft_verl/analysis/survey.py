@@ -12,7 +12,6 @@ import torch
 
 from eaft_verl.analysis.blocks import Array, Block, blocks
 from eaft_verl.analysis.store import TokenStore
-from eaft_verl.errors import DataError
 from eaft_verl.tokens.stats import BaseStats
 
 COLUMNS = ("sample", "token", "logprob", "entropy", "full_entropy")
@@ -55,16 +54,6 @@ class _SketchedStats(BaseStats):
         return super().quantile(name, q) if sketch is None else sketch.quantile(q)
 
 
-def _check_finite(store: TokenStore, block: Block) -> None:
-    for name in ("logprob", "entropy", "full_entropy"):
-        if not np.isfinite(block[name].sum(dtype=np.float64)):
-            row = int(np.flatnonzero(~np.isfinite(block[name]))[0])
-            raise DataError(
-                f"{store.path}: {name} is {block[name][row]} for token {block['token'][row]} of sample "
-                f"{block['sample'][row]}; the model is broken, or masks a token that the data trains: look at both"
-            )
-
-
 class Survey:
     """What the first pass finds; `tokens_S`, `nll_S`, ...: sums over the trained tokens of each sample."""
 
@@ -74,7 +63,6 @@ class Survey:
         self.seen_V = np.zeros(self.vocab, np.int64)  # samples in which the label is a conflict
         self.last_token = -1  # the largest number of a label
         for block in blocks(store, COLUMNS, {}):
-            _check_finite(store, block)
             self._add(block)
 
     def _add(self, block: Block) -> None:
