@@ -130,12 +130,16 @@ def _check(store: TokenStore, batch: pa.RecordBatch, allowed: dict[str, tuple[fl
         if "sample" in batch.schema.names:
             where += f" for token {batch.column('token')[row]} of sample {batch.column('sample')[row]}"
         if np.isfinite(values_T[row]):
-            raise DataError(f"{where}, allowed is {low:.4g} to {high:.4g}: delete the store and run `eaft analyze` again")
+            raise DataError(
+                f"{where}, allowed is {low:.4g} to {high:.4g}: delete the store and run `eaft analyze` again"
+            )
         raise DataError(f"{where}; the model is broken, or masks a token that the data trains: look at both")
     if "sample" in batch.schema.names and batch.num_rows:
         sample_T = np.asarray(batch.column("sample"))
         if sample_T[0] < max(last, 0) or (np.diff(sample_T) < 0).any():
-            raise DataError(f"{store.path}: its samples are not in order: delete the store and run `eaft analyze` again")
+            raise DataError(
+                f"{store.path}: its samples are not in order: delete the store and run `eaft analyze` again"
+            )
 
 
 def _ahead(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
