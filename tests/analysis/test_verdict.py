@@ -153,7 +153,7 @@ def test_no_more_than_in_own_answers_asks_for_nothing(tmp_path):
 def test_more_than_in_own_answers(tmp_path):
     found, _ = judged(tmp_path, facts(), own=facts(0.2))
     assert found["remedy"] == "eaft"
-    assert "(8,000 tokens) it is 0.50 %: the data is 2 points above" in text(found, "baseline")
+    assert "(200, 8,000 tokens) it is 0.50 %: the data is 2 points above" in text(found, "baseline")
 
 
 def test_data_that_the_model_knows_nothing_of_is_read_first(tmp_path):
