@@ -51,6 +51,11 @@ def opened_thinking(prompt: str) -> str:
     return found[0] if found else ""
 
 
+def marks_thinking(token: str) -> bool:
+    """Whether a special token opens or closes thinking, or is the first of several that do."""
+    return token == "<|channel|>" or _THOUGHT.fullmatch(token) is not None
+
+
 def said(response: str) -> str:
     """What a response says outside its thinking, the last MAX_CHARACTERS of it; '' while the thinking has not ended.
 
