@@ -46,6 +46,7 @@ COLUMNS = pa.schema(
 )
 CHECKED: dict[str, Any] = {"page_checksum_verification": True}  # a page without a checksum passes
 WRITTEN: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
+KNOWN = {"model": str, "keys": dict, "k": int, "vocab": int, "origin": str, "samples": int, "tokens": int}  # of META
 IDENTITY = ("keys", "k", "origin", "sampling")  # of the metadata: what decides whether two stores are the same
 _DIFFERS = "stale: delete it, or choose another output folder"
 
@@ -63,19 +64,21 @@ class TokenStore:
         file = self.path / FILE
         if not file.is_file():
             raise DataError(f"{self.path} holds no token statistics ({FILE} is missing); run `eaft analyze`")
-        try:
+        with _damage_named(file):
             self._footer = pq.read_metadata(file)
-            names = pq.read_schema(file).names
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{file} is not whole or no parquet file ({error}); delete it and run it again") from None
+            found = pq.read_schema(file)
         try:
             self.meta: dict[str, Any] = json.loads((self._footer.metadata or {})[META])
-        except (KeyError, ValueError):
+            schema = self.meta["schema"]
+        except (KeyError, ValueError, TypeError):
             raise DataError(f"{file} was not written by `eaft analyze`: it names no model; give another") from None
-        if self.meta.get("schema") != SCHEMA or names != COLUMNS.names:
+        wrong = [field.name for field in COLUMNS if field not in list(found)]
+        wrong += [name for name, kind in KNOWN.items() if not isinstance(self.meta.get(name), kind)]
+        if schema != SCHEMA or found.names != COLUMNS.names or wrong:
             raise DataError(
-                f"{file} has schema {self.meta.get('schema')!r} with columns {', '.join(names)}; this version reads "
-                f"{SCHEMA} with {', '.join(COLUMNS.names)}: delete it and run `eaft analyze` again"
+                f"{file} has schema {schema!r} with columns {', '.join(found.names)}; this version reads {SCHEMA} with "
+                f"{', '.join(COLUMNS.names)} (missing or of another type: {', '.join(wrong) or 'none'}): delete it and "
+                "run `eaft analyze` again"
             )
         if self.meta["tokens"] != self._footer.num_rows:
             raise DataError(f"{file} is not whole: {self._footer.num_rows} of {self.meta['tokens']} tokens; delete it")
@@ -103,7 +106,10 @@ def _damage_named(file: Path) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file} is damaged ({str(error)[:200]}); delete it and run it again") from None
+        said = " ".join(str(error).split())
+        raise DataError(
+            f"{file} is not whole or no parquet file ({said}); delete it and run `eaft analyze` again"
+        ) from None
 
 
 def stored_once(

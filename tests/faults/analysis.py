@@ -59,4 +59,4 @@ def _flipped(lab: Lab) -> Outcome:
     data[len(data) // 4] ^= 4  # among the first columns: samples, tokens, log-probabilities
     file.write_bytes(data)
     seen = lab.eaft("analyze", lab.folder / "store", "--out", lab.folder / "seen")
-    return Outcome(f"exit 2: {seen.refused('tokens.parquet is damaged')}"[:100])
+    return Outcome(f"exit 2: {seen.refused('tokens.parquet is not whole')}"[:100])

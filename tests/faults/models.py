@@ -53,7 +53,11 @@ def _other_shape(lab: Lab) -> Outcome:
     return Outcome("exit 2, both shapes are named")
 
 
-@fault("weights are cut off, empty, a git-lfs pointer, gone, or lack a shard", "one line names the file, before Ray")
+@fault(
+    "weights are cut off, empty, a git-lfs pointer, gone, or lack a shard",
+    "one line names the file, before Ray",
+    slow=True,
+)
 def _weight_files(lab: Lab) -> Outcome:
     whole = (lab.model / ONE).read_bytes()
     for content, said in (
