@@ -15,7 +15,7 @@ STEPS = 6
 RECIPE = """
 model: {model}
 device: cpu
-data: {{train: {questions}, max_length: 48}}
+data: {{train: {questions}, heldout: {heldout}, max_length: 48}}
 reward: {{grader: "digits:share"}}
 evaluate: {{points: 1}}
 compare: {{match: none}}
@@ -48,7 +48,8 @@ def test_a_stopped_job_goes_on_exactly(tmp_path: Path) -> None:
     project.mkdir()
     model = grpo_fixtures.character_model(tmp_path / "model")
     questions = grpo_fixtures.write_questions(tmp_path / "questions.jsonl", 32)
-    (project / "recipe.yaml").write_text(RECIPE.format(model=model, questions=questions))
+    heldout = grpo_fixtures.write_questions(tmp_path / "heldout.jsonl", 4)
+    (project / "recipe.yaml").write_text(RECIPE.format(model=model, questions=questions, heldout=heldout))
     (project / "digits.py").write_text(GRADER)
     with two_nodes(project, cpus=20) as cluster:
         stopped = _stopped(cluster, tmp_path / "out")
