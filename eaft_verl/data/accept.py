@@ -133,8 +133,8 @@ class _Draft:
 def _digest(said: list[Any]) -> str:
     """sha256 of what a row says; RowError for what JSON, in which it is kept, has not (a parquet may hold it)."""
     try:
-        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-    except TypeError as error:
+        return hashlib.sha256(json.dumps(said, sort_keys=True, allow_nan=False).encode()).hexdigest()
+    except (TypeError, ValueError) as error:
         raise RowError("wrong_type", f"its calls, tools or template arguments are not JSON ({error})") from None
 
 

@@ -4,9 +4,10 @@ import json
 import re
 from typing import Any
 
-from eaft_verl.data.spec import RowError, why_no_json
+from eaft_verl.data.spec import RowError, unrepeated, why_no_json
 
 Message = dict[str, Any]
+_ARGUMENTS = ("arguments", "parameters", "args", "input")  # OpenAI, Llama, LangChain, Anthropic
 _THOUGHT = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
 
 
@@ -15,7 +16,7 @@ def parsed(value: Any, where: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        return json.loads(value, object_pairs_hook=unrepeated)
     except (ValueError, RecursionError) as error:
         raise RowError("wrong_type", f"{where} is not valid JSON ({why_no_json(error)})") from None
 
@@ -58,7 +59,7 @@ def tool_call(call: Any, where: str) -> dict[str, Any]:
     function = call.get("function") or call if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"].strip():
         raise RowError("wrong_type", f"{where} has no function name: {str(call)[:60]!r}")
-    given = function.get("arguments", function.get("parameters"))
+    given = _arguments(call, function, where)
     # Null in an object is Arrow's padding; null in JSON text is what somebody wrote.
     arguments = (
         (parsed(given, f"arguments of {where}") if given.strip() else {})
@@ -71,6 +72,18 @@ def tool_call(call: Any, where: str) -> dict[str, Any]:
         raise RowError("wrong_type", f"arguments of {where} are {type(arguments).__name__}; an object is expected")
     named = {"id": call["id"]} if isinstance(call.get("id"), str) and call["id"] else {}
     return {**named, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
+
+
+def _arguments(call: dict[str, Any], function: dict[str, Any], where: str) -> Any:
+    """What stands under one of the usual names; RowError for two of them, and for a key that would be left out."""
+    named = [name for name in _ARGUMENTS if function.get(name) is not None]
+    if len(named) > 1:
+        raise RowError("clash", f"{where} has {' and '.join(named)}; keep one of them")
+    known = {"function", "name", "type", "id", "index", *_ARGUMENTS}
+    for key, item in (*call.items(), *function.items()):
+        if key not in known and item not in (None, "", [], {}):
+            raise RowError("column", f"{where} holds {key!r}, which would be left out of training; remove it")
+    return function[named[0]] if named else None
 
 
 def calls_in(value: Any, where: str) -> list[dict[str, Any]]:

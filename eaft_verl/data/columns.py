@@ -37,12 +37,18 @@ for _role, _names in USUAL.items():
         _ROLES.setdefault(_name, []).append(_role)
 # What a model of text cannot be shown.
 _MEDIA = re.compile(r"^(image|video|audio|picture|pixel|frame|wav|mel)s?(_|$)|_(image|video|audio)s?$")
+# What decides what is trained, by a spelling that is not ours; whatever its value is.
+_TRAINING = re.compile(
+    r"(^|_)(loss|masks?|masked|train|trained|trainable|training|supervised?|weights?)(_|$)|"
+    r"^(prefix|end_turn|ignored?|skip)$"
+)
 # What the prompt would have to hold; to be put there, or named in data.columns.
 _CARRIERS = re.compile(
     r"^(options?|choices|documents?|docs|passages?|paragraphs?|contexts?|context_.*|background|body|evidence|hints?|"
     r"knowledge|persona|facts?|schema|table|code_.*|examples?|few_shots?|demonstrations?|starter_code|inputs|files|"
-    r"dialog(ue)?|conversation|chat|turns|instructions?|constraints?|label_?mask|mask|labels_mask|train_.*|"
-    r"token_weights?|weights|channel|recipient|prefix|tools|functions|end_turn)$"
+    r"dialog(ue)?|conversation|chat|turns|instructions?|constraints?|channel|recipient|tools|functions|"
+    r"sys|sys_prompt|system_instructions?|preamble|developer|thoughts?|cot|.*_cot|chain_of_thoughts?|rationales?|"
+    r"explanations?|analysis|scratchpad|think|thinking_(content|text|process)|reasoning_(text|trace|details|steps))$"
 )
 _METADATA = re.compile(
     r"(^|[_ .-])(id|ids|idx|index|uuid|url|urls|uri|link|source|sources|dataset|split|subset|category|categories|type|"
@@ -67,10 +73,10 @@ class Row:
         self.columns = columns or {}
         self.roles = _by_role(self.filled)
         self.used: set[str] = set(_listed(self.columns.get("ignore")))
+        self.named = dict.fromkeys(name for names in self.columns.values() for name in _listed(names))
         if "input_ids" in self.filled:
             self.used.update(_PREPARED)
-        named = [name for names in self.columns.values() for name in _listed(names)]
-        if missing := [name for name in named if name not in row and name not in self.used]:
+        if missing := [name for name in self.named if name not in row and name not in self.used]:
             found = ", ".join(sorted(map(str, row))) or "none"
             raise RowError("format", f"there is no column {missing[0]!r} (data.columns); the row has {found}")
 
@@ -78,19 +84,19 @@ class Row:
         """Names of the columns that have the role: the one that data.columns names, else the usual ones."""
         if role in self.columns:
             return [name for name in _listed(self.columns[role]) if name in self.filled or name in self.empty]
-        usual = self.roles.get(role, [])
+        usual = self.roles.get(role, ())
         if not usual and role in ("prompt", "response"):
             usual = _by_role(self.empty).get(role, [])
-        taken = [name for names in self.columns.values() for name in _listed(names)]
-        return [name for name in usual if name not in taken and name not in self.used]
+        return [name for name in usual if name not in self.named and name not in self.used]
 
     def take(self, role: str) -> Any:
         """The value in this role, or None; RowError if several columns claim it and differ."""
-        names = self.find(role)
+        if not (names := self.find(role)):
+            return None
         if len(names) > 1 and any(self.filled.get(name) != self.filled.get(names[0]) for name in names):
             raise several(role, names, "clash")
         self.used.update(names)
-        return self.value(names[0]) if names else None
+        return self.value(names[0])
 
     def value(self, name: str) -> Any:
         """A column's value; "" where it holds nothing."""
@@ -104,8 +110,9 @@ class Row:
         for name in left:
             value, plain = self.filled[name], name.lower().strip()
             media = bool(_MEDIA.search(plain))
-            carries = bool(_CARRIERS.search(plain)) and not told and not isinstance(value, int | float)
-            meant = media or carries or not (told or _is_metadata(plain, value))
+            number = isinstance(value, int | float)
+            carries = bool(_TRAINING.search(plain) or (not number and (_CARRIERS.search(plain) or _claims(plain))))
+            meant = media or not (told or (_is_metadata(plain, value) and not carries))
             if meant and (media or not _is_copy(value, messages)):
                 raise RowError("column", _meaning(name, value, media))
         return left
@@ -141,6 +148,11 @@ def _meaning(name: str, value: Any, media: bool) -> str:
         f"column {name!r} holds {shown[:60]!r}, {what}; say what it is by data.columns (--column context={name!r}), or "
         f"leave it out by data.columns={{ignore: [{name}]}} (--column ignore={name!r})"
     )
+
+
+def _claims(name: str) -> bool:
+    """Whether the name usually has a role in the conversation, in which it is then not used."""
+    return any(role != "id" for role in _ROLES.get(name, ()))
 
 
 def _is_metadata(name: str, value: Any) -> bool:

@@ -21,6 +21,7 @@ none before a tool call; gpt-oss: the channel), so it is trained. An empty think
 thinking is switched off.
 """
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -38,9 +39,10 @@ __all__ = ["Encoded", "check_tokenizer", "encode", "render", "special_tokens"]
 _PROBE, _NEXT = "PROBE", "NEXTPROBE"
 _THINK = "<think>"
 _PLAIN = {"role", "content", "train"}
-# What the template put before and after the content of the last plain turn.
-_AROUND: WeakKeyDictionary[Any, tuple[str, str]] = WeakKeyDictionary()
+# What the template put before and after the content of the last plain turn, and how much of the latter is trained.
+_AROUND: WeakKeyDictionary[Any, tuple[str, str, int]] = WeakKeyDictionary()
 _EMPTY_THOUGHT = re.compile(r"\s*(<(\w+)>\s*)?</\w*think\w*>\s*")
+_NO_THOUGHT = re.compile(r"\s*<think>\s*</think>\s*")
 _SPLIT = "set data.turns=split: one example per assistant turn, each in exactly the context it is generated in"
 
 
@@ -52,8 +54,8 @@ class Encoded:
     open_turns: trained turns without an end-of-turn token. ends: the tokens that end the others.
     """
 
-    input_ids: list[int]
-    loss_mask: list[int]
+    input_ids: Sequence[int]
+    loss_mask: Sequence[int]
     turn: int = 0
     truncated: bool = False
     open_turns: int = 0
@@ -91,7 +93,8 @@ def encode(
     """
     written = write(tokenizer, messages, turns, tools, kwargs)
     tokens = list(tokenize(tokenizer, (one.text for one in written)))
-    return finish(written, tokens, max_length, over_long, turns)
+    found = finish(written, tokens, max_length, over_long, turns)
+    return [replace(one, input_ids=list(one.input_ids), loss_mask=list(one.loss_mask)) for one in found]
 
 
 def write(
@@ -165,6 +168,7 @@ def _finish(one: Written, tokens: Tokens, max_length: int, over_long: str) -> En
     return Encoded(ids, mask, last, too_long, one.open_turns, one.trained, one.ends)
 
 
+@functools.lru_cache(64)
 def _last_special(closing: str, specials: tuple[str, ...]) -> str:
     """The token that ends a turn: the last one where two stand side by side."""
     return next((token for token in specials if closing.rstrip().endswith(token.rstrip())), closing.strip())
@@ -220,21 +224,21 @@ def _locate(template: ChatTemplate, messages: list[Message], index: int, whole: 
         raise RowError("template_drops", f"{turn}: {reason}")
     _check_kept(whole, rendered[:end], turn)
     if message.keys() <= _PLAIN:
-        _AROUND[template.tokenizer] = (inserted, tail)
+        _AROUND[template.tokenizer] = (inserted, tail, _end_of_turn(tail, tail, template.specials)[1])
     return Span(len(prompt), start, body, end)
 
 
 def _as_before(template: ChatTemplate, message: Message, prompt: str, rendered: str) -> Span | None:
     """Where a plain turn is trained, if exactly what stood around the last one stands around it: no probe is needed."""
-    inserted, tail = _AROUND.get(template.tokenizer, ("", None))
+    inserted, tail, closing = _AROUND.get(template.tokenizer, ("", None, 0))
     content = message["content"]
     if tail is None or not message.keys() <= _PLAIN or _THINK in content or (inserted and content.startswith(inserted)):
         return None
     if rendered != f"{prompt}{inserted}{content}{tail}":
         return None
-    body, end = _end_of_turn(rendered, tail, template.specials)
+    body = len(rendered) - len(tail)
     start = len(prompt) + (len(inserted) if _EMPTY_THOUGHT.fullmatch(inserted) else 0)
-    return Span(len(prompt), start, body, end)
+    return Span(len(prompt), start, body, body + closing)
 
 
 def _check_kept(whole: str, beginning: str, turn: str) -> None:
@@ -255,6 +259,8 @@ def _start(message: Message, written: str, prompt: int, inserted: str) -> tuple[
     opened = written[:prompt].rstrip().endswith(_THINK)
     said = message["content"]
     said = said.lstrip().removeprefix(_THINK) if opened else said
+    if _NO_THOUGHT.search(written[max(0, prompt - 40) : prompt]):  # switched off, as the content may say once more
+        said = said[block.end() :] if (block := _NO_THOUGHT.match(said)) else said
     header = len(inserted) if inserted.strip() and written.startswith(inserted, prompt) else 0
     starts = [prompt + header, prompt] if header and not message.get("reasoning_content") else [prompt]
     reasons = [mismatch(message, written[start:], said) for start in starts]

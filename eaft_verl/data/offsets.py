@@ -4,6 +4,7 @@ Offsets from the tokenizer cost a third of its time. Where the bytes of a text's
 text's own bytes, as with every byte-level tokenizer, running sums of their lengths say the same.
 """
 
+from array import array
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -18,7 +19,7 @@ _PROBE = "Ein Test:\n  2+3, \u00e9\u20ac"
 class Tokens(NamedTuple):
     """Of one text: ids [T], and offsets [T, 2], the characters [left, right) of each token."""
 
-    ids: list[int]
+    ids: "array[int]"
     offsets: NDArray[np.int64]
 
 
@@ -69,15 +70,16 @@ def _groups(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _as_given(encoding: Any) -> Tokens:
-    return Tokens(encoding.ids, np.array(encoding.offsets, np.int64).reshape(-1, 2))
+    return Tokens(array("i", encoding.ids), np.array(encoding.offsets, np.int64).reshape(-1, 2))
 
 
 def _from_bytes(text: str, ids: list[int], spelling: _Spelling) -> Tokens | None:
     """The tokens, if their bytes are the text's; a normalised text, or white space that a token swallowed, is not."""
     raw = text.encode()
-    if b"".join([spelling.bytes_V[index] for index in ids]) != raw:
+    if b"".join(map(spelling.bytes_V.__getitem__, ids)) != raw:
         return None
-    lengths_T = spelling.lengths_V[np.fromiter(ids, np.int64, len(ids))]
+    ids_T = array("i", ids)
+    lengths_T = spelling.lengths_V[np.asarray(ids_T)]
     rights_T = lengths_T.cumsum()
     lefts_T = rights_T - lengths_T
     if len(raw) != len(text):
@@ -86,7 +88,7 @@ def _from_bytes(text: str, ids: list[int], spelling: _Spelling) -> Tokens | None
         wide = lengths_T > 0
         lefts_T = character[lefts_T]
         rights_T = np.where(wide, character[rights_T - 1] + 1, lefts_T)
-    return Tokens(ids, np.stack([lefts_T, rights_T], axis=1))
+    return Tokens(ids_T, np.stack([lefts_T, rights_T], axis=1))
 
 
 def _spelling(tokenizer: Any) -> _Spelling:

@@ -10,7 +10,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import IO, Any, cast
 
-from eaft_verl.data.spec import why_no_json
+from eaft_verl.data.spec import unrepeated, why_no_json
 from eaft_verl.errors import DataError
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -21,7 +21,7 @@ _WIDE = {b"\xff\xfe\x00\x00": "UTF-32", b"\x00\x00\xfe\xff": "UTF-32", b"\xff\xf
 
 
 def count_in_file(file: str) -> int | None:
-    """Rows of a parquet file or lines of one whose name says JSON Lines; None where rows must be parsed."""
+    """Rows of a parquet file or of one whose name and beginning say JSON Lines; None where rows must be parsed."""
     path = Path(file)
     if not path.is_file():
         return None
@@ -36,7 +36,10 @@ def count_in_file(file: str) -> int | None:
     if path.suffix != ".jsonl":
         return None
     with path.open("rb") as stream:
-        return sum(1 for line in stream if line.strip())
+        if stream.read(64).removeprefix(_BOM).lstrip()[:1] != b"{":  # an array, or packed
+            return None
+        stream.seek(0)
+        return sum(len(_rows_in(line)) for line in stream)
 
 
 def _open(file: str) -> IO[bytes]:
@@ -99,7 +102,8 @@ def _is_lines(file: str) -> bool:
         first = stream.readline().removeprefix(_BOM).strip()
         while not first and (line := stream.readline()):
             first = line.strip()
-        more = any(line.strip() for line in iter(lambda: stream.readline(CHUNK), b""))
+        first, *others = _rows_in(first) or [b""]
+        more = bool(others) or any(line.strip() for line in iter(lambda: stream.readline(CHUNK), b""))
     try:
         value = json.loads(first.decode("utf-8", errors="surrogateescape"), strict=False)
     except (ValueError, RecursionError):
@@ -116,18 +120,21 @@ def _read_jsonl(file: str) -> Iterator[Any]:
     number = 0
     with _open(file) as stream:
         for line, raw in enumerate(stream, 1):
-            text = raw.removeprefix(_BOM) if line == 1 else raw
-            if not text.strip():
-                continue
-            number += 1
-            yield _parse_line(text.rstrip(b"\r\n"), f"{file} row {number} (line {line})")
+            for text in _rows_in(raw.removeprefix(_BOM) if line == 1 else raw):
+                number += 1
+                yield _parse_line(text, f"{file} row {number} (line {line})")
+
+
+def _rows_in(line: bytes) -> list[bytes]:
+    """The line's rows: one, several where a carriage return alone ends them, none where it is blank."""
+    return [row for row in line.rstrip(b"\r\n").split(b"\r") if row.strip()]
 
 
 def _parse_line(raw: bytes, where: str) -> Any:
     if b"\0" in raw:
         raise DataError(f"{where} holds a NUL byte at column {raw.index(0) + 1}; remove it")
     try:
-        return json.loads(raw.decode("utf-8"))
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=unrepeated)
     except UnicodeDecodeError as error:
         raise DataError(
             f"{where} is not valid UTF-8 (byte 0x{raw[error.start]:02x} at column {error.start + 1}); "
@@ -142,7 +149,7 @@ def _read_array(file: str) -> Iterator[Any]:
 
     Undecodable bytes are carried through the parser as lone surrogates: only the parser knows which row they are in.
     """
-    decoder, number = json.JSONDecoder(strict=False), 0
+    decoder, number = json.JSONDecoder(strict=False, object_pairs_hook=unrepeated), 0
     with io.TextIOWrapper(cast(Any, _open(file)), "utf-8", errors="surrogateescape", newline="") as stream:
         buffer = stream.read(CHUNK).removeprefix("\ufeff").lstrip()
         if not buffer.startswith("["):
@@ -196,7 +203,7 @@ def _next_element(
 
 def _parse_whole(file: str, text: str) -> Any:
     try:
-        return json.loads(text, strict=False)
+        return json.loads(text, strict=False, object_pairs_hook=unrepeated)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{file} is not valid JSON ({why_no_json(error)})") from None
 

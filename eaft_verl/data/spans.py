@@ -1,5 +1,6 @@
 """Which tokens of a rendered conversation are trained."""
 
+from array import array
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ class Span:
     end: int
 
 
-def loss_mask(text: str, offsets: Any, spans: list[Span]) -> list[int]:
+def loss_mask(text: str, offsets: Any, spans: list[Span]) -> "array[int]":
     """1 for each token whose characters lie inside one of the spans (in order); a token across a border is not trained.
 
     Two borders are soft, because only the model can have written such a token: white space that the template puts
@@ -36,7 +37,7 @@ def loss_mask(text: str, offsets: Any, spans: list[Span]) -> list[int]:
             if first <= index < past:
                 mask[index] = _inside(text, lefts, rights, index, span)
     mask[:1] = 0
-    return mask.tolist()
+    return array("b", mask.tobytes())
 
 
 def _inside(text: str, lefts: Any, rights: Any, index: int, span: Span) -> bool:

@@ -169,11 +169,25 @@ def _source(entry: Any, name: str | None, key: str, common: Mapping[str, Any]) -
     return source
 
 
+class RepeatedKey(ValueError):
+    """An object of JSON has a key twice."""
+
+
+def unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """json's object_pairs_hook that loses nothing; RepeatedKey where the later of two would take the other's place."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise RepeatedKey(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
+    return found
+
+
 def why_no_json(error: ValueError | RecursionError) -> str:
     """What is wrong with JSON text that Python's reader refuses, in words for whoever wrote it."""
     if isinstance(error, RecursionError):
         return "nested too deeply"
-    return str(error) if isinstance(error, json.JSONDecodeError) else "a number of more than 4,300 digits"
+    told = isinstance(error, json.JSONDecodeError | RepeatedKey)
+    return str(error) if told else "a number of more than 4,300 digits"
 
 
 class RowError(DataError):

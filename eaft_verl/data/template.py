@@ -42,6 +42,7 @@ _OURS = frozenset(
     )
 )
 _SPECIALS: weakref.WeakKeyDictionary[Any, tuple[str, ...]] = weakref.WeakKeyDictionary()
+_NORMAL_FORMS: weakref.WeakKeyDictionary[Any, Callable[[str], str] | None] = weakref.WeakKeyDictionary()
 
 
 def check_tokenizer(tokenizer: Any) -> None:
@@ -78,11 +79,13 @@ def special_tokens(tokenizer: Any) -> tuple[str, ...]:
     return _SPECIALS[tokenizer]
 
 
-def normal_form(tokenizer: Any) -> Callable[[str], str]:
+def normal_form(tokenizer: Any) -> Callable[[str], str] | None:
     """What the tokenizer makes of a text before it looks for special tokens: NFKC turns full-width forms into one."""
-    normalizer = tokenizer.backend_tokenizer.normalizer
-    normalized = any(token.normalized for token in tokenizer.added_tokens_decoder.values() if token.special)
-    return normalizer.normalize_str if normalizer and normalized else str
+    if tokenizer not in _NORMAL_FORMS:  # to ask it takes longer than to look through a row
+        normalizer = tokenizer.backend_tokenizer.normalizer
+        normalized = any(token.normalized for token in tokenizer.added_tokens_decoder.values() if token.special)
+        _NORMAL_FORMS[tokenizer] = normalizer.normalize_str if normalizer and normalized else None
+    return _NORMAL_FORMS[tokenizer]
 
 
 @dataclass(frozen=True)

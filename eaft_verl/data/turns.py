@@ -35,6 +35,7 @@ _SHAREGPT_ROLES = {
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 TURN_MASKS = (*MASK_KEYS, "weight")
 _TURN_KEYS = {"role", "content", "from", "value", "tool_calls", "function_call", *REASONING_KEYS, *TURN_MASKS}
+_PLAIN = {"role", "content"}
 _SAID = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}  # True is 1
 
 
@@ -66,6 +67,8 @@ def read_turns(given: Any, name: str) -> tuple[list[Message], list[str]]:
 
 def _left(turn: dict[str, Any], made: Message, name: str) -> list[str]:
     """Keys of a turn that are not used: metadata all of them, or RowError."""
+    if turn.keys() == _PLAIN:
+        return []
     used = _TURN_KEYS | made.keys()
     others = {key: value for key, value in turn.items() if key not in used and not absent(value)}
     if not others:
@@ -83,6 +86,8 @@ def _message(turn: Any, number: int) -> Message:
             "wrong_type", f"turn {number} is {type(turn).__name__}; an object with role and content is expected"
         )
     role = _role(turn, number)
+    if turn.keys() == _PLAIN and role in ROLES and isinstance(turn["content"], str):  # most turns
+        return {"role": role, "content": turn["content"]}
     key = "value" if turn.get("from") is not None else "content"
     value = turn.get(key)
     if role in ("call", "thought"):

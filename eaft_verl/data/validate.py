@@ -18,7 +18,7 @@ def check_row(
     control_tokens: Sequence[str] = (),
     policy: str = "error",
     *,
-    normal: Callable[[str], str] = str,
+    normal: Callable[[str], str] | None = None,
     **beside: Any,
 ) -> tuple[list[Message], dict[str, Any], int]:
     """(messages, beside, number of control tokens escaped) of a row that may be encoded; RowError says why it may not.
@@ -29,27 +29,32 @@ def check_row(
     """
     _check_turns(messages)
     parts = {f"turn {number} ({message['role']})": message for number, message in enumerate(messages, 1)} | beside
-    for where, part in parts.items():
-        for text in _strings(part):
-            _check_characters(text, where.partition(" (")[0])
+    texts = {where: _strings(part) for where, part in parts.items()}
+    for where, some in texts.items():
+        for text in some:
+            if "\0" in text or not text.isascii():  # few
+                _check_characters(text, where.partition(" (")[0])
     if policy == "allow" or not control_tokens:
         return messages, beside, 0
-    halves = _halves(tuple(control_tokens), [text for part in parts.values() for text in _strings(part)])
+    halves = _halves(tuple(control_tokens), [text for some in texts.values() for text in some])
     pattern = _pattern((*control_tokens, *halves))
     count = 0
     if policy == "escape":
         escaped = {where: _escape(part, pattern) for where, part in parts.items()}
         count = sum(number for _, number in escaped.values())
         parts = {where: part for where, (part, _) in escaped.items()}
-    _require_no_token(parts, lambda text: pattern.search(text) or pattern.search(normal(text)), policy)
+        texts = {where: _strings(part) for where, part in parts.items()}
+    _require_no_token(texts, pattern, normal, policy)
     kept = list(parts.values())
     return kept[: len(messages)], dict(zip(beside, kept[len(messages) :], strict=True)), count
 
 
-def _require_no_token(parts: dict[str, Any], found_in: Callable[[str], re.Match[str] | None], policy: str) -> None:
-    for where, part in parts.items():
-        for text in _strings(part):
-            if found := found_in(text):
+def _require_no_token(
+    texts: dict[str, list[str]], pattern: re.Pattern[str], normal: Callable[[str], str] | None, policy: str
+) -> None:
+    for where, some in texts.items():
+        for text in some:
+            if found := pattern.search(text) or (normal and pattern.search(normal(text))):
                 raise RowError("control_token", _refusal(where, found, policy))
 
 
@@ -69,8 +74,15 @@ def _pattern(tokens: tuple[str, ...]) -> re.Pattern[str]:
 
 
 @functools.cache
+def _borders(tokens: tuple[str, ...]) -> tuple[frozenset[str], frozenset[str]]:
+    """Characters with which beginnings of tokens end, and ends begin."""
+    begins, ends, _ = _parts(tokens)
+    return frozenset(part[-1] for part in begins), frozenset(part[0] for part in ends)
+
+
+@functools.cache
 def _parts(tokens: tuple[str, ...]) -> tuple[frozenset[str], frozenset[str], range]:
-    """Beginnings and ends of tokens, of two characters and more, and their lengths."""
+    """Beginnings of tokens, of two characters and more, and ends, and the lengths of both."""
     begins = frozenset(token[:cut] for token in tokens for cut in range(2, len(token)))
     ends = frozenset(token[cut:] for token in tokens for cut in range(1, len(token) - 1))
     return begins, ends, range(2, max(map(len, tokens)))
@@ -80,8 +92,9 @@ def _halves(tokens: tuple[str, ...], texts: list[str]) -> tuple[str, ...]:
     """Of control tokens whose beginning ends one text of the row and whose end begins another, the longer halves: a
     template that writes the two side by side would complete them."""
     begins, ends, lengths = _parts(tokens)
-    tails = {text[-size:] for text in texts for size in lengths} & begins
-    heads = {text[:size] for text in texts for size in lengths} & ends
+    last, first = _borders(tokens)
+    tails = {text[-size:] for text in texts if text[-1:] in last for size in lengths} & begins
+    heads = {text[:size] for text in texts if text[:1] in first for size in lengths} & ends
     if not tails and not heads:
         return ()
     found = set()

@@ -101,7 +101,7 @@ def test_first_response_token_and_end_of_turn_by_position(make_tokenizer):
 def test_first_token_is_never_trained():
     from eaft_verl.data.spans import Span, loss_mask
 
-    assert loss_mask("xyz", [(0, 1), (1, 2), (2, 3)], [Span(prompt=0, start=0, body=3, end=3)]) == [0, 1, 1]
+    assert loss_mask("xyz", [(0, 1), (1, 2), (2, 3)], [Span(prompt=0, start=0, body=3, end=3)]).tolist() == [0, 1, 1]
 
 
 @pytest.mark.parametrize("name", ["chatml", "llama3", "thinking", "glm", "mistral"])
@@ -137,8 +137,8 @@ def test_token_across_the_border_is_not_trained():
 
     text = "user\n\nyes<end>\n"
     span = Span(prompt=5, start=5, body=9, end=14)  # content "\nyes", end of turn "<end>"
-    assert loss_mask(text, [(0, 4), (4, 6), (6, 9), (9, 14), (14, 15)], [span]) == [0, 0, 1, 1, 0]
-    assert loss_mask(text, [(0, 4), (4, 5), (5, 9), (9, 15)], [span]) == [
+    assert loss_mask(text, [(0, 4), (4, 6), (6, 9), (9, 14), (14, 15)], [span]).tolist() == [0, 0, 1, 1, 0]
+    assert loss_mask(text, [(0, 4), (4, 5), (5, 9), (9, 15)], [span]).tolist() == [
         0,
         0,
         1,

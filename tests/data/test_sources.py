@@ -31,10 +31,13 @@ def test_what_a_file_is_shows_in_its_bytes(tmp_path):
         **{"array.jsonl": json.dumps(ROWS), "pretty.jsonl": json.dumps(ROWS, indent=1), "a.ndjson": lines.rstrip()},
         **{"a.jsonl.gz": gzip.compress(lines.encode()), "b.json.gz": gzip.compress(json.dumps(ROWS).encode())},
         **{"a.jsonl.zst": packed, "w.json": json.dumps({"data": ROWS})},
+        **{"cr.jsonl": lines.replace("\n", "\r"), "cr.json": "\ufeff" + lines.replace("\n", "\r\r")},
+        "parts.jsonl.gz": b"".join(gzip.compress(part.encode()) for part in ("\ufeff", lines[:9], lines[9:])),
     }
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
         assert read_rows(str(tmp_path / name)) == ROWS, name
+        assert count_rows(str(tmp_path / name)) in (None, len(ROWS)), name
     (tmp_path / "turns.json").write_text('[[{"from": "human", "value": "Hi"}]]')
     assert read_rows(str(tmp_path / "turns.json")) == [{"messages": [{"from": "human", "value": "Hi"}]}]
 
@@ -107,6 +110,14 @@ def _parquet_with_bad_text(path):
         ("a.jsonl", b'{"p": "x"}\n[1]\n', "row 2 is list; every row must be an object"),
         ("a.json", b'[{"p": "x"}, {"p": "\xff"}]', "row 2 is not valid UTF-8"),
         ("a.json", b'[{"p": "x"}, {"p": "\0"}]', "row 2 holds a NUL byte"),
+        (
+            "a.jsonl",
+            b'{"p": 1}\r{"p": 1, "q": 2, "p": 3}\r',
+            r"row 2 .line 1. is not valid JSON .the key 'p' stands twice",
+        ),
+        ("a.json", b'[{"p": {"x": 1, "x": 1}}]', "is not valid JSON .the key 'x' stands twice in one object"),
+        ("a.json", b'{"data": [], "data": []}', "the key 'data' stands twice in one object"),
+        ("a.jsonl.bz2", b"BZh91AY", "has suffix '.bz2'; readable are"),
         ("a.json", b'{"p": "x"}', "holds dict; a list of objects"),
         ("a.json", b'[{"p": ', "is not valid JSON"),
         ("a.parquet", b"PAR1 no", "not a readable parquet file"),

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from eaft_verl.data.prepare import Prepared
 from eaft_verl.data.prompts import write_prompts
 from eaft_verl.errors import Diverged, RunError
+from eaft_verl.files import read_json
 from eaft_verl.models import check_no_code
 from eaft_verl.recipe.budgets import evaluation_points
 from eaft_verl.recipe.config import Config, plain
@@ -30,7 +31,7 @@ from eaft_verl.training.grpo.config import (
     updates_per_step,
 )
 from eaft_verl.training.grpo.metrics import VERL_FILE, Follower, Watch, no_signal, rewind
-from eaft_verl.training.grpo.states import CAUSE_FILE, STOP_FILE, mark_newest, require_inert
+from eaft_verl.training.grpo.states import CAUSE_FILE, CHECK_FILE, STOP_FILE, mark_newest, require_inert
 from eaft_verl.training.interruption import StopRequest, stop_request
 from eaft_verl.training.quiet import kept_in, printed_in
 from eaft_verl.training.resume import announce, starting_point
@@ -166,7 +167,7 @@ def _plan(config: Config, run: Run, data: Prepared, model: str, tokenizer: Any) 
     rewind(run.path / VERL_FILE, start)
     rewind(run.path / "rollouts.jsonl", start * updates)
     drop_checkpoints_after(run, start * updates)
-    for leftover in (CAUSE_FILE, STOP_FILE):
+    for leftover in (CAUSE_FILE, CHECK_FILE, STOP_FILE):
         (run.path / leftover).unlink(missing_ok=True)
     schedule = Schedule(
         steps, evaluation_points(steps), save_steps(config, steps, count), start, 60 * config.save_minutes
@@ -212,6 +213,7 @@ def _follow(
         done: list[Any] = []
         while not done:
             done, _ = ray.wait([running], timeout=POLL_S)
+            _take_check(run)
             for row in follower.poll():
                 watch.beat(row["step_s"])
                 progress.update(row["step"], row)
@@ -227,6 +229,16 @@ def _follow(
     finally:
         progress.close()
         trackers.close()
+
+
+def _take_check(run: Run) -> None:
+    """Say what the trainer's self-check found, and keep it in run.json."""
+    file = run.path / CHECK_FILE
+    if file.exists():
+        found = read_json(file)
+        print(f"eaft: {found.pop('line')}", flush=True)
+        run.update(self_check=found)
+        file.unlink()
 
 
 def _reported(run: Path) -> str:

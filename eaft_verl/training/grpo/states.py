@@ -10,6 +10,7 @@ LATEST = "latest_checkpointed_iteration.txt"
 CAUSE_FILE = "rollout_error.txt"  # in the run: why a response could not be made
 TRAINER = "eaft_sync"  # what verl's registry calls trainer.SavingTrainer
 MAKER = "eaft"  # of devices, for which verl's registry gives engine.SavingEngine
+CHECK_FILE = ".self_check.json"  # in the run: what the trainer found before its first step, until the driver has it
 STOP_FILE = ".stop"  # in the run: the trainer saves after the step it is in, and ends
 
 

@@ -8,7 +8,9 @@ from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.debug import marked_timer
 
-from eaft_verl.training.grpo.states import STOP_FILE, TRAINER
+from eaft_verl.files import write_json
+from eaft_verl.training.grpo.self_check import self_check
+from eaft_verl.training.grpo.states import CHECK_FILE, STOP_FILE, TRAINER
 from eaft_verl.training.stacks import write_stacks_when_asked
 
 write_stacks_when_asked()
@@ -22,6 +24,12 @@ class SavingTrainer(PPOTrainerSync):
         config.trainer.v1.trainer_mode = "sync"  # verl asks for the mode by this name in many places
         super().__init__(config)
         self.saved = time.monotonic()
+
+    def on_init_end(self) -> None:
+        """Check that rollout and trainer are one model; the rollout, asleep after it, gets the weights once more."""
+        super().on_init_end()
+        write_json(Path(self.config.trainer.eaft.run) / CHECK_FILE, self_check(self))
+        super().on_init_end()
 
     def on_step_end(self) -> None:
         """Save when a save is due. After a stop request the step is logged as any other and no further one begins."""

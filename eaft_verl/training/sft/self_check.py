@@ -67,19 +67,19 @@ def self_check(config: Config, group: Any, examples: Sequence[Example], model: s
     copies = _ranks(config, group)
     packed, single = (engine_nll(group, rows, together, copies) for together in (len(rows), 1))
     behind = [number for number in range(len(packed)) if number % len(rows)]  # all but the first of each pack
-    leak = _apart(packed, engine_nll(group, [reversed_row(rows[0]), *rows[1:]], len(rows), copies), behind)
-    noise = _apart(packed, engine_nll(group, rows, len(rows), copies), behind) if leak > FLOOR else 0.0
+    leak = apart(packed, engine_nll(group, [reversed_row(rows[0]), *rows[1:]], len(rows), copies), behind)
+    noise = apart(packed, engine_nll(group, rows, len(rows), copies), behind) if leak > FLOOR else 0.0
     plain, skipped = group.plain_nll(model, [list(row.input_ids) for row in rows], SHARE, adapter=True)[0]
     found = SelfCheck(
         rows=len(rows),
         tokens=sum(map(len, packed[: len(rows)])),
-        packed=_mean(packed),
-        single=_mean(single),
-        plain=_mean(plain) if plain else None,
+        packed=mean_of(packed),
+        single=mean_of(single),
+        plain=mean_of(plain) if plain else None,
         leak=leak,
         noise=noise,
-        difference=_apart(packed, single),
-        plain_difference=_apart(single, plain * copies) if plain else None,
+        difference=apart(packed, single),
+        plain_difference=apart(single, plain * copies) if plain else None,
         tolerance=tolerance(_precision(config)),
         skipped=skipped,
     )
@@ -96,10 +96,11 @@ def check_export(config: Config, group: Any, examples: Sequence[Example], folder
         return
     copies, allowed = _ranks(config, group), max(tolerance(_precision(config)), tolerance(dtype))
     single = engine_nll(group, rows, 1, copies)
-    if not (apart := _apart(single, plain * copies)) <= allowed:
+    if not (difference := apart(single, plain * copies)) <= allowed:
         raise RunError(
-            f"{folder} is not the model that was trained: NLL {_mean(plain):.5f} loaded again, {_mean(single):.5f} in "
-            f"the engine; a row differs by {apart:.2g} (allowed {allowed:.2g}). The export is removed, the state kept"
+            f"{folder} is not the model that was trained: NLL {mean_of(plain):.5f} loaded again, {mean_of(single):.5f} "
+            f"in the engine; a row differs by {difference:.2g} (allowed {allowed:.2g}). The export is removed, the "
+            "state kept"
         )
 
 
@@ -195,11 +196,12 @@ def plain_nll(
     return nlls, ""
 
 
-def _mean(nlls: Sequence[Tensor]) -> float:
+def mean_of(nlls: Sequence[Tensor]) -> float:
+    """Over all tokens of all rows."""
     return torch.cat(list(nlls)).mean().item()
 
 
-def _apart(first: Sequence[Tensor], second: Sequence[Tensor], numbers: Sequence[int] | None = None) -> float:
+def apart(first: Sequence[Tensor], second: Sequence[Tensor], numbers: Sequence[int] | None = None) -> float:
     """The largest mean difference of a row, over these rows."""
     places = range(len(first)) if numbers is None else numbers
     return max((first[number] - second[number]).abs().mean().item() for number in places)

@@ -73,6 +73,28 @@ def test_server_and_trainer_agree_on_probabilities(run: Run) -> None:
     assert max(row["rollout_prob_diff_max"] for row in run.metrics()) < 1e-4
 
 
+def test_before_the_first_step_rollout_trainer_and_transformers_are_one_model(run: Run) -> None:
+    found = run.info["self_check"]
+    assert found["rows"] == 4 and found["tokens"] == 64 and found["tolerance"] == 1e-3
+    assert found["difference"] < 1e-5 and found["plain_difference"] < 1e-5
+    assert found["rollout"] == pytest.approx(found["plain"], abs=1e-5) and found["trainer"] == pytest.approx(
+        found["plain"], abs=1e-5
+    )
+
+
+@pytest.mark.slow
+def test_a_rollout_with_other_weights_ends_the_run_before_its_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = ["verl.model.external_lib=grpo_other_weights"]
+    with pytest.raises(
+        RunError, match=r"self-check: the rollout samples from another model than the trainer trains: NLL"
+    ):
+        train_arm(tmp_path, overrides, monkeypatch)
+    run = Run(tmp_path / "out" / "grpo-seed0")
+    assert run.info["status"] == "failed" and "self_check" not in run.info and not run.metrics()
+
+
 def test_metrics_follow_the_contract(run: Run) -> None:
     rows = run.metrics()
     for step, row in enumerate(rows, 1):
