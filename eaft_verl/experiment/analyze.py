@@ -30,6 +30,7 @@ from eaft_verl.recipe.config import Config
 from eaft_verl.recipe.datasets import prepare_data
 from eaft_verl.recipe.matching import OWN_DATA
 from eaft_verl.recipe.resolve import Recipe, load_recipe, resolve
+from eaft_verl.recipe.shipped import find_recipe
 from eaft_verl.recipe.views import objective_of
 from eaft_verl.training.sft.inference import token_statistics
 from eaft_verl.training.sft.run import check_lengths
@@ -100,7 +101,7 @@ def _of_stores(options: argparse.Namespace, gates: Sequence[str]) -> None:
 
 def is_recipe(what: str) -> bool:
     """Whether the first word names a recipe file rather than a model."""
-    return Path(what).suffix in (".yaml", ".yml")
+    return find_recipe(Path(what)).suffix in (".yaml", ".yml")
 
 
 def configured(what: str, words: Sequence[str], out: Path | None) -> Config:
@@ -116,7 +117,10 @@ def configured(what: str, words: Sequence[str], out: Path | None) -> Config:
         config = resolve(recipe, arm, overrides)
     else:
         if len(data) != 1:
-            raise ConfigError(f"eaft analyze takes RECIPE, or MODEL and DATA; after {what!r} came {' '.join(data)!r}")
+            came = f"{len(data)} data sets" if data else "no data"
+            raise ConfigError(
+                f"eaft analyze takes RECIPE, or MODEL and DATA; {what!r} is no recipe, and {came} came after"
+            )
         config = resolve(_alone(what, data[0], out), "eaft", overrides)
     check(config, trains=False)
     return config
