@@ -24,6 +24,7 @@ from eaft_verl.tokens.stats import CONFLICT_PROB, LOW_ENTROPY
 DENSITY, PULL, AGREED = "viridis", "YlGnBu", "Blues"
 RED, ORANGE, BLUE, GREY = "#c0392b", "#e06c00", "#0072b2", "#9aa5b1"
 WIDTH, HEIGHT = 5.4, 4.3
+WRITTEN = 0.15  # least overlap that is written into its cell
 Row = dict[str, Any]
 
 
@@ -42,7 +43,8 @@ def log_landscape(found: Row, title: str) -> Figure:
     _density(figure, axes, found["log_histogram"], found["tokens"], (LOG_LOW, 0.0))
     _bounds(axes, np.geomspace(10**LOG_LOW, 1 - 1e-4, 600), found["k"], found["vocab"], log=True)
     _box(axes, LOG_LOW, math.log10(CONFLICT_PROB), found["k"])
-    axes.set_xticks(range(int(LOG_LOW), 1, 2), [f"{10.0**e:g}" for e in range(int(LOG_LOW), 1, 2)])
+    ticks = range(int(LOG_LOW), 1, 2)
+    axes.set_xticks(ticks, [f"1e{e}" if e else "1" for e in ticks])
     return _named(figure, axes, title, "probability of the label, log scale")
 
 
@@ -108,13 +110,16 @@ def gradients(fields: dict[str, list[list[float | None]]]) -> Figure:
         mesh = axes.pcolormesh(edges, edges, square, cmap=PULL, vmin=0, vmax=high, rasterized=True)
         axes.set_title(name)
         axes.grid(visible=False)
-        axes.set(xlim=(0, 1), ylim=(0, 1), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
+        axes.set(xlim=(0, 1), ylim=(0, 1))
+        axes.set_xticks((0, 0.5, 1), ("0", "0.5", "1"))
+        axes.set_yticks((0, 0.5, 1), ("0", "0.5", "1"))
+    for axes in grid[-1]:
+        axes.set_xlabel("probability of the label")
     for axes in grid.flat[len(fields) :]:
         axes.remove()
     bar = figure.colorbar(mesh, ax=list(grid.flat[: len(fields)]), orientation="horizontal", aspect=40, pad=0.02)
     bar.set_label("|dL/dz|, 1-norm: 2 w (1 \u2212 p)")
     bar.outline.set_visible(False)
-    figure.supxlabel("probability of the label", fontsize=10.5)
     figure.supylabel("top-K entropy / ln K", fontsize=10.5)
     return figure
 
@@ -195,13 +200,12 @@ def _marks(row: Row) -> tuple[tuple[float, str, str], ...]:
 def overlap(found: Row) -> Figure:
     """Jaccard overlap of the top-weighted tokens of every two gates."""
     names, values = [row["gate"] for row in found["gates"]], np.array(found["overlap"]["jaccard"])
-    side = 2.2 + 0.36 * len(names)
+    side = 1.9 + 0.3 * len(names)  # narrow, so that it can be read on a telephone
     figure, axes = canvas(max(WIDTH, side + 0.4), max(3.2, side))
     axes.imshow(values, cmap=AGREED, vmin=0, vmax=1)
-    for i, line in enumerate(values):
-        for j, value in enumerate(line):
-            color = "white" if value > 0.6 else INK
-            axes.text(j, i, f"{value:.2f}".lstrip("0") or "0", ha="center", va="center", color=color, fontsize=8.5)
+    for i, j in np.argwhere(values >= WRITTEN):
+        color = "white" if values[i, j] > 0.6 else INK
+        axes.text(j, i, f"{values[i, j]:.2f}".lstrip("0"), ha="center", va="center", color=color, fontsize=9)
     axes.set_xticks(range(len(names)), names, rotation=60, ha="right", color=INK, rotation_mode="anchor")
     axes.set_yticks(range(len(names)), names, color=INK)
     axes.grid(visible=False)

@@ -182,7 +182,7 @@ def _kinds(data: Row, groups: dict[str, float]) -> list[Row]:
     if labels > TEN:
         text += ", the ten most frequent of which make up {top:%}"
     label, expected = (boxed(pair[name]).replace("{", "{{").replace("}", "}}") for name in ("label", "expected"))
-    text += f". The most frequent pair: \u201c{label}\u201d where the model expects \u201c{expected}\u201d, {{times:,}} times."
+    text += f". Most frequent: \u201c{label}\u201d where the model expects \u201c{expected}\u201d, {{times:,}} times."
     top, times = parts["top10_labels_share"], pair["count"]
     return [kind, _say("concentration", text, labels=labels, top=top, times=times)]
 

@@ -32,6 +32,17 @@ def _torn(lab: Lab) -> Outcome:
     return Outcome(f"exit 2: {seen.last_line}")
 
 
+@fault(
+    "an objective of one's own in --gates that gives one number", "refused in one line before the pass, nothing made"
+)
+def _one_number(lab: Lab) -> Outcome:
+    mine = "tests.faults.broken_objectives:OneNumber"
+    seen = lab.eaft("analyze", lab.model, "train.jsonl", *WORDS, "--gates", "sft", mine)
+    assert seen.code == 2 and mine in seen.last_line and "one weight per token" in seen.last_line
+    assert "Traceback" not in seen.said and not (lab.folder / "seen").exists()
+    return Outcome(f"exit 2: {seen.last_line}")
+
+
 @fault("an analysis killed, then two started at once", "one makes the store, the other waits and finds it", slow=True)
 def _two(lab: Lab) -> Outcome:
     words = ("analyze", lab.model, "train.jsonl", *WORDS)
