@@ -7,7 +7,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from eaft_verl.boundary import guard_streams, masked, python_command
-from eaft_verl.errors import CTRL_C, REFUSED, UNREAD, ConfigError, DataError, Interrupted, RunError
+from eaft_verl.errors import (
+    CTRL_C,
+    REFUSED,
+    UNREAD,
+    ConfigError,
+    DataError,
+    Interrupted,
+    RunError,
+    code_of,
+    did_you_mean,
+)
 from eaft_verl.experiment.arguments import DEFAULT_RECIPE, parser
 from eaft_verl.experiment.processes import CAUSE_FILE, begin_stage, run_stage
 from eaft_verl.training.interruption import is_stage
@@ -28,12 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
-    words = parser()
-    options, rest = words.parse_known_args(arguments)  # argparse leaves positional words behind an option over
-    if wrong := [word for word in rest if word.startswith("-") or "=" not in word or "overrides" not in options]:
-        words.error(f"unrecognized arguments: {' '.join(wrong)}")
-    if rest:
-        options.overrides = [*options.overrides, *rest]
+    options = _parsed(sys.argv[1:] if arguments is None else arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault(
         "OMP_WAIT_POLICY", "passive"
@@ -51,9 +56,33 @@ def _run(arguments: Sequence[str] | None) -> int:
         if path := os.environ.get(CAUSE_FILE):
             Path(path).write_text(masked(f"{type(error).__name__}: {error}"), encoding="utf-8")
         return error.code if isinstance(error, RunError) else REFUSED
+    except OSError as error:
+        if (code := code_of(error)) is None:
+            raise
+        print(f"eaft: error: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
+        return code
     except KeyboardInterrupt:
         print("eaft: Ctrl-C: ended; what was finished before is kept", file=sys.stderr)
         return CTRL_C
+
+
+def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    """The verb and its options; ends the program with one line where they are not known, or say two things at once."""
+    words = parser()
+    if arguments and arguments[0] not in VERBS and not arguments[0].startswith("-"):
+        near = did_you_mean(arguments[0], VERBS.keys()) or f"; the verbs are {', '.join(VERBS)}"
+        words.error(f"there is no verb {arguments[0]!r}{near}")
+    options, rest = words.parse_known_args(arguments)  # argparse leaves positional words behind an option over
+    if wrong := [word for word in rest if word.startswith("-") or "=" not in word or "overrides" not in options]:
+        words.error(f"unrecognized arguments: {' '.join(wrong)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    said: dict[str, str] = {}
+    for word in [vars(options).get("recipe") or "", *vars(options).get("overrides", ())]:
+        key, _, value = word.partition("=")
+        if said.setdefault(key, value) != value:
+            words.error(f"{key} is given twice, {said[key]} and {value}; give it once")
+    return options
 
 
 def _recipe_arguments(options: argparse.Namespace) -> tuple[str, list[str]]:
@@ -73,16 +102,15 @@ def _init(options: argparse.Namespace) -> None:
 
 
 def _recipes(options: argparse.Namespace) -> None:
-    from eaft_verl.recipe.shipped import about, find_recipe, shipped
+    from eaft_verl.recipe.file import read_recipe
+    from eaft_verl.recipe.shipped import find_recipe, listing
 
     if options.name:
-        from eaft_verl.recipe.resolve import load_recipe
-
-        load_recipe(options.name)  # says what is wrong, and which there are
-        print(find_recipe(Path(options.name)).read_text(encoding="utf-8"), end="")
+        file = find_recipe(Path(options.name))
+        read_recipe(file)  # says what is wrong, and which there are
+        print(file.read_text(encoding="utf-8"), end="")
     else:
-        width = max(map(len, shipped()), default=0)
-        print("\n".join(f"{name:{width}}  {about(file)}" for name, file in shipped().items()))
+        print("\n".join(listing()))
 
 
 def _prepare(options: argparse.Namespace) -> None:

@@ -3,6 +3,10 @@
 Each message says: which key or row, what was found, what is allowed, what to do.
 """
 
+import difflib
+import errno
+from collections.abc import Iterable, Mapping
+
 REFUSED, OUT_OF_MEMORY, DISK_FULL, HUNG, DIVERGED, LOST = 2, 4, 5, 6, 7, 8
 SAVED, CTRL_C, UNREAD, ENDED = 75, 130, 141, 143  # EX_TEMPFAIL of sysexits.h; 128 + SIGINT, SIGPIPE, SIGTERM
 EXIT_CODES = {
@@ -20,6 +24,18 @@ EXIT_CODES = {
     UNREAD: "whoever read the output has stopped reading, as `head` does",
     ENDED: "told to stop (SIGTERM) before anything new could be saved, or told twice",
 }
+
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_REFUSED_FILES = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+)
 
 
 class ConfigError(ValueError):
@@ -81,6 +97,20 @@ class WorkerFailed(RunError):
     """A worker raised what nobody foresaw; its traceback is in the file that the message names."""
 
     code = 1
+
+
+def code_of(error: OSError) -> int | None:
+    """The exit code where the system refuses a file, which the user can mend; None for a fault of ours."""
+    if error.errno in NO_SPACE:
+        return DISK_FULL
+    return REFUSED if error.filename and error.errno in _REFUSED_FILES else None
+
+
+def did_you_mean(word: str, known: Mapping[str, object] | Iterable[str]) -> str:
+    """'; did you mean X?' where a known word is near; of a mapping its value is named. Else nothing."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    named = known.get(near[0]) if near and isinstance(known, Mapping) else near and near[0]
+    return f"; did you mean {named}?" if near else ""
 
 
 def require(condition: object, message: str) -> None:

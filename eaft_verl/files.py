@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
@@ -25,11 +25,18 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Replace a file in one move, so that a reader or a crash never sees half of it."""
+    with new_file(path) as stream:
+        stream.write(data)
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """What is written into this stream is the file, whole, when the block ends; nothing where the block fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
         os.chmod(temporary, 0o644)
@@ -189,7 +196,10 @@ def seconds_to_compute(folder: Path) -> float:
 
 def cache_dir() -> Path:
     """$EAFT_CACHE, or ~/.cache/eaft-verl."""
-    return Path(os.environ.get("EAFT_CACHE") or Path.home() / ".cache" / "eaft-verl").expanduser().resolve()
+    try:
+        return Path(os.environ.get("EAFT_CACHE") or Path.home() / ".cache" / "eaft-verl").expanduser().resolve()
+    except RuntimeError:  # a user that the system does not know, as in some containers
+        raise RunError("there is no home folder to keep models and hashes in; export EAFT_CACHE=FOLDER") from None
 
 
 def digest_of(file: Path, digest: Any) -> str:

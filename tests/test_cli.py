@@ -1,5 +1,6 @@
 """The command line: verbs, where overrides may stand, exit codes, and what it must not import."""
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,9 @@ import pytest
 import tiny
 from omegaconf import OmegaConf
 
-from eaft_verl.cli import main
+from eaft_verl import cli
+from eaft_verl.cli import VERBS, main
+from eaft_verl.experiment.arguments import parser
 from eaft_verl.runs import Run
 
 RECIPE = """
@@ -33,11 +36,28 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_model_path: Path) -> P
     return path
 
 
-@pytest.mark.parametrize("verb", ["prepare", "train", "evaluate", "compare", "report"])
+def verbs() -> dict[str, argparse.ArgumentParser]:
+    subparsers = next(one for one in parser()._actions if isinstance(one, argparse._SubParsersAction))
+    return subparsers.choices
+
+
+@pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as done:
         main([verb, "--help"])
     assert done.value.code == 0 and verb in capsys.readouterr().out
+
+
+def test_every_option_is_read() -> None:
+    """What --help offers is looked at by some verb's code."""
+    assert verbs().keys() == VERBS.keys()
+    package = Path(cli.__file__).parent
+    code = "\n".join(path.read_text(encoding="utf-8") for path in package.rglob("*.py"))
+    for verb, words in verbs().items():
+        for action in words._actions:
+            known = action.dest in ("help", "compare")  # --compare is what no --arm means
+            assert known or f"options.{action.dest}" in code, f"{verb} {action.dest}"
+            assert action.help, f"{verb} {action.dest}"
 
 
 @pytest.mark.parametrize(
@@ -59,6 +79,64 @@ def test_a_word_that_is_no_override_is_refused(recipe: Path, capsys: pytest.Capt
     with pytest.raises(SystemExit) as done:
         main(["train", str(recipe), "--arm", "eaft", "--dry-run", "fast"])
     assert done.value.code == 2 and "unrecognized arguments: fast" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["tran"], "there is no verb 'tran'; did you mean train?; see `eaft --help`"),
+        (["fly"], "there is no verb 'fly'; the verbs are init, recipes, "),
+        (["train", "{recipe}"], "the following arguments are required: --arm; see `eaft train --help`"),
+        (["train", "{recipe}", "--arm", "sft", "--arm", "eaft"], "--arm is given twice; give it once; see `eaft train"),
+        (["train", "{recipe}", "--arm", "sft", "seed=1", "seed=2"], "seed is given twice, 1 and 2; give it once"),
+        (["train", "data.rows=3", "--arm", "sft", "data.rows=4"], "data.rows is given twice, 3 and 4"),
+    ],
+)
+def test_a_command_line_that_cannot_be_meant_is_one_line(
+    recipe: Path, words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as done:
+        main([word.format(recipe=recipe) for word in words])
+    printed = capsys.readouterr().err
+    assert done.value.code == 2 and printed.startswith(f"eaft: error: {said}") and printed.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["compare", "quikstart"], "recipe quikstart does not exist; did you mean quickstart?"),
+        (["train", "{recipe}", "--arm", "sfft"], "has no arm 'sfft'; its arms are sft, eaft; did you mean sft?"),
+        (["compare", "synthesize_math"], "is no recipe but a spec that makes training data: `eaft synthesize "),
+        (["compare", "{recipe}", "--seeds", "0,1", "seed=2"], "--seeds and seed= both say which seeds"),
+    ],
+)
+def test_what_was_meant_is_said(recipe: Path, words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([word.format(recipe=recipe) for word in words]) == 2
+    printed = capsys.readouterr().err
+    assert said in printed and printed.count("\n") == 1
+
+
+def test_the_shipped_files_are_listed_by_what_they_are_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    heads = [line for line in lines if not line.startswith(" ")]
+    kinds = [lines[lines.index(head) + 1].split()[0] for head in heads]
+    assert kinds == ["agent_qwen3_4b", "paper", "synthesize_agent"] and "eaft synthesize" in heads[2]
+    assert max(map(len, lines)) <= 120
+    assert main(["recipes", "synthesize_math"]) == 0 and "\nprompts: [numina_math" in capsys.readouterr().out
+
+
+def test_what_the_system_refuses_is_one_line_with_the_file(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["prepare", "generate:sums_train", str(tmp_path / "file/o.parquet"), "--model", _model_of(recipe)]) == 2
+    printed = capsys.readouterr().err
+    assert "file: " in printed and printed.count("\n") == 1
+
+
+def _model_of(recipe: Path) -> str:
+    return next(line.removeprefix("model: ") for line in recipe.read_text().splitlines() if line.startswith("model:"))
 
 
 def test_an_error_of_the_user_is_one_line_and_exit_code_2(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:

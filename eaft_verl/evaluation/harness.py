@@ -29,7 +29,7 @@ from eaft_verl.data.template import template_arguments
 from eaft_verl.errors import DataError
 from eaft_verl.evaluation.benchmarks import Benchmark
 from eaft_verl.evaluation.endpoint import Endpoint, serve_loaded, serve_vllm
-from eaft_verl.evaluation.model_files import require_all
+from eaft_verl.evaluation.model_files import check_checksums, require_all
 from eaft_verl.evaluation.quiet import quiet
 from eaft_verl.evaluation.records import Fit, Sample, convert
 from eaft_verl.evaluation.responses import STOPS
@@ -52,6 +52,7 @@ def load_model(path: Path | str, settings: EvaluateSettings) -> tuple[PreTrained
     model's default elsewhere. One GPU if there is one, spread over all if there are several; `backend_args` of hf
     override.
     """
+    check_checksums(Path(path))
     given = settings.backend_args if settings.backend == "hf" else {}
     device = str(given.get("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
     exact = device == "cpu" or _parameters(path) <= SMALL

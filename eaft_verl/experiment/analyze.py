@@ -30,6 +30,7 @@ from eaft_verl.recipe.config import Config
 from eaft_verl.recipe.datasets import prepare_data
 from eaft_verl.recipe.matching import OWN_DATA
 from eaft_verl.recipe.resolve import Recipe, load_recipe, resolve
+from eaft_verl.recipe.shipped import find_recipe
 from eaft_verl.recipe.views import objective_of
 from eaft_verl.training.sft.inference import token_statistics
 from eaft_verl.training.sft.run import check_lengths
@@ -89,6 +90,9 @@ def _of_stores(options: argparse.Namespace, gates: Sequence[str]) -> None:
     """What needs no model: gates on one store, or what moved from the first of several to the others."""
     if wrong := [word for word in options.overrides if not is_store(word)]:
         raise ConfigError(f"{options.what} is a store of token statistics and {wrong[0]} is none; leave it out")
+    for name in ("own", "show", "rollouts"):
+        require(not vars(options)[name], f"--{name} needs a model and its data; {options.what} is a store")
+    require(options.out is None or not options.out.is_file(), f"--out {options.out} is a file; give a folder")
     if options.overrides:
         require(options.gates is None, "--gates takes one store; leave out the others")
         return token_dynamics(Path(options.what), [Path(word) for word in options.overrides], options.out)
@@ -97,7 +101,7 @@ def _of_stores(options: argparse.Namespace, gates: Sequence[str]) -> None:
 
 def is_recipe(what: str) -> bool:
     """Whether the first word names a recipe file rather than a model."""
-    return Path(what).suffix in (".yaml", ".yml")
+    return find_recipe(Path(what)).suffix in (".yaml", ".yml")
 
 
 def configured(what: str, words: Sequence[str], out: Path | None) -> Config:
@@ -113,7 +117,10 @@ def configured(what: str, words: Sequence[str], out: Path | None) -> Config:
         config = resolve(recipe, arm, overrides)
     else:
         if len(data) != 1:
-            raise ConfigError(f"eaft analyze takes RECIPE, or MODEL and DATA; after {what!r} came {' '.join(data)!r}")
+            came = f"{len(data)} data sets" if data else "no data"
+            raise ConfigError(
+                f"eaft analyze takes RECIPE, or MODEL and DATA; {what!r} is no recipe, and {came} came after"
+            )
         config = resolve(_alone(what, data[0], out), "eaft", overrides)
     check(config, trains=False)
     return config

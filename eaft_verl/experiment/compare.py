@@ -199,6 +199,8 @@ def _resolve_all(
     """Every arm and seed, checked before the first one starts."""
     if seeds and len(set(seeds)) < len(seeds):
         raise ConfigError(f"--seeds {','.join(map(str, seeds))} names a seed twice; every seed is one run of an arm")
+    if seeds and any(word.startswith("seed=") for word in overrides):
+        raise ConfigError("--seeds and seed= both say which seeds; give one of them")
     configs = []
     for arm in arms:
         for chosen in [[f"seed={seed}"] for seed in seeds or ()] or [[]]:

@@ -1,6 +1,7 @@
 """`eaft init`: a look at a data file, and a short recipe: limits, rates and a held-out split that follow from it."""
 
 import hashlib
+import json
 import math
 import re
 from collections import Counter
@@ -17,7 +18,7 @@ from eaft_verl.data.profile import LOOKED_AT, Profile, profile
 from eaft_verl.data.sources import iter_rows
 from eaft_verl.data.spec import Columns, RowError
 from eaft_verl.errors import ConfigError, DataError
-from eaft_verl.files import json_line, write_text
+from eaft_verl.files import new_file, write_text
 from eaft_verl.models import load_config, load_tokenizer, resolve_model
 from eaft_verl.planning.arm_plan import ArmPlan, plan_arm
 from eaft_verl.planning.machine import gpus_here, machine_of
@@ -35,6 +36,7 @@ RATES = ((5e8, 4e-5), (3e9, 2e-5))  # full fine-tuning: up to so many weights, t
 PAPER_RATE, LORA_RATE = 1e-5, 2e-4
 UPDATES_PER_EPOCH, LARGEST_BATCH, SMALLEST_BATCH = 32, 64, 4
 PATIENCE_S = 1800
+_SURROGATE = re.compile("[\ud800-\udfff]")
 SHORT = 10_000  # rows up to which an epoch is not enough
 
 
@@ -133,7 +135,8 @@ def _split(found: Profile, train: Path, heldout: Path) -> Split:
     if not chosen:
         raise DataError(f"{found.source}: its rows ask so few different questions that none can be held out")
     for path, held in ((train, False), (heldout, True)):
-        write_text(path, "".join(_lines(found.source, chosen, held=held)))
+        with new_file(path) as stream:
+            stream.writelines(_lines(found.source, chosen, held=held))
     return Split(train, heldout, number - len(chosen), len(chosen))
 
 
@@ -147,10 +150,15 @@ def _question(row: dict[str, Any], columns: Columns | None) -> str:
     return hashlib.sha256(asked.encode()).hexdigest()[:16] if asked else ""
 
 
-def _lines(source: str, chosen: set[int], *, held: bool) -> Iterator[str]:
+def _lines(source: str, chosen: set[int], *, held: bool) -> Iterator[bytes]:
+    """The rows of one side as they are, a line each."""
     for number, row in enumerate(iter_rows(source), 1):
         if (number in chosen) == held:
-            yield json_line({key: value for key, value in row.items() if key not in ENCODED and value is not None})
+            kept = {key: value for key, value in row.items() if key not in ENCODED and value is not None}
+            line = json.dumps(kept, ensure_ascii=False, default=str)
+            if _SURROGATE.search(line):  # which UTF-8 has no bytes for; `prepare` counts such a row as faulty
+                line = json.dumps(kept, default=str)
+            yield f"{line}\n".encode()
 
 
 def settings_for(split: Split, limit: int, weights: int) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from eaft_verl.recipe.config import Config, plain
 from eaft_verl.recipe.datasets import file_questions, recipe_questions
 from eaft_verl.recipe.file import read_recipe
 from eaft_verl.recipe.resolve import load_recipe, overrides_tree, resolve
+from eaft_verl.recipe.shipped import find_recipe
 
 _YAML = (".yaml", ".yml")
 _OWN = {"samples": 4, "sampling": {"temperature": 1.0, "top_p": 1.0}}  # as the model is, not as it is served best
@@ -51,6 +52,7 @@ def load_spec(path: str, overrides: list[str], *, own: bool) -> tuple[SynthesisS
 
     path: a spec; a recipe, which stands for {recipe: it}; or a source of prompts. ConfigError as parse_spec.
     """
+    path = str(find_recipe(Path(path)))
     tree = _resolved(path, overrides, own=own)
     recipe, sources = tree.pop("recipe", None), tree.pop("against", None) or []
     config = _config(recipe, Path(path).parent if Path(path).suffix in _YAML else Path()) if recipe else None

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from eaft_verl.errors import ConfigError
+from eaft_verl.errors import ConfigError, did_you_mean
 from eaft_verl.recipe.shipped import shipped
 
 EXTENDS = "extends"
@@ -90,10 +90,8 @@ def _load(path: Path, extending: Path | None) -> dict[str, Any]:
     if path.exists() and not path.is_file():
         raise ConfigError(f"recipe {path} is a folder; name a YAML file")
     if not path.is_file():
-        near = sorted(str(found) for found in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         by = f", which {extending} extends," if extending else ""
-        there = f"; there are {', '.join(near)}" if near else ""
-        raise ConfigError(f"recipe {path}{by} does not exist{there}; by name there are {', '.join(shipped())}")
+        raise ConfigError(f"recipe {path}{by} does not exist{_instead(path)}")
     try:
         check_size(path.read_text(encoding="utf-8"))
         tree: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
@@ -102,6 +100,15 @@ def _load(path: Path, extending: Path | None) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ConfigError(f"recipe {path} is a {type(tree).__name__}; it needs `arms:` and other keys, a mapping")
     return tree
+
+
+def _instead(path: Path) -> str:
+    """What may have been meant by a file that does not exist, else what there is."""
+    here = sorted(path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+    if near := did_you_mean(path.stem, {name: name for name in shipped()} | {file.stem: file for file in here}):
+        return near
+    there = f"; there are {', '.join(map(str, here))}" if here else ""
+    return f"{there}; by name there are {', '.join(shipped())}"
 
 
 def _merged_arms(path: Path, base: Any, own: Any) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from eaft_verl.errors import ConfigError
+from eaft_verl.errors import ConfigError, did_you_mean
 from eaft_verl.recipe.chains import KEYS, check_no_circle, check_only_in_arms, needed_arms, own_blocks
 from eaft_verl.recipe.config import OF_SFT, Config, configuration, own_defaults
 from eaft_verl.recipe.file import read_recipe
@@ -36,10 +36,14 @@ from eaft_verl.recipe.keys import (
     WITHOUT_EFFECT,
 )
 from eaft_verl.recipe.matching import budget_source, check_control
-from eaft_verl.recipe.shipped import find_recipe
+from eaft_verl.recipe.shipped import find_recipe, is_spec
 from eaft_verl.recipe.verl_keys import compose_verl, grpo_tree, lay
 
 DEVICES = ("auto", "cpu", "cuda")
+_OF_VERL = {  # keys without effect in an arm with trainer: grpo: why
+    **dict.fromkeys(("objective", "fused_head"), "whose loss is verl's"),
+    "async_save": "whose states verl writes",
+}
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
 
 
@@ -57,6 +61,11 @@ def load_recipe(path: Path | str) -> Recipe:
     """Read a recipe YAML and what it extends; ConfigError for a missing file, broken YAML, a bad name or no arms."""
     path = find_recipe(Path(path))
     tree = read_recipe(path)
+    if is_spec(tree):
+        raise ConfigError(
+            f"{path} is no recipe but a spec that makes training data: `eaft synthesize {path} OUT.jsonl`, then train "
+            "a recipe with data.train=OUT.jsonl"
+        )
     if not isinstance(tree.get("arms"), dict) or not tree["arms"]:
         raise ConfigError(
             f"recipe {path} needs `arms:` with at least one arm, e.g. arms: {{sft: {{objective: {{name: sft}}}}}}"
@@ -80,7 +89,8 @@ def load_recipe(path: Path | str) -> Recipe:
 def resolve(recipe: Recipe, arm: str, overrides: Iterable[str] = ()) -> Config:
     """The whole configuration of one arm, read-only. Cross-field checks are `checks.check(...)`."""
     if arm not in recipe.arms:
-        raise ConfigError(f"{recipe.path} has no arm {arm!r}; its arms are {', '.join(recipe.arms)}")
+        near = did_you_mean(arm, recipe.arms.keys())
+        raise ConfigError(f"{recipe.path} has no arm {arm!r}; its arms are {', '.join(recipe.arms)}{near}")
     defaults = own_defaults()
     layers = [(f"{recipe.path}", recipe.shared), (f"{recipe.path}: arms.{arm}", recipe.arms[arm])]
     layers.append(("command line", overrides_tree(overrides)))
@@ -174,9 +184,9 @@ def _trainer(layers: list[tuple[str, dict[str, Any]]]) -> str:
     if trainer == "sft" and "reward" in layers[1][1]:
         raise ConfigError(f"{layers[1][0]}: reward has no effect with trainer: sft, which generates nothing; remove it")
     for where, layer in layers[1:]:
-        for key in ("objective", "fused_head"):
+        for key, why in _OF_VERL.items():
             if trainer == "grpo" and key in layer:
-                raise ConfigError(f"{where}: {key} has no effect with trainer: grpo, whose loss is verl's; remove it")
+                raise ConfigError(f"{where}: {key} has no effect with trainer: grpo, {why}; remove it")
         if trainer == "grpo" and layer.get("meter") is not None:
             raise ConfigError(f"{where}: meter has no effect with trainer: grpo, which cannot read it; remove it")
     return trainer

@@ -2,10 +2,19 @@
 
 import functools
 import importlib.metadata
+import itertools
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 DISTRIBUTION = "eaft-verl"
 SUFFIX = ".yaml"
+_FOR = {
+    "recipe": "recipes, for `eaft compare NAME`:",
+    "shared": "what these extend, no experiment by itself:",
+    "spec": "specs that make training data, for `eaft synthesize NAME OUT.jsonl`:",
+}
 
 
 @functools.cache
@@ -34,7 +43,28 @@ def find_recipe(name: Path) -> Path:
     return found.relative_to(Path.cwd()) if found.is_absolute() and found.is_relative_to(Path.cwd()) else found
 
 
-def about(file: Path) -> str:
-    """What a recipe's first line says of it, on one line."""
-    first = file.read_text(encoding="utf-8").partition("\n")[0]
-    return first.removeprefix("#").strip().partition(". ")[0].rstrip(".") if first.startswith("#") else ""
+def listing() -> list[str]:
+    """Every shipped file in a line, by what it is for: trained, extended by others, or a spec that makes data."""
+    kinds: dict[str, list[str]] = {kind: [] for kind in _FOR}
+    width = max(map(len, shipped()), default=0)
+    for name, file in shipped().items():
+        kinds[_kind(file)].append(f"  {name:{width}}  {_about(file)}")
+    return [line for kind, lines in kinds.items() if lines for line in (_FOR[kind], *lines)]
+
+
+def is_spec(tree: dict[str, Any]) -> bool:
+    """Whether a YAML file's mapping is a spec of `eaft synthesize` and no recipe."""
+    return "prompts" in tree and "arms" not in tree
+
+
+def _kind(file: Path) -> str:
+    tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    if is_spec(tree):
+        return "spec"
+    return "recipe" if {"model", "extends"} & tree.keys() else "shared"
+
+
+def _about(file: Path) -> str:
+    """The first sentence of the comment that the file begins with."""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), file.read_text(encoding="utf-8").splitlines())
+    return " ".join(line.lstrip("# ") for line in lines).partition(". ")[0].rstrip(".")

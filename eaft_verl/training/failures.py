@@ -1,17 +1,15 @@
 """What became of a training in one line: the cause, the file with its details, what to change."""
 
-import errno
 import math
 import re
 
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError, RayTaskError, WorkerCrashedError
 
 from eaft_verl.cluster.ray_logs import write_details
-from eaft_verl.errors import ConfigError, DiskFull, Diverged, Lost, OutOfMemory, RunError, WorkerFailed
+from eaft_verl.errors import NO_SPACE, ConfigError, DiskFull, Diverged, Lost, OutOfMemory, RunError, WorkerFailed
 from eaft_verl.recipe.config import Config
 from eaft_verl.runs import Run
 
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_SPACE_SAID = re.compile(r"No space left|iostream error|Disk quota|File too large|failed writing file", re.I)
 NO_MEMORY_SAID = re.compile(r"out of memory|can't allocate memory|not enough memory|Cannot allocate memory", re.I)
 KILLED_FOR_MEMORY = re.compile(r"due to the node running low on memory|killed due to .*memory|memory monitor", re.I)

@@ -66,6 +66,23 @@ def test_a_recipe_for_a_file_is_sound_and_nothing_is_overwritten(
     assert before.pop(tmp_path / "chats.yaml") and before == {path: path.read_bytes() for path in tmp_path.iterdir()}
 
 
+def test_rows_are_written_as_they_are(
+    tmp_path: Path, tiny_model_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever they hold: what is a secret of the environment elsewhere, half a character, a number that is none."""
+    monkeypatch.setenv("MY_API_KEY", "changeme")
+    rows: list[dict[str, Any]] = [{**row, "id": n} for n, row in enumerate(tiny.sums(30, seed=3))]
+    rows[3]["prompt"] += " changeme"
+    rows[4]["response"] += "\ud83d"
+    (tmp_path / "odd.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["init", "odd.jsonl", "--model", str(tiny_model_path)]) == 0
+    written = rows_of(tmp_path / "odd.train.jsonl") + rows_of(tmp_path / "odd.heldout.jsonl")
+    assert sorted(written, key=lambda row: row["id"]) == rows
+    assert main(["init", "odd.jsonl", "--model", str(tiny_model_path), "--out", "odd.jsonl/x.yaml"]) == 2
+    said = capsys.readouterr().err
+    assert "odd.jsonl" in said and said.count("\n") == 1
+
+
 def test_the_arm_that_is_commented_out_is_sound_too(tmp_path: Path, tiny_model_path: Path) -> None:
     data = tiny.write_sums(tmp_path / "sums.jsonl", 40, seed=3)
     assert main(["init", str(data), "--model", str(tiny_model_path), "--out", "all.yaml"]) == 0

@@ -69,6 +69,9 @@ def test_lines_that_are_piped_in_are_one_conversation_until_a_new_one(
         (["chat", "/nowhere"], "is not a folder here"),
         (["chat", "FOLDER"], "is no run directory and holds none"),
         (["chat", "MODEL", "--new-tokens", "0"], "--new-tokens must be at least 1"),
+        (["chat", "nobody/none"], "is not in the local cache"),
+        (["chat", "MODEL", "--prompt", " "], "--prompt is empty"),
+        (["chat", "MODEL", "--prompt", "ab " * 600], "and the model knows 512 positions"),
         (["export", "FOLDER"], "is not a run directory"),
     ],
 )

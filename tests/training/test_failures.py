@@ -56,7 +56,11 @@ def text(error: BaseException) -> str:
         (raised(OSError(errno.ENOSPC, "No space left on device", "/x/model.pt")), 5, "while writing /x/model.pt"),
         (raised(RuntimeError("basic_ios::clear: iostream error")), 5, "no space left while writing"),
         (OSError(errno.EDQUOT, "Disk quota exceeded", "/x/metrics.jsonl"), 5, "while writing /x/metrics.jsonl"),
-        (raised(FloatingPointError("weight w is not finite")), 7, "weight w is not finite; go on with resume=changed and a lower verl.optim.lr"),
+        (
+            raised(FloatingPointError("weight w is not finite")),
+            7,
+            "weight w is not finite; go on with resume=changed and a lower verl.optim.lr",
+        ),
         (ActorDiedError(), 8, "a worker has died"),
         (NodeDiedError("the node 10.0.0.2 has died"), 8, "a worker has died: the node 10.0.0.2 has died"),
         (raised(ValueError("out of\nbounds")), 1, "a worker failed: ValueError: out of bounds"),
