@@ -42,9 +42,11 @@ class Benchmark:
 
         Of each task the first ones; what cannot be divided goes to tasks evenly spaced in their order.
         """
-        sizes = {
-            name: len(self.documents[name] if self.documents else task.eval_docs) for name, task in self.tasks.items()
-        }
+        with quiet():  # some tasks map their rows each time they are asked for them
+            sizes = {
+                name: len(self.documents[name] if self.documents else task.eval_docs)
+                for name, task in self.tasks.items()
+            }
         shares = _shares(list(sizes.values()), count)
         documents = {name: range(share) for name, share in zip(sizes, shares, strict=True) if share}
         # a group's own score would be that of other documents than its tasks'

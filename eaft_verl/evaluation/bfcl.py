@@ -29,7 +29,7 @@ GROUPS = {
 }
 CATEGORIES = tuple(category for group in GROUPS.values() for category in group)
 MODEL = "eaft"
-THREADS = 32
+THREADS = 32  # questions asked of vLLM at a time
 _FAILED = "Error during inference:"
 _ASKED_TOO_MUCH = "Error code: 400"  # a prompt that is longer than the model's context is an answer that is wrong
 
@@ -52,7 +52,7 @@ def measure_bfcl(
         model, tokenizer = load(path)
         serving = harness.server(model, tokenizer, settings)
     with serving as endpoint:
-        return run_bfcl(endpoint, folder, entry.limit)
+        return run_bfcl(endpoint, folder, entry.limit, THREADS if settings.backend == "vllm" else 1)
 
 
 def counts_of(limit: int | None) -> dict[str, int | None]:
@@ -64,9 +64,10 @@ def counts_of(limit: int | None) -> dict[str, int | None]:
     return {category: count for category, count in counts.items() if count}
 
 
-def run_bfcl(endpoint: Endpoint, folder: Path, limit: int | None, threads: int = THREADS) -> tuple[Any, list[Sample]]:
+def run_bfcl(endpoint: Endpoint, folder: Path, limit: int | None, threads: int) -> tuple[Any, list[Sample]]:
     """(record fields, samples): the model behind the endpoint asked and scored; answers in `folder` are kept.
 
+    threads: questions asked at a time; 1 where the endpoint answers one at a time, or the others would time out.
     Raises RunError where bfcl-eval ends with an error, or answers are missing because the endpoint failed.
     """
     folder = folder.resolve()

@@ -26,6 +26,7 @@ from bfcl_eval.model_handler.api_inference.openai_completion import OpenAIComple
 from eaft_verl.grading.answers import said
 
 _LARGE = 10**12
+_PATIENCE = 3600.0  # seconds for an answer: a long one, or one behind others; the client's own are 600
 _OPERATORS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -38,6 +39,9 @@ _OPERATORS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
 
 class _Handler(OpenAICompletionsHandler):
     """Answers without their thinking, in the score and in the next turn's history."""
+
+    def _build_client_kwargs(self) -> dict[str, Any]:
+        return {**super()._build_client_kwargs(), "timeout": _PATIENCE}
 
     def _parse_query_response_prompting(self, api_response: Any) -> dict[str, Any]:
         text = said(api_response.choices[0].message.content or "").strip()

@@ -131,8 +131,10 @@ def _engine_arguments(path: Path | str, settings: EvaluateSettings) -> dict[str,
 def server(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: EvaluateSettings
 ) -> contextlib.AbstractContextManager[Endpoint]:
-    """A loaded model behind an OpenAI-compatible address."""
-    return serve_loaded(language_model(model, tokenizer, settings))
+    """A loaded model behind an OpenAI-compatible address; no progress bar of one answer each."""
+    language = language_model(model, tokenizer, settings)
+    vars(language)["generate_until"] = functools.partial(language.generate_until, disable_tqdm=True)
+    return serve_loaded(language)
 
 
 def vllm_server(

@@ -13,7 +13,7 @@ from eaft_verl.errors import ConfigError
 from eaft_verl.evaluation.tasks import Entry, absent, parse_entries, task_text
 
 BACKENDS = ("hf", "vllm")
-PROTOCOL = 3  # to be raised when the same settings give other scores than before; 3: no task scores what is thought
+PROTOCOL = 4  # to be raised when the same settings give other scores than before; 4: back ends print alike, see `said`
 HF_ARGUMENTS = ("dtype", "attn_implementation", "batch_size", "device", "token_budget")
 
 

@@ -26,8 +26,8 @@ class OwnTask:
     """One line under `tasks:` in a task file of lm-eval's format: the fields its rows need and where they come from
     unless `data:` says so. The file itself is all that a new benchmark takes.
 
-    fields: 'a|b' is one of both. checked: what `rows` checks in every row besides. built_in: the harness has this task too, but reads the hub only.
-    get: where a file of these rows is to be had.
+    fields: 'a|b' is one of both. checked: what `rows` checks in every row besides. built_in: the harness has this task
+    too, but reads the hub only. get: where a file of these rows is to be had.
     """
 
     file: Path

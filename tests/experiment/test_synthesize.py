@@ -1,5 +1,6 @@
 """`eaft synthesize` against an endpoint that fails in every way: nothing lost, nothing doubled, one clear line."""
 
+import errno
 import json
 import os
 import signal
@@ -17,7 +18,8 @@ from stub_endpoint import MODEL, Reply, StubEndpoint, asked, completion, right
 from eaft_verl.cli import main
 from eaft_verl.data.formats import to_messages
 from eaft_verl.data.teacher import endpoint as endpoint_module
-from eaft_verl.errors import LOST, REFUSED
+from eaft_verl.data.teacher import synthesis
+from eaft_verl.errors import LOST, REFUSED, DiskFull
 
 FAST = ("grader=number", "endpoint.backoff=0.01", "endpoint.attempts=3", "endpoint.timeout=5")
 ROOT = Path(__file__).parents[2]
@@ -212,6 +214,19 @@ def test_an_endpoint_that_dies_keeps_the_answers_for_the_same_command(desk: Desk
     with StubEndpoint() as stub:
         assert desk.run(stub.url, *words) == 0 and len(stub.requests) == 14
     assert len(lines(desk.out)) == 20
+
+
+def test_a_disk_that_is_full_at_the_end_keeps_the_answers(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, rows: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with StubEndpoint() as stub:
+        with monkeypatch.context() as patch:
+            patch.setattr(synthesis, "write_jsonl", full)
+            assert desk.run(stub.url) == DiskFull.code
+        assert "out.synthesis cannot be written (No space left on device); every answer that came is kept" in desk.said
+        assert not desk.out.exists() and len(desk.answers) == 20
+        assert desk.run(stub.url) == 0 and len(stub.requests) == 20 and len(lines(desk.out)) == 20
 
 
 def test_too_many_failures_in_a_row_end_the_run(tmp_path: Path, capsys: Any) -> None:

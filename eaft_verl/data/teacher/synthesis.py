@@ -4,6 +4,7 @@ OUT.synthesis holds answers.jsonl (every answer ever given), rejected.jsonl (eve
 spec.json (what the answers and rows are of) and manifest.json (counts that add up, tokens, cost, hash of OUT).
 """
 
+import errno
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from eaft_verl.data.teacher.given import draw_given
 from eaft_verl.data.teacher.prompts import Prompt, Screen, iter_prompts
 from eaft_verl.data.teacher.spec import SynthesisSpec
 from eaft_verl.data.teacher.verify import GradingPool
-from eaft_verl.errors import ConfigError, DataError, Lost
+from eaft_verl.errors import ConfigError, DataError, DiskFull, Lost
 from eaft_verl.files import bytes_hash, locked, read_json, write_json, write_jsonl
 
 SCHEMA = 1
@@ -53,7 +54,8 @@ def synthesize(spec: SynthesisSpec, out: Path, against: Against | None, *, parti
         (folder / ".lock").touch()
     except OSError as error:
         raise ConfigError(f"{out} cannot be written there: {error}; name another OUT") from None
-    with locked(folder / ".lock", busy=f"another process writes {folder}; wait for it, or name another OUT"):
+    busy = f"another process writes {folder}; wait for it, or name another OUT"
+    with _disk_of(folder), locked(folder / ".lock", busy=busy):
         check_out(spec, out)
         with _grading(spec) as grading:
             account, spent = _collected(spec, folder, against, grading, partial=partial)
@@ -69,6 +71,18 @@ def synthesize(spec: SynthesisSpec, out: Path, against: Against | None, *, parti
         write_json(folder / "manifest.json", manifest)  # first, so that an OUT without one is somebody else's
         os.replace(folder / "rows.jsonl", out)
     return manifest
+
+
+@contextmanager
+def _disk_of(folder: Path) -> Iterator[None]:
+    """DiskFull, with what is kept, where no room is left for what is written at the end."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        kept = "every answer that came is kept there: make room, and the same command goes on"
+        raise DiskFull(f"{folder} cannot be written ({error.strerror}); {kept}") from None
 
 
 def preview(spec: SynthesisSpec, out: Path, against: Against | None) -> list[str]:
