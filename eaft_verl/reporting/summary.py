@@ -36,7 +36,7 @@ def summary(found: dict[str, Any]) -> list[str]:
 
 
 def _heading(cell: Cell) -> str:
-    return ", ".join([cell.text, *cell.lines]).lower().replace("kl to base", "KL to base")
+    return ", ".join([cell.text, *cell.lines]).lower().replace("kl to base", "KL to base").replace("nll", "NLL")
 
 
 def _value(cell: Cell) -> str:
