@@ -14,10 +14,12 @@ import torch
 from numpy.typing import NDArray
 
 from eaft_verl.analysis.store import TokenStore
+from eaft_verl.errors import DataError
 from eaft_verl.objectives import normalized_entropy
 from eaft_verl.tokens.stats import CONFLICT_PROB, HIGH_ENTROPY, LOW_ENTROPY, TokenStats
 
 ROWS = 1 << 17
+_ROOM = 0.02  # for rounding, of nats and of probabilities
 CONFLICT, SETTLED, BRANCHING, OTHER = range(4)
 REGIMES = ("conflict", "settled", "branching", "other")
 SETTLED_PROB = 0.5  # entropy is low, and the label is what the model expects
@@ -91,16 +93,53 @@ class Block:
 
 
 def blocks(store: TokenStore, columns: Sequence[str], texts: dict[str, dict[str, int]]) -> Iterator[Block]:
-    """The whole store in order; `texts`: an empty dictionary for each text column that will be asked for."""
-    k = candidates(store)
+    """The whole store in order; `texts`: an empty dictionary for each text column that will be asked for.
+
+    DataError names the row of a value that no distribution has, or says that the file is damaged.
+    """
+    k, allowed = candidates(store), _allowed(store)
     last = (-1, -2, 0)  # sample, position and place of the row before
     for batch in _ahead(store.batches(columns, ROWS)):
+        _check(store, batch, allowed, last[0])
         place_T = np.zeros(0, np.int64)
         if "position" in columns and batch.num_rows:
             sample_T, position_T = np.asarray(batch.column("sample")), np.asarray(batch.column("position"))
             place_T = _places(sample_T, position_T, last)
             last = (int(sample_T[-1]), int(position_T[-1]), int(place_T[-1]))
         yield Block(batch, k, texts, place_T)
+
+
+def _allowed(store: TokenStore) -> dict[str, tuple[float, float]]:
+    """Lowest and highest value of each column, with room for the rounding of bfloat16."""
+    vocab = int(store.meta["vocab"])
+    shares = dict.fromkeys(("max_prob", "sum_p2", "top_k_mass"), (0.0, 1.0 + _ROOM))
+    nats = {"entropy": (-_ROOM, np.log(candidates(store)) + _ROOM), "full_entropy": (-_ROOM, np.log(vocab) + _ROOM)}
+    known = dict.fromkeys(("token", "argmax"), (0, vocab - 1))
+    return {"logprob": (float(np.finfo(np.float32).min), _ROOM), **nats, **shares, **known}
+
+
+def _check(store: TokenStore, batch: pa.RecordBatch, allowed: dict[str, tuple[float, float]], last: int) -> None:
+    for name in batch.schema.names:
+        if name not in allowed or not batch.num_rows:
+            continue
+        values_T, (low, high) = np.asarray(batch.column(name)), allowed[name]
+        if low <= values_T.min() and values_T.max() <= high:  # NaN is neither
+            continue
+        row = int(np.flatnonzero(~((values_T >= low) & (values_T <= high)))[0])
+        where = f"{store.path}: {name} is {values_T[row]}"
+        if "sample" in batch.schema.names:
+            where += f" for token {batch.column('token')[row]} of sample {batch.column('sample')[row]}"
+        if np.isfinite(values_T[row]):
+            raise DataError(
+                f"{where}, allowed is {low:.4g} to {high:.4g}: delete the store and run `eaft analyze` again"
+            )
+        raise DataError(f"{where}; the model is broken, or masks a token that the data trains: look at both")
+    if "sample" in batch.schema.names and batch.num_rows:
+        sample_T = np.asarray(batch.column("sample"))
+        if sample_T[0] < max(last, 0) or (np.diff(sample_T) < 0).any():
+            raise DataError(
+                f"{store.path}: its samples are not in order: delete the store and run `eaft analyze` again"
+            )
 
 
 def _ahead(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

@@ -3,7 +3,9 @@
 Kinds of a confident conflict, the first that holds:
 template  inserted by the chat template (role `template`), or a special token
 noise     in a sample most of whose tokens the model finds implausible (`Survey.implausible_S`)
-habit     the first token of a turn, or a label that is a conflict in many samples and is no number: format, style
+habit     a label that is a conflict in many samples and is no number, or the first token of a turn where the model
+          expects the same opening in many: format, style. A first token where it expects another one each time is none:
+          an answer of one word
 content   the rest: single tokens the model is sure of otherwise, in text that it finds plausible: facts, names, numbers
 """
 
@@ -32,6 +34,7 @@ class Breakdown:
         self._tallies = {name: np.zeros((4, 0)) for name in (*TEXTS, "place")}
         self._kinds = np.zeros((3, len(KINDS)))
         self._content_S = np.zeros(len(survey.tokens_S))
+        self._first = [np.zeros((4, 0))]  # sample, expected token, error, max_prob of conflicts that open a turn
         self._labels_CV = np.zeros((3, len(CLOUDS) * survey.vocab))
         self._places = np.full(len(REGIMES), -1)
         self._places[list(CLOUDS)] = range(len(CLOUDS))
@@ -62,11 +65,15 @@ class Breakdown:
         template = self._special_V[token]
         if "template" in self.texts["role"]:
             template = template | (block.codes("role")[rows] == self.texts["role"]["template"])
-        rules = (template, self._survey.implausible_S[sample], self._habit_V[token] | (block.place_T[rows] == 0))
+        rules = (template, self._survey.implausible_S[sample], self._habit_V[token])
         kind = np.select(rules, range(len(rules)), len(rules))
-        for sums, weight in zip(self._kinds, (None, block.error_T, block["max_prob"]), strict=True):
-            sums += np.bincount(kind, weight if weight is None else weight[rows], minlength=len(KINDS))
-        content = sample[kind == KINDS.index("content")]
+        columns_4C = np.array([sample, block["argmax"][rows], block.error_T[rows], block["max_prob"][rows]], np.float64)
+        opening = (kind == KINDS.index("content")) & (block.place_T[rows] == 0)
+        self._first.append(columns_4C[:, opening])
+        kind, columns_4C = kind[~opening], columns_4C[:, ~opening]
+        for sums, weight in zip(self._kinds, (None, *columns_4C[2:]), strict=True):
+            sums += np.bincount(kind, weight, minlength=len(KINDS))
+        content = columns_4C[0, kind == KINDS.index("content")].astype(np.int64)
         self._content_S += np.bincount(content, minlength=len(self._content_S))
         self._waiting.append(token.astype(np.int64) * self._survey.vocab + block["argmax"][rows])
         if sum(map(len, self._waiting)) > _WAITING:
@@ -99,28 +106,40 @@ class Breakdown:
 
     def result(self) -> Row:
         """Tables by source, role and place; of every kind its share of the conflicts and of their gradient."""
-        conflicts, survey = self._kinds[0].sum(), self._survey
+        survey, (kinds, content_S) = self._survey, self._with_openings()
+        conflicts = kinds[0].sum()
         repeated = np.sort(self.clouds()[REGIMES[CONFLICT]]["count"])[::-1]
         return {
             **{f"by_{name}": self._table(name) for name in (*TEXTS, "place")},
             "kinds": {
                 kind: {
-                    "tokens": int(self._kinds[0, i]),
-                    "share": float(self._kinds[0, i] / max(conflicts, 1)),
-                    "error": float(self._kinds[1, i]),
-                    "mean_max_prob": float(self._kinds[2, i] / max(self._kinds[0, i], 1)),
+                    "tokens": int(kinds[0, i]),
+                    "share": float(kinds[0, i] / max(conflicts, 1)),
+                    "error": float(kinds[1, i]),
+                    "mean_max_prob": float(kinds[2, i] / max(kinds[0, i], 1)),
                 }
                 for i, kind in enumerate(KINDS)
             },
             "samples": survey.samples,
             "samples_with_conflict": int((survey.conflicts_S > 0).sum()),
-            "samples_with_content": int((self._content_S > 0).sum()),
+            "samples_with_content": int((content_S > 0).sum()),
             "samples_implausible": int(survey.implausible_S.sum()),
             "tokens_implausible": int(survey.tokens_S[survey.implausible_S].sum()),
             "conflicts_implausible": int(survey.conflicts_S[survey.implausible_S].sum()),
             "labels_in_conflict": int((repeated > 0).sum()),
             "top10_labels_share": float(repeated[:10].sum() / max(conflicts, 1)),
         }
+
+    def _with_openings(self) -> tuple[Array, Array]:
+        """(sums by kind, conflicts of content by sample), the conflicts that open a turn among them."""
+        first_4F = np.concatenate(self._first, axis=1)
+        sample_F, expected_F = first_4F[:2].astype(np.int64)
+        habit_F = np.bincount(expected_F, minlength=self._survey.vocab)[expected_F] >= self._survey.often
+        kinds = self._kinds.copy()
+        for kind, chosen_F in (("habit", habit_F), ("content", ~habit_F)):
+            kinds[:, KINDS.index(kind)] += [chosen_F.sum(), *first_4F[2:, chosen_F].sum(axis=1)]
+        content_S = np.bincount(sample_F[~habit_F], minlength=len(self._content_S))
+        return kinds, self._content_S + content_S
 
     def _table(self, name: str) -> list[Row]:
         words = PLACES if name == "place" else tuple(self.texts[name])

@@ -23,6 +23,7 @@ from eaft_verl.analysis.survey import Survey
 from eaft_verl.errors import ConfigError, require
 from eaft_verl.objectives import Objective
 from eaft_verl.recipe.objective import build_objective
+from eaft_verl.tokens.rehearsal import weight_fault
 
 WORDS = (
     *("sft", "eaft", "eaft_2", "eaft_3", "eaft_sigmoid", "masked", "pilot_mask", "dft", "talr", "flow", "deft"),
@@ -54,6 +55,8 @@ def read_gates(words: Sequence[str]) -> dict[str, Objective]:
                 found[label] = build_objective(name, **params)
             except (ValueError, TypeError) as error:
                 raise ConfigError(f"--gates {word}: {error}") from None
+            fault = weight_fault(found[label])
+            require(not fault, f"--gates {word}: {fault}")
             require(len(found) <= MOST, f"--gates: more than {MOST} gates; sweep fewer values at a time")
     return found
 
@@ -87,7 +90,7 @@ class Gates:
         self._names = list(gates)
         given = [_at_k(name, objective, k) for name, objective in gates.items()]
         self.objectives = [one.calibrate(survey.base) if "base" in one.needs else one for one in given]
-        self._samples = [_sample_weights(one, survey) for one in self.objectives]
+        self._samples = [_sample_weights(name, one, survey) for name, one in zip(gates, self.objectives, strict=True)]
         self._tau, self._step = survey.tau, max(1, math.ceil(tokens / OVERLAP))
         self._sums = np.zeros((len(self._names), 3 + 3 * len(REGIMES)))
         self._squares = np.zeros(len(self._names))
@@ -101,9 +104,14 @@ class Gates:
         found_GT = np.empty((len(self._names), len(block)), np.float32)
         for row_T, name, objective, weight_S in zip(found_GT, self._names, self.objectives, self._samples, strict=True):
             own = weight_S[sample] if weight_S is not None else None
-            row_T[:] = objective.weight(block.stats._replace(sample_weight_T=own, tau=self._tau, progress=1.0)).numpy()
+            stats = block.stats._replace(sample_weight_T=own, tau=self._tau, progress=1.0)
+            weight_T = objective.weight(stats)
+            require(weight_T.shape == (len(block),), f"--gates {name}: weight() has shape {list(weight_T.shape)}")
+            row_T[:] = weight_T.detach().numpy()
             if not (row_T.min() >= 0 and row_T.max() < np.inf):  # NaN is neither
                 raise ConfigError(f"--gates {name}: its weights are not all finite and at least 0; look at weight()")
+            if any(part._version for part in block.stats if isinstance(part, torch.Tensor)):
+                raise ConfigError(f"--gates {name}: weight() writes into the statistics that it is given; copy them")
         return found_GT
 
     def add(self, block: Block) -> None:
@@ -182,14 +190,15 @@ def _at_k(name: str, objective: Objective, k: int) -> Objective:
     return replace(objective, k=max(k, 2))
 
 
-def _sample_weights(objective: Objective, survey: Survey) -> torch.Tensor | None:
+def _sample_weights(name: str, objective: Objective, survey: Survey) -> torch.Tensor | None:
     """Weight of each sample by its number, for objectives that fix it before training."""
     if "sample_weight" not in objective.needs:
         return None
     own = objective.sample_weights(survey.base)
+    if own is None or own.shape != (survey.samples,):
+        raise ConfigError(f"--gates {name}: sample_weights() must give a weight for each of {survey.samples} samples")
     weight_S = torch.zeros(len(survey.tokens_S))
-    if own is not None:
-        weight_S[torch.from_numpy(survey.tokens_S > 0)] = own.float()
+    weight_S[torch.from_numpy(survey.tokens_S > 0)] = own.float()
     return weight_S
 
 

@@ -16,6 +16,7 @@ from eaft_verl.analysis.gates import WORDS
 from eaft_verl.analysis.store import TokenStore
 from eaft_verl.analysis.verdict import HEADLINES, verdict
 from eaft_verl.data.parquet import Example
+from eaft_verl.data.show import visible
 from eaft_verl.errors import DataError
 from eaft_verl.files import write_bytes, write_json, write_text
 from eaft_verl.pages import shell
@@ -37,6 +38,7 @@ SECTIONS = {
     "about": "What was analysed",
 }
 _WORST = 4
+NAMED = 20  # sources in the table
 Row = dict[str, Any]
 
 
@@ -169,6 +171,7 @@ def _values(found: Row) -> Row:
         "remedies": HEADLINES,
         "measured": found["fidelity"],
     }
+    values |= {"visible": visible, "named": NAMED}
     values |= {"low": LOW_ENTROPY, "high": HIGH_ENTROPY, "rare": CONFLICT_PROB, "listed": LISTED}
     values |= {"percent": share, "short": short, "count": count, "interval": interval}
     return values | {"boxed": clouds.boxed, "size": clouds.size, "ink": ink, "tint": tint}

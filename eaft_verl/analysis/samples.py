@@ -6,7 +6,7 @@ import numpy as np
 
 from eaft_verl.analysis.blocks import candidates
 from eaft_verl.analysis.store import TokenStore
-from eaft_verl.analysis.survey import Survey
+from eaft_verl.analysis.survey import LEAST, Survey
 from eaft_verl.data.parquet import Example
 from eaft_verl.data.roles import inspect
 from eaft_verl.data.show import visible
@@ -14,7 +14,6 @@ from eaft_verl.objectives import Eaft, normalized_entropy
 from eaft_verl.tokens.stats import CONFLICT_PROB, LOW_ENTROPY, TokenStats
 
 SHOWN = 320  # tokens of a sample
-LEAST = 5  # trained tokens of a sample that is judged by its share of conflicts
 Row = dict[str, Any]
 
 

@@ -43,6 +43,7 @@ COLUMNS = pa.schema(
         ("source", TEXT),  # part of a mixture
     ]
 )
+KNOWN = {"model": str, "keys": dict, "k": int, "vocab": int, "origin": str, "samples": int, "tokens": int}  # of META
 IDENTITY = ("keys", "k", "origin", "sampling")  # of the metadata: what decides whether two stores are the same
 _DIFFERS = "stale: delete it, or choose another output folder"
 
@@ -62,25 +63,32 @@ class TokenStore:
             raise DataError(f"{self.path} holds no token statistics ({FILE} is missing); run `eaft analyze`")
         try:
             self._footer = pq.read_metadata(file)
-            names = pq.read_schema(file).names
+            found = pq.read_schema(file)
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{file} is not whole or no parquet file ({error}); delete it and run it again") from None
+            raise _unreadable(file, error) from None
         try:
             self.meta: dict[str, Any] = json.loads((self._footer.metadata or {})[META])
-        except (KeyError, ValueError):
+            schema = self.meta["schema"]
+        except (KeyError, ValueError, TypeError):
             raise DataError(f"{file} was not written by `eaft analyze`: it names no model; give another") from None
-        if self.meta.get("schema") != SCHEMA or names != COLUMNS.names:
+        wrong = [field.name for field in COLUMNS if field not in list(found)]
+        wrong += [name for name, kind in KNOWN.items() if not isinstance(self.meta.get(name), kind)]
+        if schema != SCHEMA or found.names != COLUMNS.names or wrong:
             raise DataError(
-                f"{file} has schema {self.meta.get('schema')!r} with columns {', '.join(names)}; this version reads "
-                f"{SCHEMA} with {', '.join(COLUMNS.names)}: delete it and run `eaft analyze` again"
+                f"{file} has schema {schema!r} with columns {', '.join(found.names)}; this version reads {SCHEMA} with "
+                f"{', '.join(COLUMNS.names)} (missing or of another type: {', '.join(wrong) or 'none'}): delete it and "
+                "run `eaft analyze` again"
             )
         if self.meta["tokens"] != self._footer.num_rows:
             raise DataError(f"{file} is not whole: {self._footer.num_rows} of {self.meta['tokens']} tokens; delete it")
 
     def batches(self, columns: Sequence[str] | None = None, size: int = BATCH) -> Iterator[pa.RecordBatch]:
         """All rows in order, at most `size` at a time; memory does not grow with the store."""
-        with pq.ParquetFile(self.path / FILE, pre_buffer=False, buffer_size=1 << 20) as file:  # else all is kept
-            yield from file.iter_batches(size, columns=columns and list(columns))
+        try:
+            with pq.ParquetFile(self.path / FILE, pre_buffer=False, buffer_size=1 << 20) as file:  # else all is kept
+                yield from file.iter_batches(size, columns=columns and list(columns))
+        except (pa.ArrowException, OSError) as error:
+            raise _unreadable(self.path / FILE, error) from None
 
     def column(self, name: str) -> pa.ChunkedArray:
         """One column whole: 4 bytes a token."""
@@ -89,6 +97,11 @@ class TokenStore:
     def sample(self, index: int) -> pa.Table:
         """The rows of one sample, [T]; reads its row groups alone."""
         return pq.read_table(self.path / FILE, filters=pc.field("sample") == index)
+
+
+def _unreadable(file: Path, error: Exception) -> DataError:
+    said = " ".join(str(error).split())
+    return DataError(f"{file} is not whole or no parquet file ({said}); delete it and run `eaft analyze` again")
 
 
 def stored_once(

@@ -12,11 +12,11 @@ import torch
 
 from eaft_verl.analysis.blocks import Array, Block, blocks
 from eaft_verl.analysis.store import TokenStore
-from eaft_verl.errors import DataError
 from eaft_verl.tokens.stats import BaseStats
 
 COLUMNS = ("sample", "token", "logprob", "entropy", "full_entropy")
 SURPRISING = 1.0  # nats above the model's own entropy
+LEAST = 5  # trained tokens of a sample that is judged as a whole
 REPEATED_SHARE, REPEATED_LEAST = 0.02, 3  # samples in which a label is a conflict, for it to count as repeated
 _SHIFT = 12  # bits of a float32 that a bin leaves out: 11 of the mantissa stay
 
@@ -55,16 +55,6 @@ class _SketchedStats(BaseStats):
         return super().quantile(name, q) if sketch is None else sketch.quantile(q)
 
 
-def _check_finite(store: TokenStore, block: Block) -> None:
-    for name in ("logprob", "entropy", "full_entropy"):
-        if not np.isfinite(block[name].sum(dtype=np.float64)):
-            row = int(np.flatnonzero(~np.isfinite(block[name]))[0])
-            raise DataError(
-                f"{store.path}: {name} is {block[name][row]} for token {block['token'][row]} of sample "
-                f"{block['sample'][row]}; the model is broken, or masks a token that the data trains: look at both"
-            )
-
-
 class Survey:
     """What the first pass finds; `tokens_S`, `nll_S`, ...: sums over the trained tokens of each sample."""
 
@@ -74,7 +64,6 @@ class Survey:
         self.seen_V = np.zeros(self.vocab, np.int64)  # samples in which the label is a conflict
         self.last_token = -1  # the largest number of a label
         for block in blocks(store, COLUMNS, {}):
-            _check_finite(store, block)
             self._add(block)
 
     def _add(self, block: Block) -> None:
@@ -121,14 +110,20 @@ class Survey:
     def implausible_S(self) -> Array:
         """Samples most of whose tokens cost over SURPRISING nats more than the model's entropy there: noise.
 
-        A model's own text costs its entropy on average, whatever the model; a clash of formats hits few tokens.
+        A model's own text costs its entropy on average, whatever the model; a clash of formats hits few tokens. An
+        answer of fewer than LEAST tokens is a fact or a choice as easily as noise, and is none.
         """
-        return self._sums_4S[2] > 0.5 * self.tokens_S
+        return (self._sums_4S[2] > 0.5 * self.tokens_S) & (self.tokens_S >= LEAST)
+
+    @property
+    def often(self) -> float:
+        """How many samples something happens in that counts as repeated."""
+        return max(REPEATED_LEAST, REPEATED_SHARE * self.samples)
 
     @cached_property
     def repeated_V(self) -> Array:
         """Labels that are a conflict in REPEATED_SHARE of the samples or more: a habit of the data."""
-        return self.seen_V >= max(REPEATED_LEAST, REPEATED_SHARE * self.samples)
+        return self.seen_V >= self.often
 
     @property
     def tau(self) -> float:

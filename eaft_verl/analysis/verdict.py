@@ -1,18 +1,22 @@
 """What the numbers of an analysis say, in words. No sentence is written without the numbers it stands on.
 
-The remedy follows from three questions, in this order: is there enough to act on (FEW of SFT's gradient, and more than
-in the model's own answers)? what kind are most conflicts (MOST of them)? and, for content, in how many samples?
+The remedy follows from four questions, in this order: does the model know this kind of text at all? is there enough to
+act on (FEW of SFT's gradient, and more than in the model's own answers)? what kind are most conflicts (MOST of them)?
+and, for content, in how many samples?
 """
 
 from typing import Any
 
+from eaft_verl.analysis.clouds import boxed
 from eaft_verl.pages.numbers import number, share
 from eaft_verl.tokens.stats import CONFLICT_PROB, LOW_ENTROPY
 
 FEW = 0.02  # of SFT's gradient on conflicts: below it no gate changes much
-MOST = 0.5  # of the conflicts: what most of them are
+MOST = 0.5  # of the conflicts: what most of them are; of the tokens: what most of the data is
 LESSON = 0.5  # of the samples with a conflict of content: then it may be what the data is there to teach
+TEN = 10  # labels of `top10_labels_share`
 HEADLINES = {
+    "read": "Read the data before anything else.",
     "none": "Conflicts are no reason to act.",
     "warm-up": "Warm up on the format before anything else.",
     "clean": "Clean the data before anything else.",
@@ -46,9 +50,13 @@ def verdict(data: Row, own: Row | None = None, apart: Row | None = None) -> Row:
     reason = _too_few(data, apart)
     remedy = "none" if reason else {"format": "warm-up", "noise": "clean", "content": "eaft"}.get(kind, "mixed")
     sentences = [_amount(data), _baseline(own, apart), *_kinds(data, groups), *_objectives(data)]
-    sentences += [reason] if reason else [_REMEDY[remedy](data, groups)]
+    if unknown := _implausible(data):
+        remedy = "read"
+        sentences.append(unknown)
+    else:
+        sentences += [reason] if reason else [_REMEDY[remedy](data, groups)]
     if remedy in ("eaft", "mixed"):
-        sentences.append(_lesson(data))
+        sentences.append(_lesson(data, own))
     return {"remedy": remedy, "kind": kind, "sentences": [one for one in sentences if one]}
 
 
@@ -74,7 +82,10 @@ def _amount(data: Row) -> Row:
         text += "; 95 % interval over the {samples:,} samples: {low:%} to {high:%}"
     numbers |= {"h": LOW_ENTROPY, "p": CONFLICT_PROB, "nll": regime["nll_share"], "error": regime["error_share"]}
     return _say(
-        "amount", text + "). They carry {nll:%} of the loss and {error:%} of the gradient of plain SFT.", **numbers
+        "amount",
+        text + "). They carry {nll:%} of the loss and {error:%} of the gradient of plain SFT (norms at the logits, "
+        "added up over tokens).",
+        **numbers,
     )
 
 
@@ -84,14 +95,41 @@ def _baseline(own: Row | None, apart: Row | None) -> Row:
             "baseline",
             "The model's own answers were not analysed: how often it conflicts with itself is not known.",
         )
-    text = "In what the model writes itself ({tokens:,} tokens) it is {own:%}: the data is {apart:points} above"
+    drawn = own["meta"]["sampling"] or {}
+    writer = "rollouts" if own["meta"]["origin"] == "rollouts" else "model's own answers"
+    text = "In the " + writer + " ({answers:,}, {tokens:,} tokens) it is {own:%}: the data is {apart:points} above"
     numbers = {"own": own["boxes"][0]["share"], "tokens": own["landscape"]["tokens"], "apart": apart["share"]}
+    numbers["answers"] = own["breakdown"]["samples"]
     if apart["share"] < 0:
         text, numbers["apart"] = text[:-5] + "below", -apart["share"]
     if apart["low"] is not None:
         text += " (interval of the difference: {low:points} to {high:points})"
         numbers |= {"low": apart["low"], "high": apart["high"]}
-    return _say("baseline", text + ".", **numbers)
+    text += "."
+    if drawn.get("temperature", 1) != 1 or drawn.get("top_p", 1) != 1:
+        text += (
+            " They were drawn at temperature {temperature:.2} and top-p {top_p:.2} and not from the model as it is, so "
+            "part of the difference is not the data's: greedy answers hold hardly a conflict whatever the model."
+        )
+        numbers |= {"temperature": drawn["temperature"], "top_p": drawn["top_p"]}
+    return _say("baseline", text, **numbers)
+
+
+def _implausible(data: Row) -> Row | None:
+    """Why the data is to be read before conflicts are counted, if so."""
+    parts, tokens = data["breakdown"], data["landscape"]["tokens"]
+    if parts["tokens_implausible"] < MOST * tokens:
+        return None
+    return _say(
+        "remedy",
+        "The model finds {implausible:,} of {samples:,} samples ({share:%} of the tokens) implausible as a whole: most "
+        "of their tokens cost over 1 nat more than its own entropy there. That many are no outliers to be dropped: it "
+        "may be a language or a format that the model does not know, another chat template, or noise. Which of them, "
+        "and so the remedy, no statistic tells: read the samples.",
+        implausible=parts["samples_implausible"],
+        samples=parts["samples"],
+        share=parts["tokens_implausible"] / tokens,
+    )
 
 
 def _too_few(data: Row, apart: Row | None) -> Row | None:
@@ -101,17 +139,24 @@ def _too_few(data: Row, apart: Row | None) -> Row | None:
         return _say(
             "remedy",
             "There is little to hold back: with {error:%} of SFT's gradient on conflicts, under {few:%}, SFT and EAFT "
-            "differ by what EAFT does to all other tokens. Neither EAFT nor cleaning is called for by conflicts.",
-            **{"error": error, "few": FEW},
+            "differ by what EAFT does to all other tokens. Neither EAFT nor cleaning is called for by conflicts."
+            + _SOME_NOISE
+            * bool(data["breakdown"]["samples_implausible"]),
+            **{"error": error, "few": FEW, "implausible": data["breakdown"]["samples_implausible"]},
         )
     if apart is not None and apart["low"] is not None and apart["low"] <= 0:
         return _say(
             "remedy",
-            "The data does not clearly conflict with the model more than its own answers do (the interval of the "
-            "difference begins at {low:points}), so conflicts are no reason for EAFT or for cleaning here.",
+            "It is not shown that the data conflicts with the model more than those answers do (the interval of the "
+            "difference begins at {low:points}), so conflicts are no reason for EAFT or for cleaning here; more "
+            "answers make the interval narrower." + _SOME_NOISE * bool(data["breakdown"]["samples_implausible"]),
             low=apart["low"],
+            implausible=data["breakdown"]["samples_implausible"],
         )
     return None
+
+
+_SOME_NOISE = " But the model finds {implausible:,} samples implausible as a whole: read those."
 
 
 def _kinds(data: Row, groups: dict[str, float]) -> list[Row]:
@@ -119,26 +164,27 @@ def _kinds(data: Row, groups: dict[str, float]) -> list[Row]:
     if not data["landscape"]["regimes"]["conflict"]["tokens"]:
         return []
     kinds = {name: row["share"] for name, row in parts["kinds"].items()}
-    found = [
-        _say(
-            "kind",
-            "Of the conflicts {format:%} are format: {template:%} on tokens of the chat template, {habit:%} on the "
-            "first token of a turn or on labels that conflict again and again. {noise:%} stand in {implausible:,} of "
-            "{samples:,} samples that the model finds implausible as a whole. {content:%} are content: single words, "
-            "names or numbers, in {with_content:,} samples, where the model gives another token {sure:%} on average.",
-            **{**kinds, "format": groups["format"], "implausible": parts["samples_implausible"]},
-            samples=parts["samples"],
-            with_content=parts["samples_with_content"],
-            sure=parts["kinds"]["content"]["mean_max_prob"],
-        ),
-        _say(
-            "concentration",
-            "The ten most frequent of {labels:,} labels make up {top:%} of the conflicts.",
-            labels=parts["labels_in_conflict"],
-            top=parts["top10_labels_share"],
-        ),
-    ]
-    return found
+    text = (
+        "Of the conflicts {format:%} are format: {template:%} on tokens of the chat template, {habit:%} on openings of "
+        "a turn or labels that recur in many samples. {noise:%} stand in {implausible:,} of {samples:,} samples that "
+        "the model finds implausible as a whole."
+    )
+    numbers = {**kinds, "format": groups["format"], "implausible": parts["samples_implausible"]}
+    if kinds["content"]:
+        text += (
+            " {content:%} are content, which is the rest: numbers, and labels that conflict in few samples. They stand "
+            "in {with_content:,} samples, where the model gives another token {sure:%} on average."
+        )
+        numbers |= {"with_content": parts["samples_with_content"], "sure": parts["kinds"]["content"]["mean_max_prob"]}
+    kind = _say("kind", text, samples=parts["samples"], **numbers)
+    labels, pair = parts["labels_in_conflict"], data["pairs"][0]
+    text = "The conflicts are on {labels:,} different labels"
+    if labels > TEN:
+        text += ", the ten most frequent of which make up {top:%}"
+    label, expected = (boxed(pair[name]).replace("{", "{{").replace("}", "}}") for name in ("label", "expected"))
+    text += f". The most frequent pair: \u201c{label}\u201d where the model expects \u201c{expected}\u201d, {{times:,}} times."
+    top, times = parts["top10_labels_share"], pair["count"]
+    return [kind, _say("concentration", text, labels=labels, top=top, times=times)]
 
 
 def _objectives(data: Row) -> list[Row]:
@@ -159,16 +205,15 @@ def _objectives(data: Row) -> list[Row]:
 def _warm_up(data: Row, groups: dict[str, float]) -> Row:
     kinds = data["breakdown"]["kinds"]
     total = sum(row["error"] for row in kinds.values())
-    return _say(
-        "remedy",
-        "Most conflicts are format ({format:%} of them, {error:%} of their gradient): the same few tokens in many "
-        "samples, which a few steps of plain SFT teach. Look first whether the chat template is the model's "
-        "({template:%} are its tokens). EAFT would only learn the format more slowly: warm up on it, then decide on "
-        "what is left, {content:%} content and {noise:%} noise.",
-        **groups,
-        error=(kinds["template"]["error"] + kinds["habit"]["error"]) / total,
-        template=kinds["template"]["share"],
+    text = (
+        "Most conflicts are format ({format:%} of them, {error:%} of their gradient): the same few labels or openings "
+        "in many samples. Look first whether the chat template is the model's ({template:%} are its tokens), then try "
+        "whether a few steps of plain SFT end them, and analyse again: {content:%} are content and {noise:%} noise. "
+        "Where the labels that recur are the answers themselves (a choice, yes or no), they are content: read the "
+        "samples. Until then EAFT holds back the format"
     )
+    numbers = {**groups, "error": (kinds["template"]["error"] + kinds["habit"]["error"]) / total}
+    return _held_back(data, text, numbers | {"template": kinds["template"]["share"]})
 
 
 def _clean(data: Row, groups: dict[str, float]) -> Row:
@@ -217,24 +262,28 @@ def _held_back(data: Row, text: str, numbers: dict[str, float]) -> Row:
     )
 
 
-def _lesson(data: Row) -> Row:
+def _lesson(data: Row, own: Row | None) -> Row:
     """The case in which EAFT is the wrong remedy; no statistic tells a wrong label from a new fact."""
     parts = data["breakdown"]
-    share = parts["samples_with_content"] / parts["samples"]
-    text = "{share:%} of the samples hold a conflict of content. "
+    share, with_content = parts["samples_with_content"] / parts["samples"], parts["samples_with_content"]
+    numbers = {"share": share, "each": parts["kinds"]["content"]["tokens"] / max(with_content, 1)}
+    text = "{share:%} of the samples hold a conflict of content, {each:.1} each on average"
+    if own is not None:
+        text += " ({beside:%} of the answers beside them hold one)"
+        numbers["beside"] = own["breakdown"]["samples_with_content"] / own["breakdown"]["samples"]
     if share >= LESSON:
         text += (
-            "When most samples contradict the model once or twice, the contradictions may be the lesson: "
+            ". When most samples contradict the model, the contradictions may be the lesson: "
             "counter-factual or newer facts, edited knowledge, a changed interface. Then EAFT holds back what the data "
             "is there to teach: use SFT and measure what is forgotten. No statistic tells a new fact from a wrong "
             "label: read the samples."
         )
     else:
         text += (
-            "If these are the lesson (newer facts, edited knowledge), EAFT holds it back and SFT is right; "
+            ". If these are the lesson (newer facts, edited knowledge), EAFT holds it back and SFT is right; "
             "no statistic tells a new fact from a wrong label: read the samples."
         )
-    return _say("counter-factual", text, share=share)
+    return _say("counter-factual", text, **numbers)
 
 
 _REMEDY = {"warm-up": _warm_up, "clean": _clean, "eaft": _eaft, "mixed": _mixed}

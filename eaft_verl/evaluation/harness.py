@@ -5,6 +5,8 @@ import functools
 import gc
 import importlib.metadata
 import random
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,11 +29,12 @@ from eaft_verl.data.template import template_arguments
 from eaft_verl.errors import DataError
 from eaft_verl.evaluation.benchmarks import Benchmark
 from eaft_verl.evaluation.endpoint import Endpoint, serve_loaded, serve_vllm
-from eaft_verl.evaluation.model_files import require_all
+from eaft_verl.evaluation.model_files import check_checksums, require_all
 from eaft_verl.evaluation.quiet import quiet
 from eaft_verl.evaluation.records import Fit, Sample, convert
 from eaft_verl.evaluation.responses import STOPS
 from eaft_verl.evaluation.settings import EvaluateSettings
+from eaft_verl.grading.answers import marks_thinking
 from eaft_verl.models import hub_arguments
 
 SEED = 1234
@@ -49,6 +52,7 @@ def load_model(path: Path | str, settings: EvaluateSettings) -> tuple[PreTrained
     model's default elsewhere. One GPU if there is one, spread over all if there are several; `backend_args` of hf
     override.
     """
+    check_checksums(Path(path))
     given = settings.backend_args if settings.backend == "hf" else {}
     device = str(given.get("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
     exact = device == "cpu" or _parameters(path) <= SMALL
@@ -120,6 +124,7 @@ def vllm_model(path: Path | str, settings: EvaluateSettings) -> LM:
 def _engine_arguments(path: Path | str, settings: EvaluateSettings) -> dict[str, Any]:
     source = hub_arguments(path)
     arguments = {"pretrained": source.pop("pretrained_model_name_or_path"), **source, "dtype": "bfloat16", "seed": SEED}
+    arguments["generation_config"] = "vllm"  # its server would sample as the model's file says, penalties and all
     return arguments | {"max_model_len": settings.max_length, **settings.backend_args}
 
 
@@ -145,12 +150,30 @@ def vllm_server(
 def _speak(language: Any, settings: EvaluateSettings) -> LM:
     """The model, asked by its chat template as training renders it, or by `plain_chat` where it has none.
 
+    Its answers are text without special tokens but for those that mark thinking, which the scores leave out: the
+    harness's model of transformers prints none of them, its model of vLLM all.
     vLLM's model of the harness forgets `enable_thinking: false` and refuses true, so neither calls the template itself.
     """
     kwargs = template_arguments(settings.chat_template_kwargs)
     template = functools.partial(_templated, language.tokenizer, kwargs)
-    vars(language)["apply_chat_template"] = template if language.tokenizer.chat_template else plain_chat
+    given = {"apply_chat_template": template if language.tokenizer.chat_template else plain_chat}
+    given["tok_decode"] = functools.partial(language.tokenizer.decode, skip_special_tokens=False)
+    given["generate_until"] = functools.partial(_generated, language.generate_until, _unsaid(language.tokenizer))
+    vars(language).update(given)
     return language
+
+
+def _unsaid(tokenizer: Any) -> re.Pattern[str]:
+    """Its special tokens, but for those that mark thinking."""
+    added = [str(token) for token in getattr(tokenizer, "added_tokens_decoder", {}).values() if token.special]
+    special = {token for token in [*tokenizer.all_special_tokens, *added] if token and not marks_thinking(token)}
+    return re.compile("|".join(re.escape(token) for token in sorted(special, key=len, reverse=True)))
+
+
+def _generated(
+    generate: Callable[..., list[str]], unsaid: re.Pattern[str], requests: list[Any], disable_tqdm: bool = False
+) -> list[str]:
+    return [unsaid.sub("", text) for text in generate(requests, disable_tqdm)]
 
 
 def _templated(

@@ -1,4 +1,4 @@
-"""Whether a model's files hold every weight that its configuration describes.
+"""Whether a model's files hold every weight that its configuration describes, and are those that were exported.
 
 transformers fills what is missing or of another shape with random numbers and says so in a log line. Asked here of the
 headers of the files, on no device: seconds for any size.
@@ -11,17 +11,50 @@ from pathlib import Path
 from typing import Any
 
 from eaft_verl.errors import ConfigError
+from eaft_verl.files import bytes_hash, content_hash, write_json
 from eaft_verl.models import hub_arguments
 
 INDEX = ".index.json"
 NAMES = ("model.safetensors", "pytorch_model.bin")  # in the order in which transformers takes them
+CHECKSUMS = "checksums.json"  # in an export: {file: xxh3 of its bytes}
 SHOWN = 3
+
+
+def write_checksums(folder: Path) -> None:
+    """Describe every file of an export that is about to get its name."""
+    (folder / CHECKSUMS).unlink(missing_ok=True)
+    write_json(folder / CHECKSUMS, {file.name: bytes_hash(file) for file in sorted(folder.iterdir()) if file.is_file()})
+
+
+def check_checksums(folder: Path) -> None:
+    """ConfigError for an export with a file that is not as it was written; nothing for a folder from elsewhere.
+
+    Every byte is read once: what has been read is known by its size and times, see `content_hash`.
+    """
+    if not (file := folder / CHECKSUMS).is_file():
+        return
+    try:
+        written = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"{file} is damaged ({error}), so nobody knows whether the model is; export it again"
+        ) from None
+    for name, hashed in written.items():
+        part = folder / str(name)
+        if not part.is_file() or content_hash(part) != hashed:
+            raise ConfigError(
+                f"{part} is {'not as it was exported' if part.is_file() else 'missing'}: the model is not used. Put it "
+                f"back, export it again (`eaft checkpoints RUN --export STEP`), or delete {CHECKSUMS} where you "
+                "have changed the file yourself"
+            )
 
 
 def check_model_files(model: Path | str) -> None:
     """ConfigError for a resolved model with a file missing, unreadable or cut off, or a weight missing or of another
-    shape; nothing for a hub id that is not in the local cache."""
+    shape, or with another byte than was exported; nothing for a hub id that is not in the local cache."""
     folder = model if isinstance(model, Path) else local_folder(model)
+    if folder is not None:
+        check_checksums(folder)
     if folder is None or not (files := _weight_files(folder, whole=isinstance(model, Path))):
         return
     state: dict[str, Any] = {}

@@ -41,7 +41,8 @@ def _unreadable(entry: Entry) -> str:
 
 
 def _questions(entry: Entry, own: OwnTask) -> list[str]:
-    named = [name for name in QUESTION_FIELDS if name in own.fields] or list(QUESTION_FIELDS)
+    fields = "|".join(own.fields).split("|")
+    named = [name for name in QUESTION_FIELDS if name in fields] or list(QUESTION_FIELDS)
     rows = read_rows(str(entry.data or own.data))[: entry.limit]
     found = (next((row[name] for name in named if isinstance(row.get(name), str)), None) for row in rows)
     return [question for question in found if question is not None]

@@ -27,9 +27,9 @@ def benchmark_rows(entry: Entry, own: OwnTask) -> list[Row]:
     if not rows:
         raise DataError(f"{source} holds no rows; task {entry.task!r} needs at least one")
     for number, row in enumerate(rows, 1):
-        if missing := [name for name in own.fields if row.get(name) is None]:
-            found = ", ".join(sorted(row)) or "nothing"
-            raise DataError(f"{source} row {number} has no {missing[0]!r}, as task {entry.task!r} needs; found {found}")
+        if missing := [names for names in own.fields if all(row.get(name) is None for name in names.split("|"))]:
+            found, wanted = ", ".join(sorted(row)) or "nothing", " or ".join(map(repr, missing[0].split("|")))
+            raise DataError(f"{source} row {number} has no {wanted}, as task {entry.task!r} needs; found {found}")
     try:
         check_ids(entry.task, rows)
         rows = _from_zero(rows)

@@ -26,7 +26,7 @@ class OwnTask:
     """One line under `tasks:` in a task file of lm-eval's format: the fields its rows need and where they come from
     unless `data:` says so. The file itself is all that a new benchmark takes.
 
-    checked: what `rows` checks in every row besides. built_in: the harness has this task too, but reads the hub only.
+    fields: 'a|b' is one of both. checked: what `rows` checks in every row besides. built_in: the harness has this task too, but reads the hub only.
     get: where a file of these rows is to be had.
     """
 
@@ -209,7 +209,7 @@ def _check_data(entry: Entry, key: str) -> None:
         raise ConfigError(f"{key}: {given[0]} is given, but {BFCL} is asked as bfcl-eval asks; only limit may be set")
     if entry.data is None:
         if own and own.data is None:
-            fields = f" with {', '.join(own.fields)} in every row" * bool(own.fields)
+            fields = f" with {', '.join(own.fields).replace('|', ' or ')} in every row" * bool(own.fields)
             raise ConfigError(f"{key}: task {entry.task!r} needs data: a file{fields}{_where(own)}")
         return
     if own is None:

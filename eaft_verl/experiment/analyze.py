@@ -90,6 +90,9 @@ def _of_stores(options: argparse.Namespace, gates: Sequence[str]) -> None:
     """What needs no model: gates on one store, or what moved from the first of several to the others."""
     if wrong := [word for word in options.overrides if not is_store(word)]:
         raise ConfigError(f"{options.what} is a store of token statistics and {wrong[0]} is none; leave it out")
+    for name in ("own", "show", "rollouts"):
+        require(not vars(options)[name], f"--{name} needs a model and its data; {options.what} is a store")
+    require(options.out is None or not options.out.is_file(), f"--out {options.out} is a file; give a folder")
     if options.overrides:
         require(options.gates is None, "--gates takes one store; leave out the others")
         return token_dynamics(Path(options.what), [Path(word) for word in options.overrides], options.out)

@@ -18,7 +18,7 @@ from eaft_verl.runs import Run, is_run
 
 # where a run lies, how it is saved, watched, resumed and fitted into memory decide nothing of what it becomes
 FREE = (
-    *("recipe", "output", "save_minutes", "resume", "data.max_rejected", "choose", "trackers"),
+    *("recipe", "output", "save_minutes", "async_save", "resume", "data.max_rejected", "choose", "trackers"),
     *("verl.trainer.save_freq", "verl.trainer.test_freq", "verl.trainer.max_ckpt_to_keep"),
     *("verl.data.use_dynamic_bsz", "verl.data.micro_batch_size_per_gpu", "verl.data.max_token_len_per_gpu"),
     "verl.engine.offload_policy",

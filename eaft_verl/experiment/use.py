@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from eaft_verl.errors import RunError
+from eaft_verl.evaluation.model_files import check_checksums
 from eaft_verl.files import read_json
 from eaft_verl.runs import Run, step_name
 
@@ -52,6 +53,7 @@ def export(run: Run, step: int | None, out: Path | None, push: str | None, *, pu
     RunError for an `out` that exists, or for what the hub refuses.
     """
     folder = last_export(run, step)
+    check_checksums(folder)
     card = model_card(run, folder)
     if out is not None:
         if out.exists():

@@ -11,20 +11,24 @@ from eaft_verl.grading.numbers import Number, whole_number
 from eaft_verl.grading.prose import begins_with_number, last_number, leading_number
 
 MAX_CHARACTERS = 100_000  # the last ones of what is said: that is where an answer stands
-BOX, TAG, HASHES = "\\boxed", "<answer>", "####"
-# The think tags of Qwen, DeepSeek, GLM and SmolLM; of Magistral, Kimi, Seed and OpenThinker; gpt-oss's channels.
+_MOST_BOXES = 26  # that one answer is made of
+HASHES = "####"
+# The think tags of Qwen, DeepSeek, GLM, SmolLM; Magistral, Kimi, Seed, OpenThinker; gpt-oss's channels; Command A's.
 _OPENS = (
     r"<think>|<thinking>|<thought>|<reasoning>|\[THINK\]|◁think▷|<seed:think>|<\|begin_of_thought\|>"
-    r"|<\|channel\|>analysis(?:<\|message\|>)?"
+    r"|<\|channel\|>analysis(?:<\|message\|>)?|<\|START_THINKING\|>"
 )
 _CLOSES = (
     r"</think>|</thinking>|</thought>|</reasoning>|\[/THINK\]|◁/think▷|</seed:think>|<\|end_of_thought\|>"
-    r"|<\|channel\|>final(?:<\|message\|>)?"
+    r"|<\|channel\|>final(?:<\|message\|>)?|<\|END_THINKING\|>"
 )
 _THOUGHT = re.compile(rf"(?P<opens>{_OPENS})|{_CLOSES}", re.IGNORECASE)
-_MARK = re.compile(r"(?P<box>\\boxed\s?\{)|(?<!#)(?P<hashes>####)(?!#)|(?P<tag><answer>)")
+_BOX = r"\\(?:boxed|fbox)\s?\{"
+_MARK = re.compile(rf"(?P<box>{_BOX})|(?<!#)(?P<hashes>####)(?!#)|(?P<tag><answer>)")
+# What stands between two boxes of one answer: 'x = \\boxed{3} or x = \\boxed{5}'.
+_JOINED = re.compile(r"[\s$,;]{0,4}(?:\b(?:or|and)\b)?[\s$]{0,3}(?:[A-Za-z]\s?=\s?)?\$?")
 _STATED = re.compile(
-    r"(?:\b(?:answers?|antwort|lösung|réponse|respuesta|resposta|risposta)\b|\b\u043e\u0442\u0432\u0435\u0442|答案|答え)[^.\n:\uff1a=\d]{0,40}?"
+    r"(?:\b(?:answers?|ans|antwort|lösung|réponse|respuesta|resposta|risposta)\b|\b\u043e\u0442\u0432\u0435\u0442|答案|答え)[^.\n:\uff1a=\d]{0,40}?"
     r"(?:\b(?:is|are|ist|lautet|est|es|equals)\b|[:\uff1a=是为為é]|\bè)[\s:\uff1a*]{0,8}",
     re.IGNORECASE,
 )
@@ -47,6 +51,11 @@ def opened_thinking(prompt: str) -> str:
     return found[0] if found else ""
 
 
+def marks_thinking(token: str) -> bool:
+    """Whether a special token opens or closes thinking, or is the first of several that do."""
+    return token == "<|channel|>" or _THOUGHT.fullmatch(token) is not None
+
+
 def said(response: str) -> str:
     """What a response says outside its thinking, the last MAX_CHARACTERS of it; '' while the thinking has not ended.
 
@@ -65,7 +74,7 @@ def said(response: str) -> str:
 
 def last_box(text: str) -> str | None:
     """What the last \\boxed{...} holds, the inner one of two nested; None without a box or where it is not closed."""
-    start = max((found.end() for found in re.finditer(r"\\boxed\s?\{", text)), default=-1)
+    start = max((found.end() for found in re.finditer(_BOX, text)), default=-1)
     return None if start < 0 else _closed(text, start)
 
 
@@ -81,15 +90,16 @@ def _closed(text: str, first: int) -> str | None:
 def answer_mark(text: str, *kinds: str) -> Mark | None:
     """The answer a text marks as such, in the last \\boxed{...}, behind '####' or in <answer>, whichever comes last.
 
-    A heading is no mark: behind '####' stands a number or a letter, or it is the last line. None if none is marked.
-    kinds: the only ones that count.
+    Boxes with but 'or', 'and' or a comma between them are one answer, '3, 5'. A heading is no mark: behind '####'
+    stands a number or a letter, or it is the last line. None if none is marked. kinds: the only ones that count.
     """
     end = len(text.rstrip())
-    for found in reversed(list(_MARK.finditer(text))):
+    marks = list(_MARK.finditer(text))
+    for at, found in reversed(list(enumerate(marks))):
         if kinds and found.lastgroup not in kinds:
             continue
         if found["box"]:
-            return Mark("box", (_closed(text, found.end()) or "").strip())
+            return Mark("box", _boxes(text, marks[: at + 1]))
         if found["tag"]:
             return Mark("tag", text[found.end() :].partition("</answer>")[0].strip())
         stop = text.find("\n", found.end())
@@ -98,6 +108,19 @@ def answer_mark(text: str, *kinds: str) -> Mark | None:
         if begins_with_number(line[:200]) or letter or stop < 0 or stop >= end:
             return Mark("hashes", line)
     return None
+
+
+def _boxes(text: str, marks: list[re.Match[str]]) -> str:
+    """What the last of the marks, a box, holds, with what those hold that it is joined to; '' if it is not closed."""
+    if (last := _closed(text, marks[-1].end())) is None:
+        return ""
+    held = [last.strip()]
+    for found, after in zip(marks[-2::-1], marks[::-1], strict=False):
+        inner = _closed(text, found.end()) if found["box"] and len(held) < _MOST_BOXES else None
+        if inner is None or not _JOINED.fullmatch(text, found.end() + len(inner) + 1, after.start()):
+            break
+        held.append(inner.strip())
+    return ", ".join(filter(None, dict.fromkeys(reversed(held))))
 
 
 def marked_answer(text: str) -> str | None:

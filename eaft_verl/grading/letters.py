@@ -17,8 +17,8 @@ _OPTION = (
     r"(?i:(?:option|choice|opción|letter|选项|選項)\s?)?"
 )
 _STATED = re.compile(
-    r"(?i:\b(?:answers?|option|choice|solution|antwort|lösung|réponse|respuesta|resposta|risposta)\b|\b\u043e\u0442\u0432\u0435\u0442|答案|答え|"
-    r"正解|选项|選項|정답)[^.\n:=]{0,40}?(?i:\b(?:is|are|be|ist|lautet|est|es)\b|[:=是为為は은]|\s-\s|\b[èé]\b)[\s:*]{0,8}"
+    r"(?:\b[Aa]ns\.|(?i:\b(?:answers?|ans|option|choice|solution|antwort|lösung|réponse|respuesta|resposta|risposta)\b|\b\u043e\u0442\u0432\u0435\u0442|答案|答え|"
+    r"正解|选项|選項|정답)[^.\n:=]{0,40}?(?i:\b(?:is|are|be|ist|lautet|est|es)\b|[:=是为為は은]|\s-\s|\b[èé]\b))[\s:*]{0,8}"
 )
 _FIRST = re.compile(rf"{_OPEN}{_OPTION}{_OPEN}([A-Z]){_ENDS}")
 _SMALL = re.compile(rf"{_OPEN}([a-z])[)\].*\s]{{0,4}}$")
@@ -30,7 +30,7 @@ _VERDICT = re.compile(
     rf"{_LETTER}[)*]{{0,3}}\s?(?:(?:is|ist|est|es)\s(?i:the\s)?(?i:correct|right|answer|best|richtig)|是?(?:正确|对的))"
 )
 _CONCLUDES = re.compile(
-    rf"^(?:.{{0,80}}?\b)?(?i:so|hence|thus|therefore|answer)[,:]?\s{_OPEN}{_OPTION}{_LETTER}(?=[).*\]]{{0,3}}\s{{0,9}}$)",
+    rf"^(?:.{{0,80}}?\b)?(?i:so|hence|thus|therefore|answer)[,:]?\s{_OPEN}{_OPTION}{_LETTER}(?=(?:\sit\sis)?[).*\]]{{0,3}}\s{{0,9}}$)",
     re.MULTILINE,
 )
 _CHOOSES = re.compile(
@@ -42,6 +42,7 @@ _WORD = re.compile(
     r"\s(?!(?:because|since|as|is|for|and|or|but|due|which|by|from|not|if|when|so|given|with|weil|denn|car|ist|est)\b)"
     r"[a-z']"
 )
+_DISMISSED = re.compile(r"\W*[A-Z]\W{1,3}(?:is|are|was)(?:n['\u2019]t|\s(?:also\s)?(?:not|wrong|incorrect|false)\b)")
 _ANOTHER = re.compile(
     rf"[)\].*]{{0,3}}\s?(?:,|/|&|\b(?:and|or|und|oder|et|ou|y|o)\b|[和或、])\s?[(\[*]{{0,3}}{_LETTER}"
 )
@@ -99,7 +100,7 @@ def _with_others(statement: str, found: re.Match[str]) -> str:
 
 def _line_letter(text: str) -> str:
     """The letter that the last or the first line is or begins with; '' where lines list several options."""
-    lines = [line for line in text.strip().split("\n") if line.strip()]
+    lines = [line for line in text.strip().split("\n") if line.strip() and not _DISMISSED.match(line)]
     named = [(marked_letters(line), len(line.strip(" $*`()[].:")) == 1) for line in lines]
     for letters, alone in named[-1:] + named[:1]:
         if len(letters) == 1 and alone:

@@ -17,6 +17,13 @@ _TABLE = str.maketrans(
     | dict(zip("⅕⅖⅗⅘⅙⅚", (" 1/5", " 2/5", " 3/5", " 4/5", " 1/6", " 5/6"), strict=True))
     | dict(zip("⅛⅜⅝⅞", (" 1/8", " 3/8", " 5/8", " 7/8"), strict=True))
 )
+# Digits grouped by dots or spaces, with a comma for the decimals where there are any: 1.234.567, 1.234,50, 2,50 €.
+_CONTINENTAL = re.compile(
+    r"(?<![\d.,(\[])(?:[1-9]\d{0,2}(?:(?:\.\d{3}){2,40}(?:,\d{1,9})?|(?:\.\d{3}|[ \u2009]\d{3}){1,40},\d{1,2})"
+    r"|\d{1,3},\d{1,2}(?=\s?(?:€|EUR\b|Euro\b|kr\b)))(?![\d,]|\.\d)",
+    re.ASCII,
+)
+_SWAPPED = str.maketrans(".,", ",.")
 _RAISED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁻"
 _LOWERED = str.maketrans(_RAISED, "0123456789-")
 SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
@@ -25,6 +32,9 @@ _REWRITES = [
     (re.compile(pattern), to)
     for pattern, to in [
         (r"\{,\}(?:\\!)?|,\\! ?", ","),
+        (r"(?<=[0-9])_(?=[0-9]{3}(?:_[0-9]{3})*(?!\w))", ","),
+        (r"(\A\s?|[=:] ?|\b(?:is|are|be|was|equals|to|at|get|gives) )(?:[Nn]egative|[Mm]inus) (?=[$\\.0-9])", r"\1-"),
+        (r"\\varnothing(?![A-Za-z])|\u2205", r"\\emptyset "),
         (r"<<[^<>\n]{0,200}>>|</?[a-z]{1,10}>|\\!|\\(?:left|right|displaystyle|textstyle)(?![A-Za-z])", ""),
         (r"(?<!\\)\\[,;: ]|~|\{\s\}|\\(?:thinspace|quad|qquad)(?![A-Za-z])", THIN),
         (r"\\([%#&])", r"\1"),
@@ -54,7 +64,7 @@ def behind(pattern: re.Pattern[str], text: str, start: int = 0) -> int:
 def plain(text: str) -> str:
     """The text with one spelling for minus signs, spaces, LaTeX's and Markdown's ways to write a number."""
     text = re.sub(f"[{''.join(_RAISED)}]+", lambda raised: "^{" + raised[0].translate(_LOWERED) + "}", text)
-    text = text.translate(_TABLE)
+    text = _CONTINENTAL.sub(lambda found: found[0].translate(_SWAPPED), text.translate(_TABLE))
     for pattern, to in _REWRITES:
         text = pattern.sub(to, text)
     return text

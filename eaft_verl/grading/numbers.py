@@ -7,7 +7,7 @@ takes linear time: repetitions that could overlap are bounded.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from eaft_verl.grading.notation import DOLLAR, SCALE_WORDS, SCALES, THIN, behind, plain
@@ -31,7 +31,7 @@ _POWER = (
     rf"(?P<power>\{{{_GAP}?[+-]?[0-9]+{_GAP}?\}}|[+-]?[0-9]+)"
     r"|[eE](?P<exponent>[+-]?[0-9]+)"
 )
-_CURRENCY = rf"(?:(?:US|HK|NT|AU|CA)?\$|{DOLLAR}|[€£¥₹₩]|(?:USD|EUR|GBP|RMB|CNY|INR){_GAP}|Rs\.?)"
+_CURRENCY = rf"(?:(?:US|HK|NT|AU|CA|R)?\$|{DOLLAR}|[€£¥₹₩]|(?:USD|EUR|GBP|RMB|CNY|INR){_GAP}|Rs\.?)"
 NUMBER = re.compile(
     rf"(?:{_CURRENCY}{_GAP}?(?P<inner>-)?)?"
     rf"(?P<value>{_MIXED}|{_FRACTION}|(?P<above>{_DECIMAL})(?:{_GAP}?/{_GAP}?(?P<below>{_DECIMAL}))?)(?:{_POWER})?"
@@ -81,14 +81,16 @@ SHORT_UNITS = frozenset(
 
 @dataclass(frozen=True)
 class Number:
-    """A number as written; percent: a percent sign follows it (50% has the value 50)."""
+    """A number as written; percent: a percent sign follows it (50% has the value 50); exact: what it is rounded from,
+    where that is written before it (7/3 ≈ 2.33)."""
 
     value: Fraction
     percent: bool = False
+    exact: Fraction | None = None
 
     def equals(self, other: "Number") -> bool:
         """Whether both name the same number; where one only is a percentage, 50% equals 50 and 1/2."""
-        if self.value == other.value:
+        if {self.value, self.exact} & {other.value, other.exact} - {None}:
             return True
         if self.percent == other.percent:
             return False
@@ -110,8 +112,17 @@ def whole_number(text: str) -> Number | None:
         right = right[1:-1].strip()
     rest = grouped(right[right[:1] in ("+", "-") :].lstrip())
     if (match := NUMBER.match(rest)) and _is_unit(rest[match.end() :]):
-        return value_of(match, negative=right.startswith("-"))
+        found = value_of(match, negative=right.startswith("-"))
+        return rounded(found, match, left[-1]) if left else found
     return None
+
+
+def rounded(number: Number | None, match: re.Match[str], before: str) -> Number | None:
+    """A number, with what it is rounded from if that is what stands `before` it; match: of NUMBER."""
+    if number is None or not match["above"] or match["below"] or (exact := whole_number(before)) is None:
+        return number
+    last_place = Fraction(1, 10 ** len(match["above"].partition(".")[2]))
+    return replace(number, exact=exact.value) if abs(exact.value - number.value) < last_place else number
 
 
 def grouped(text: str) -> str:

@@ -11,6 +11,7 @@ from eaft_verl.grading.numbers import (
     SHORT_UNITS,
     Number,
     grouped,
+    rounded,
     value_of,
     whole_number,
 )
@@ -27,6 +28,7 @@ _FUNCTION_LEFT = re.compile(
 )
 _OPERATOR_LEFT = re.compile(
     r"[\^_] ?\{?\Z|(?:^|[^>=-])>=? ?\Z|(?:^|[^<])<=? ?\Z|!= ?\Z|[\w)}\]%] ?[*+/] ?\Z|[\w)}\]%]\*\*\Z|[0-9][.,:/']?\Z"
+    r"|[0-9)}$] (?:plus|minus|times|over|(?:divided|multiplied) by) \Z"
 )
 _NAMED = re.compile(
     r"(?:[A-Za-z]{2}-|[A-Za-z])\Z|\b(?:step|question|example|figure|table|case|part|equation|problem|method|line|page|"
@@ -34,6 +36,12 @@ _NAMED = re.compile(
     re.IGNORECASE,
 )
 _ITEM = re.compile(r"(?:^|\n)[ \t#*]*\Z")
+_DISMISSED_LEFT = re.compile(r"\b(?:not|n't|instead of|rather than|out of) (?:the )?(?:[A-Za-z] ?= ?)?(?:\$|\\\()?-?\Z")
+_DISMISSED_RIGHT = re.compile(
+    r"(?:\$|\\\))? (?:(?:is|was|would be) (?:wrong|incorrect|not)\b|(?:decimal|significant) (?:place|digit|figure))"
+)
+_ROUNDED = re.compile(r"([^\s=,;]{1,40}) ?\\(?:approx|simeq) ?\Z")
+_RANGE = re.compile(r"\b(?:is|are|was|were|takes?|took|lasts?|needs?|about|around|every|for) [0-9.,]{1,20} to \Z")
 _REMARK = re.compile(r"[0-9][^\s()]*(?: [A-Za-z]+){0,2} \([^()]*\Z")
 _CONTINUES = re.compile(
     r" ?[\^_]|\(|[.,:/'][0-9]| ?[*/+] ?[\w\\(]| ?- ?(?:[0-9(\\]|[a-zA-Z]\b)| ?(?:!=|[<>])| (?:[xyzn]|mod)\b"
@@ -46,10 +54,12 @@ _JOINED = re.compile(
     r"|\b[A-Za-z] ?= ?[^\s,;]{1,30} ?(?:[,;]|,? ?(?:and|or)) ?[A-Za-z] ?= ?-?\Z"
 )
 _LARGER = re.compile(
-    r"[0-9] ?(?:days?|hours?|hrs?|h|minutes?|mins?|min|feet|foot|ft|pounds?|lbs?|years?),?(?: and)? \Z"
+    r"[0-9] ?(?:days?|hours?|hrs?|h|minutes?|mins?|min|feet|foot|ft|pounds?|lbs?|years?|dollars?|euros?"
+    r"|km|m|meters?|metres?|kg),?(?: and)? \Z"
 )
 _SMALLER = re.compile(
-    r" ?(?:hours?|hrs?|minutes?|mins?|min|seconds?|secs?|s|inch(?:es)?|in|ounces?|oz|months?|days?)\b"
+    r" ?(?:hours?|hrs?|minutes?|mins?|min|seconds?|secs?|s|inch(?:es)?|in|ounces?|oz|months?|days?|cents?|m|cm|mm|g"
+    r"|grams?)\b"
 )
 _LISTED = re.compile(r"[0-9)%}$] ?[,;] ?(?:\$|\\\()?-?\Z")
 _INSIDE = re.compile(r"[(\[{][^()\[\]{}]*, ?-?\Z")
@@ -82,7 +92,8 @@ def last_number(text: str) -> Number | None:
     """The last number in prose: '2 * 12 + 5 = 29' -> 29; None where it is part of an expression or a list.
 
     A formula between dollar signs is read as a whole. Numerals in names ('CO2'), labels ('Step 2'), the numbers of a
-    list's items and remarks in parentheses behind a number ('$72 (48 + 24)') are passed over.
+    list's items, remarks in parentheses behind a number ('$72 (48 + 24)') and what is dismissed ('6, not 5') are passed
+    over.
     """
     text = grouped(plain(text[-_TAIL:]))
     formulas, first_line = list(_FORMULA.finditer(text)), text.find("\n") % (len(text) + 1)
@@ -90,6 +101,8 @@ def last_number(text: str) -> Number | None:
         inside = _formula_around(match.start("value"), formulas)
         start, end = (inside or match).span()
         left, right = text[max(0, start - _NEAR) : start], text[end : end + _NEAR]
+        if _DISMISSED_LEFT.search(left) or _DISMISSED_RIGHT.match(right):
+            continue
         if inside:
             return None if _ends_list(left, right) else whole_number(inside.group(inside.lastindex or 1))
         if _is_passed_over(left, right, first_line=start <= first_line):
@@ -98,7 +111,8 @@ def last_number(text: str) -> Number | None:
         pair = "," in match["value"] and re.search(r"[(\[]-?\Z", left) and _CLOSES.match(right)  # (3,400)
         if sign is None or pair or _continues(right) or _ends_list(left, right):
             return None
-        return value_of(match, negative=sign < 0)
+        found, before = value_of(match, negative=sign < 0), _ROUNDED.search(left)
+        return rounded(found, match, before[1]) if before else found
     return None
 
 
@@ -111,14 +125,15 @@ def _formula_around(place: int, formulas: list[re.Match[str]]) -> re.Match[str] 
 
 def _is_passed_over(left: str, right: str, *, first_line: bool) -> bool:
     """Whether a numeral is no number of the text: in a name, a label, a list's item or a remark in parentheses."""
+    if _REMARK.search(left) and re.match(r"[^()]*\)", right):
+        return True
     if _COMMAND_LEFT.search(left) or _FUNCTION_LEFT.search(left):
         return False
     if power := _UNIT_POWER.search(left):
         return power[1] is None or power[1].lower() in SHORT_UNITS
     item = not first_line and _ITEM.search(left) and re.match(r"[.)][ \t]+\S", right)
-    remark = _REMARK.search(left) and re.match(r"[^()]*\)", right)
     source = re.search(r"[\w.)] ?\[\Z", left) and right.startswith("]")
-    return bool(_NAMED.search(left) or item or remark or source)
+    return bool(_NAMED.search(left) or item or source)
 
 
 def _sign(left: str) -> int | None:
@@ -149,4 +164,10 @@ def _ends_list(left: str, right: str) -> bool:
     """Whether a number is one of several: '3 or 4', 'x = 5, x = 3', '(2, 5)', '1, 2, 3.'"""
     listed = _ENDS.match(right) and _LISTED.search(left)
     compound = _SMALLER.match(right) and _LARGER.search(left)  # 5 hours 30 minutes
-    return bool(_JOINED.search(left) or listed or compound or (_CLOSES.match(right) and _INSIDE.search(left)))
+    return bool(
+        _JOINED.search(left)
+        or _RANGE.search(left)
+        or listed
+        or compound
+        or (_CLOSES.match(right) and _INSIDE.search(left))
+    )

@@ -20,7 +20,7 @@ from eaft_verl.errors import ConfigError
 MAX_REFERENCES = 24
 
 
-OF_SFT = ("objective", "fused_head", "meter")  # what trainer: grpo has no use for, null in its arms
+OF_SFT = ("objective", "fused_head", "async_save", "meter")  # what trainer: grpo has no use for, null in its arms
 
 
 @dataclass(frozen=True)
@@ -206,6 +206,7 @@ class Config:
     seed: int
     output: str
     save_minutes: float
+    async_save: bool | None
     resume: str
     trainer: str
     fused_head: bool | None

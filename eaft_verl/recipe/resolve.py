@@ -40,6 +40,10 @@ from eaft_verl.recipe.shipped import find_recipe, is_spec
 from eaft_verl.recipe.verl_keys import compose_verl, grpo_tree, lay
 
 DEVICES = ("auto", "cpu", "cuda")
+_OF_VERL = {  # keys without effect in an arm with trainer: grpo: why
+    **dict.fromkeys(("objective", "fused_head"), "whose loss is verl's"),
+    "async_save": "whose states verl writes",
+}
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
 
 
@@ -181,9 +185,9 @@ def _trainer(layers: list[tuple[str, dict[str, Any]]]) -> str:
     if trainer == "sft" and "reward" in layers[1][1]:
         raise ConfigError(f"{layers[1][0]}: reward has no effect with trainer: sft, which generates nothing; remove it")
     for where, layer in layers[1:]:
-        for key in ("objective", "fused_head"):
+        for key, why in _OF_VERL.items():
             if trainer == "grpo" and key in layer:
-                raise ConfigError(f"{where}: {key} has no effect with trainer: grpo, whose loss is verl's; remove it")
+                raise ConfigError(f"{where}: {key} has no effect with trainer: grpo, {why}; remove it")
         if trainer == "grpo" and layer.get("meter") is not None:
             raise ConfigError(f"{where}: meter has no effect with trainer: grpo, which cannot read it; remove it")
     return trainer

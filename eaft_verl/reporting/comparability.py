@@ -16,7 +16,7 @@ RUN_KEYS = ("model", "data", "template", "evaluation")
 BENCHMARK_KEYS = ("side", "metric", "prompt_hash", "task_version", "data_hash", "n")
 IGNORED_CONFIG = frozenset(
     {"arm", "seed", "output", "output_dir", "out", "run", "run_dir", "recipe", "budget"}
-    | {"save_minutes", "resume", "choose", "trackers"}
+    | {"save_minutes", "async_save", "resume", "choose", "trackers"}
 )
 CHOSEN_WHOLE = {
     "objective.name": "objective",  # a named objective drops the parameters of another one

@@ -75,30 +75,34 @@ def equal_gain(board: Board, axis: str) -> Row:
 
     Every seed is compared within itself, over the seeds that all arms but controls and averages have. gain = the best x
     so far, as a distance to the base; common gain = min over arms of the last gain, controls and averages aside: one
-    that is stopped early, or that is mostly the base, would lower the level for all. Between two evaluations sqrt(KL)
-    is linear in the gain: both grow about in proportion to the distance moved, KL with its square. Before an arm's
-    first evaluation nothing is known but that, so a level that it reaches there is withheld. Numbers are means over
-    the seeds; intervals compute gain, level, crossing and KL again in every resample.
-    Returns {common_gain, levels: [{fraction, level, arms: {arm: row or None where not reached}}]}; a row is {kl, step,
-    low, high, difference: `bounds` to the first arm}, or {withheld: True}.
+    that is stopped early, or that is mostly the base, would lower the level for all. So would an arm other than the
+    first that is no better than the base in some seed (GRPO in the NLL of demonstrations): those are `unlearnt`.
+    Between two evaluations sqrt(KL) is linear in the gain: both grow about in proportion to the distance moved, KL with
+    its square. Before an arm's first evaluation nothing is known but that, so a level that it reaches there is
+    withheld. Numbers are means over the seeds; intervals compute gain, level, crossing and KL again in every resample.
+    Returns {common_gain, unlearnt: [arm], levels: [{fraction, level, arms: {arm: row or None where not reached}}]}; a
+    row is {kl, step, low, high, difference: `bounds` to the first arm}, or {withheld: True}.
     """
     tracks = {arm.name: _tracks(board, axis, arm) for arm in board.arms}
-    common = _common_gain(board, tracks)
-    if not common or not all(common_R[0] > 0 for common_R in common.values()):
-        return {"common_gain": 0.0, "levels": []}
+    judged = [arm for arm in board.arms if arm.control is None and arm.average is None] or board.arms
+    unlearnt = [arm.name for arm in judged[1:] if any(track.gain_RP[0, -1] <= 0 for track in tracks[arm.name].values())]
+    learning = [arm for arm in judged if arm.name not in unlearnt]
+    common = _common_gain(learning, tracks)
+    alone = len(learning) == 1 < len(judged)
+    if alone or not common or not all(common_R[0] > 0 for common_R in common.values()):
+        return {"common_gain": 0.0, "unlearnt": unlearnt, "levels": []}
     gain = float(np.mean([common_R[0] for common_R in common.values()]))
     levels = [
         {"fraction": fraction, "level": gain * fraction, "arms": _rows(tracks, common, fraction)}
         for fraction in FRACTIONS
     ]
-    return {"common_gain": gain, "levels": levels}
+    return {"common_gain": gain, "unlearnt": unlearnt, "levels": levels}
 
 
-def _common_gain(board: Board, tracks: dict[str, dict[int, "_Track"]]) -> dict[int, Floats]:
+def _common_gain(arms: list[Arm], tracks: dict[str, dict[int, "_Track"]]) -> dict[int, Floats]:
     """{seed: the least of the arms' last gains, as measured and of every resample}."""
-    judged = [arm for arm in board.arms if arm.control is None and arm.average is None] or board.arms
-    seeds = [seed for seed in shared_seeds(*judged) if all(seed in tracks[arm.name] for arm in judged)]
-    return {seed: np.min([tracks[arm.name][seed].gain_RP[:, -1] for arm in judged], axis=0) for seed in seeds}
+    seeds = [seed for seed in shared_seeds(*arms) if all(seed in tracks[arm.name] for arm in arms)]
+    return {seed: np.min([tracks[arm.name][seed].gain_RP[:, -1] for arm in arms], axis=0) for seed in seeds}
 
 
 def _rows(tracks: dict[str, dict[int, "_Track"]], common: dict[int, Floats], fraction: float) -> Row:

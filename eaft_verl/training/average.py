@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
 from eaft_verl.errors import RunError
+from eaft_verl.evaluation.model_files import write_checksums
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 SIZES = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "tie_word_embeddings")
@@ -44,6 +45,7 @@ def average_weights(tuned: Path, other: Path, weight: float, target: Path) -> No
         written.write(value)
         if not _bits(written.read(name)).equal(_bits(value)):
             raise RunError(f"{written.file}: {name} was not written as it was")
+    write_checksums(partial)
     shutil.rmtree(target, ignore_errors=True)
     os.replace(partial, target)
 

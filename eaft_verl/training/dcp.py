@@ -8,6 +8,7 @@ import json
 import os
 import random
 import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,34 +32,60 @@ class DcpCheckpoints:
     Saved are the trained weights, the optimizer's tensors, the place in the learning rate schedule and the random
     states. Frozen weights are those of the base model, and hyperparameters those of the configuration. On a load with
     another number of ranks each takes a random state that was saved, rank modulo their number.
+
+    background: a save copies this rank's part into host memory and returns; the copy is written while training goes on.
     """
 
-    def __init__(self, model: torch.nn.Module, optimizer: Any, lr_scheduler: Any) -> None:
+    def __init__(self, model: torch.nn.Module, optimizer: Any, lr_scheduler: Any, *, background: bool = False) -> None:
         self.model, self.optimizer, self.lr_scheduler = model, optimizer, lr_scheduler
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        # a group of its own: what is written meets the other ranks in between the collectives of training
+        self.group = dist.new_group(backend="gloo") if background else None
+        self.writer = ThreadPoolExecutor(1, "state") if background else None
+        self.writing: Future[None] | None = None
 
     def save_checkpoint(
         self, local_path: str, hdfs_path: None = None, global_step: int = 0, max_ckpt_to_keep: int | None = None
     ) -> None:
         """Write the state into the folder, every file flushed to disk, and SHARDS last; collective.
 
-        Where a tensor is not finite nothing but SHARDS is written, which names it.
+        Where a tensor is not finite nothing but SHARDS is written, which names it. In the background: `finished` tells,
+        and must have been asked before the next one.
         """
         folder, state = Path(local_path), self._tensors(updated=bool(self.optimizer.state))
         bad = next((name for name, value in state.items() if not _finite(value)), None)
         found = [name for name in self._from_all(bad) if name]
-        if not found:
-            indices = _file_indices(state, self.world_size)
-            writer = dcp.HuggingFaceStorageWriter(str(folder), indices, save_distributed=True)
+        if found:
+            return self._describe(folder, found[0])
+        writer = dcp.HuggingFaceStorageWriter(str(folder), _file_indices(state, self.world_size), save_distributed=True)
+        if self.writer is None:
             dcp.save(state, storage_writer=writer)
-            _write_flushed(folder / _rank_file(self.rank), self._values())
+            return self._complete(folder, self._values())
+        upload: Any = dcp.async_save(state, storage_writer=writer, process_group=self.group)
+        self.writing = self.writer.submit(self._complete, folder, self._values(), upload)
+
+    def finished(self, *, wait: bool) -> bool:
+        """Whether the last save is on the disk; what went wrong with it in the background is raised."""
+        if self.writing is not None and (wait or self.writing.done()):
+            writing, self.writing = self.writing, None
+            writing.result()
+        return self.writing is None
+
+    def _complete(self, folder: Path, values: dict[str, Any], upload: "Future[Any] | None" = None) -> None:
+        """Once the tensors are written: what is no tensor, and the description of every file."""
+        if upload is not None:
+            upload.result()
+        _write_flushed(folder / _rank_file(self.rank), values)
+        self._describe(folder, None)
+
+    def _describe(self, folder: Path, nonfinite: str | None) -> None:
         mine = [*folder.glob(f"shard-{self.rank + 1:05d}-*"), *folder.glob(_rank_file(self.rank))]
         files = self._from_all({file.name: describe(file) for file in mine})
         if self.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             merged = {name: entry for part in files for name, entry in part.items()}
-            _write_flushed(folder / SHARDS, {"files": merged, "nonfinite": found[0] if found else None})
-        dist.barrier()
+            _write_flushed(folder / SHARDS, {"files": merged, "nonfinite": nonfinite})
+        dist.barrier(self.group)
 
     def load_checkpoint(self, local_path: str, hdfs_path: None = None, del_local_after_load: bool = False) -> None:
         """Restore the state in place; collective. The caller has checked the files."""
@@ -102,7 +129,7 @@ class DcpCheckpoints:
 
     def _from_all(self, value: Any) -> list[Any]:
         gathered: list[Any] = [None] * self.world_size
-        dist.all_gather_object(gathered, value)
+        dist.all_gather_object(gathered, value, self.group)
         return gathered
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from eaft_verl.errors import ConfigError, RunError
+from eaft_verl.evaluation.model_files import write_checksums
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -52,6 +53,7 @@ def export_weights(
     save_torch_state_dict(state, partial, metadata={"format": "pt"})
     write_companions(partial, base_model, dtype, ends)
     _read_back(partial, state)
+    write_checksums(partial)
     os.replace(partial, folder)
 
 

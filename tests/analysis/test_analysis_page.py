@@ -123,6 +123,17 @@ def test_a_store_alone_without_examples(tmp_path, tokenizer):
     assert "were not analysed" in page(tmp_path / "out")
 
 
+def test_many_sources_and_text_that_steers(tmp_path, tokenizer):
+    found = random_columns(12, 50, vocab=len(tokenizer))
+    source = [f"part-{i:03} \x1b[31m\u202e" for i in range(600)]
+    store = write_store(tmp_path / "s", vocab=len(tokenizer), **found, source=source)
+    made = write_page(tmp_path / "out", [store], tokenizer, gates=("sft", "eaft"))
+    text = page(tmp_path / "out")
+    assert not re.search("[\x00-\x08\x0b-\x1f\u202a-\u202e]", text)
+    assert text.count("part-") == 20 and "The 20 with the most conflicts of 600" in text
+    assert len(made["data"]["breakdown"]["by_source"]) == 600
+
+
 def test_a_token_alone(tmp_path, tokenizer):
     store = write_store(tmp_path / "s", vocab=len(tokenizer), token=[7], logprob=[-0.1], entropy=[0.2])
     write_page(tmp_path / "out", [store], tokenizer)

@@ -30,10 +30,39 @@ class Broken(Objective):
     """Not a number."""
 
     def weight(self, stats):
-        return stats.logprob_T * math.nan
+        return stats.logprob_T.where(stats.logprob_T != LOWEST, math.nan)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Average(Objective):
+    """One number for all tokens."""
+
+    def weight(self, stats):
+        return stats.entropy_T.mean()
+
+
+@dataclass(frozen=True, kw_only=True)
+class InPlace(Objective):
+    """Writes into what it is given."""
+
+    def weight(self, stats):
+        return stats.entropy_T.mul_(0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weightless(Objective):
+    """Asks for weights of samples that it does not give."""
+
+    @property
+    def needs(self):
+        return frozenset({"sample_weight"})
+
+    def weight(self, stats):
+        return stats.sample_weight_T
 
 
 COLUMNS = random_columns(24, 60, seed=7)
+LOWEST = float(COLUMNS["logprob"].astype(np.float32).min())
 P, H = np.exp(COLUMNS["logprob"]), COLUMNS["entropy"] / math.log(20)
 SUM_P2 = COLUMNS["sum_p2"]
 NLL_S = np.array([-COLUMNS["logprob"][COLUMNS["sample"] == i].mean() for i in range(24)])
@@ -154,6 +183,7 @@ def test_words_become_every_combination():
         (["dft", "dft"], "dft is given twice"),
         (["no_such.module:Gate"], "cannot be imported"),
         (["os:path"], "must be a subclass"),
+        (["analysis.test_gates:Average"], "has shape \\[\\] for statistics of shape"),
         (["eaft:power=" + ",".join(map(str, range(60)))], "more than 48 gates"),
     ],
 )
@@ -169,6 +199,10 @@ def test_another_k_and_weights_that_are_no_numbers_are_refused(store):
         sweep(store, ["eaft:k=50"])
     with pytest.raises(ConfigError, match="Broken: its weights"):
         sweep(store, ["analysis.test_gates:Broken"])
+    with pytest.raises(ConfigError, match="writes into the statistics"):
+        sweep(store, ["analysis.test_gates:InPlace", "eaft"])
+    with pytest.raises(ConfigError, match="a weight for each of 24 samples"):
+        sweep(store, ["analysis.test_gates:Weightless"])
 
 
 def test_the_tokens_kept_for_overlaps_hold_no_block_in_memory(store, monkeypatch):

@@ -110,6 +110,11 @@ def broken_stores() -> Iterator[tuple[str, Any]]:
     table = part_of(0).cast(COLUMNS)
     yield "schema 2", table.replace_schema_metadata({META: json.dumps({**whole, "schema": 2})})
     yield "with columns sample, position", table.drop_columns("role").replace_schema_metadata({META: json.dumps(whole)})
+    text = table.set_column(3, "logprob", table["logprob"].cast(pa.string()))
+    yield "of another type: logprob", text.replace_schema_metadata({META: json.dumps(whole)})
+    lacks = {name: value for name, value in whole.items() if name != "k"}
+    yield "of another type: k", table.replace_schema_metadata({META: json.dumps(lacks)})
+    yield "names no model", table.replace_schema_metadata({META: "[1]"})
     yield "6 of 7 tokens", table.slice(0, 6).replace_schema_metadata({META: json.dumps({**whole, "samples": 6})})
     yield "names no model", table
     yield "names no model", table.replace_schema_metadata({META: "{"})

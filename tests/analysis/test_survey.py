@@ -73,6 +73,33 @@ def test_places_count_from_the_first_token_of_each_turn(tmp_path, monkeypatch, r
     assert [place for part in found for place in part] == [0, 1, 2, 0, 1, 0, 1, 0]
 
 
+@pytest.mark.parametrize(
+    ("column", "value", "said"),
+    [
+        ("max_prob", math.nan, "max_prob is nan for token"),
+        ("sum_p2", math.inf, "sum_p2 is inf"),
+        ("logprob", 0.5, "logprob is 0.5 for token 7 of sample 0, allowed is"),
+        ("entropy", 3.5, "allowed is -0.02 to 3.016"),
+        ("token", -1, "token is -1"),
+        ("argmax", 384, "argmax is 384 for token 7 of sample 0, allowed is 0 to 383"),
+        ("sample", 9, "its samples are not in order"),
+    ],
+)
+def test_a_value_that_no_distribution_has_is_named(tmp_path, column, value, said):
+    columns = random_columns(3, 10) | {"token": np.full(30, 7)}
+    columns[column] = np.array(columns[column])
+    columns[column][2] = value
+    store = write_store(tmp_path, **columns)
+    with pytest.raises(DataError, match=said):
+        list(blocks(store, [*columns, "position"], {}))
+
+
+def test_a_short_answer_is_never_implausible(tmp_path):
+    columns = {"logprob": np.full(9, -5.0), "entropy": np.full(9, 0.1), "token": np.zeros(9)}
+    store = write_store(tmp_path, sample=[0] * 4 + [1] * 5, **columns)
+    assert Survey(store).implausible_S.tolist() == [False, True]
+
+
 @pytest.mark.parametrize(("value", "said"), [(math.nan, "nan"), (-math.inf, "-inf")])
 def test_statistics_that_are_no_numbers_are_named(tmp_path, value, said):
     store = write_store(tmp_path, token=[7, 8, 9], sample=[0, 1, 1], logprob=[-1.0, -1.0, value], entropy=np.zeros(3))

@@ -153,7 +153,61 @@ def test_no_more_than_in_own_answers_asks_for_nothing(tmp_path):
 def test_more_than_in_own_answers(tmp_path):
     found, _ = judged(tmp_path, facts(), own=facts(0.2))
     assert found["remedy"] == "eaft"
-    assert "(8,000 tokens) it is 0.50 %: the data is 2 points above" in text(found, "baseline")
+    assert "(200, 8,000 tokens) it is 0.50 %: the data is 2 points above" in text(found, "baseline")
+
+
+def test_data_that_the_model_knows_nothing_of_is_read_first(tmp_path):
+    """Random tokens, and a model that is sure of another token everywhere: nothing is left after cleaning."""
+    for name, entropy, prob in (("random", 2.0, 1e-5), ("all conflict", 0.1, 0.001)):
+        case = Case()
+        case.prob[:], case.entropy[:], case.full[:] = prob, entropy, entropy
+        case.token[:] = np.random.default_rng(0).choice(LETTERS, len(case.token))
+        found, _ = judged(tmp_path / name, case)
+        assert found["remedy"] == "read"
+        assert "200 of 200 samples (100 % of the tokens) implausible as a whole" in text(found, "remedy")
+
+
+def test_a_few_implausible_samples_are_named_though_conflicts_ask_for_nothing(tmp_path):
+    case = Case()
+    bad = np.isin(case.sample, range(10))
+    case.prob[bad], case.entropy[bad], case.full[bad] = 0.001, 1.5, 3.0
+    found, _ = judged(tmp_path, case)
+    assert found["remedy"] == "none" and "10 samples implausible as a whole: read those" in text(found, "remedy")
+
+
+def one_word(argmax):
+    """Answers of one word and its end, each word once; the model is sure of `argmax`, one after the other."""
+    rows = 2 * SAMPLES
+    prob, token = np.tile([0.01, 0.95], SAMPLES), np.full(rows, TOKENIZER.convert_tokens_to_ids("<|im_end|>"))
+    token[::2] = np.resize(LETTERS, SAMPLES)
+    columns = {"sample": np.repeat(np.arange(SAMPLES), 2), "token": token, "logprob": np.log(prob)}
+    columns |= {"entropy": np.full(rows, 0.1), "argmax": np.repeat(np.resize(argmax, SAMPLES), 2)}
+    return columns | {"sum_p2": np.full(rows, 0.9)}
+
+
+@pytest.mark.parametrize(("argmax", "kind"), [(LETTERS[::-1], "content"), ([5], "format")])
+def test_answers_of_one_word_are_content_unless_the_model_expects_the_same_opening(tmp_path, argmax, kind):
+    store = write_store(tmp_path, vocab=len(TOKENIZER), **one_word(argmax))
+    data = analyse(store, Words(TOKENIZER), ("sft", "eaft"), pictures=False).result
+    found = verdict(data)
+    assert found["kind"] == kind
+    assert data["breakdown"]["samples_with_content"] == (200 if kind == "content" else 0)
+    if kind == "content":
+        assert "100 % of the samples hold a conflict of content, 1.0 each" in text(found, "counter-factual")
+
+
+def test_what_stands_beside_the_data_is_called_what_it_is(tmp_path):
+    data = analyse(facts().store(tmp_path / "data"), Words(TOKENIZER), ("sft",), pictures=False)
+    words = {}
+    for origin, sampling in (("own", {"temperature": 0.0, "top_p": 1.0}), ("rollouts", {"run": "x"})):
+        beside = analyse(
+            Case().store(tmp_path / origin, origin=origin), Words(TOKENIZER), ("sft",), data.survey, pictures=False
+        ).result
+        beside["meta"]["sampling"] = sampling
+        words[origin] = text(verdict(data.result, beside, {"share": 0.02, "low": 0.01, "high": 0.03}), "baseline")
+    assert words["own"].startswith("In the model's own answers (200, 8,000 tokens)")
+    assert "drawn at temperature 0.00 and top-p 1.00" in words["own"]
+    assert words["rollouts"].startswith("In the rollouts (200, ") and "temperature" not in words["rollouts"]
 
 
 @pytest.mark.parametrize("make", [formats, noise, facts, lambda: facts(0.3), lambda: facts(0.01), Case])

@@ -44,6 +44,8 @@ def read(task: str, tmp_path: Path, *rows: dict[str, Any]) -> list[dict[str, Any
         ("gsm8k", [{**SUM, "answer": "1", "id": 1}, {**SUM, "answer": "2"}], "rows with the same id '1'"),
         ("gsm8k", [{**SUM, "answer": "1"}, SUM], "row 2 has no 'answer', as task 'gsm8k' needs; found question"),
         ("gsm8k", [], "holds no rows"),
+        ("aime25", [{"answer": "1"}], "row 1 has no 'problem' or 'question', as task 'aime25' needs; found answer"),
+        ("aime25_boxed", [{"answer": "1"}], "row 1 has no 'problem' or 'question'"),
         ("medmcqa_chat", [{**MED, "cop": 0}, {**MED, "cop": 4}], "cop is 0, 4: it must be 0 to 3 or 1 to 4"),
         ("medmcqa_chat", [{**MED, "cop": 1}, {**MED, "cop": 3}], "rows must show which of both"),
         (

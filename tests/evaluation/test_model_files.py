@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from eaft_verl.errors import ConfigError
-from eaft_verl.evaluation.model_files import check_model_files
+from eaft_verl.evaluation.model_files import CHECKSUMS, check_model_files, write_checksums
 
 ONE, PICKLE, INDEX = "model.safetensors", "pytorch_model.bin", "model.safetensors.index.json"
 SMALL: dict[str, Any] = {
@@ -136,3 +136,43 @@ def test_damaged_files_are_named_and_nothing_is_run(model: Path, name: str) -> N
     with pytest.raises(ConfigError, match=f"{said}.*again$"):
         check_model_files(model)
     assert not (model / "RAN").exists()
+
+
+def flipped(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda at: flipped(at / ONE), f"{ONE} is not as it was exported"),
+        (lambda at: flipped(at / "config.json"), "config.json is not as it was exported"),
+        (lambda at: (at / "tokenizer.json").unlink(), "tokenizer.json is missing: the model is not used"),
+        (lambda at: (at / CHECKSUMS).write_text("{"), f"{CHECKSUMS} is damaged"),
+        (lambda at: (at / CHECKSUMS).write_text("[1]"), f"{CHECKSUMS} is damaged"),
+    ],
+)
+def test_an_export_that_is_not_as_it_was_written_is_named(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], object], said: str
+) -> None:
+    monkeypatch.setenv("EAFT_CACHE", str(tmp_path / "cache"))
+    write_checksums(model)
+    check_model_files(model)
+    check_model_files(shutil.copytree(model, tmp_path / "copy"))
+    (model / "README.md").write_text("a card")  # what is added is nobody's weight
+    check_model_files(model)
+    damage(model)
+    with pytest.raises(ConfigError, match=said):
+        check_model_files(model)
+
+
+def test_bytes_that_were_read_are_known_by_size_and_times(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EAFT_CACHE", str(tmp_path / "cache"))
+    write_checksums(model)
+    check_model_files(model)
+    monkeypatch.setattr("eaft_verl.files.bytes_hash", lambda file: pytest.fail(f"{file} is read again"))
+    check_model_files(model)

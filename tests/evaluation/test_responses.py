@@ -230,6 +230,59 @@ def test_ifeval_is_scored_as_the_harness_scores_it(tmp_path: Path, monkeypatch: 
         assert sample["scores"]["prompt_level_strict_acc"] == score, text
 
 
+LONG = "every word of this answer is written in small letters as the question has asked"
+KEPT_AND_BROKEN = [  # (instruction, its arguments, an answer that keeps it, one that does not), by IFEval's own words
+    ("punctuation:no_comma", {}, "No comma", "A, comma"),
+    ("length_constraints:number_words", {"num_words": 5, "relation": "at least"}, "a b c d e", "a b c d"),
+    ("length_constraints:number_sentences", {"num_sentences": 3, "relation": "less than"}, "I am. So.", "A. B. C."),
+    ("length_constraints:number_paragraphs", {"num_paragraphs": 2}, "One\n***\nTwo", "One\n\nTwo"),
+    ("length_constraints:nth_paragraph_first_word", {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "dog"},
+     "A cat\n\nDog days", "A cat\n\nCat days"),
+    ("detectable_format:number_bullet_lists", {"num_bullets": 2}, "* one\n* two", "* one"),
+    ("detectable_format:title", {}, "<<My day>>\nIt was fine.", "My day"),
+    ("detectable_format:json_format", {}, '```json\n{"a": 1}\n```', "a: 1"),
+    ("detectable_format:constrained_response", {}, "My answer is yes.", "Yes."),
+    ("detectable_format:number_highlighted_sections", {"num_highlights": 2}, "*one* and *two*", "*one*"),
+    ("detectable_format:multiple_sections", {"section_spliter": "Section", "num_sections": 2},
+     "Section 1\nOne\nSection 2\nTwo", "Section 1\nOne"),
+    ("detectable_content:postscript", {"postscript_marker": "P.S."}, "Hi\nP.S. Bye", "Hi"),
+    ("detectable_content:number_placeholders", {"num_placeholders": 2}, "[name], [place]", "[name]"),
+    ("keywords:existence", {"keywords": ["cat", "dog"]}, "A cat and a dog", "A cat"),
+    ("keywords:forbidden_words", {"forbidden_words": ["cat"]}, "A dog; a catalogue", "A cat"),
+    ("keywords:frequency", {"keyword": "cat", "frequency": 2, "relation": "at least"}, "cat, Cat", "cat"),
+    ("keywords:letter_frequency", {"letter": "q", "let_frequency": 2, "let_relation": "less than"}, "quiet", "Quick q"),
+    ("change_case:english_lowercase", {}, LONG, LONG.title()),
+    ("change_case:english_capital", {}, LONG.upper(), LONG),
+    ("change_case:capital_word_frequency", {"capital_frequency": 2, "capital_relation": "at least"}, "YES, NO", "Yes"),
+    ("startend:end_checker", {"end_phrase": "The end."}, "Once. The end.", "The end. Or not"),
+    ("startend:quotation", {}, '"Hi"', "Hi"),
+    ("combination:two_responses", {}, "One\n******\nTwo", "One\n******\nOne"),
+    ("combination:repeat_prompt", {"prompt_to_repeat": "Say it."}, "Say it. I say it.", "I say it."),
+    ("language:response_language", {"language": "de"}, "Das ist ein ganz gewöhnlicher deutscher Satz.", LONG),
+]  # fmt: skip
+
+
+def test_ifeval_s_verdicts_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    shared("ifeval/input_data_dev.jsonl", 1)
+    monkeypatch.setenv("NLTK_DATA", str(SHARED / "nltk_data"))
+    import nltk
+
+    nltk.data.path.insert(0, str(SHARED / "nltk_data"))
+    rows = [
+        {"key": n, "prompt": f"Do {name}.", "instruction_id_list": [name], "kwargs": [given]}
+        for n, (name, given, _, _) in enumerate(KEPT_AND_BROKEN)
+    ]
+    data = rows_file(tmp_path, rows)
+    for column, score in ((2, 1.0), (3, 0.0)):
+        order = iter([f"<think>{LONG}, *</think>{row[column]}" for row in KEPT_AND_BROKEN])
+        record, samples = run(
+            Scripted(lambda prompt, number, order=order: next(order)), {"task": "ifeval", "data": data}
+        )
+        found = [sample["scores"]["prompt_level_strict_acc"] for sample in samples]
+        assert [row[0] for row, one in zip(KEPT_AND_BROKEN, found, strict=True) if one != score] == []
+        assert record["metrics"]["inst_level_strict_acc"]["score"] == score
+
+
 def test_a_model_without_a_template_is_asked_in_plain_text(tmp_path: Path):
     assert harness.plain_chat([{"role": "user", "content": "2 + 2?"}]) == "Question: 2 + 2?\nAnswer:"
     shots = [("user", "1 + 1?"), ("assistant", "2"), ("user", "Question: 3?\nAnswer:")]

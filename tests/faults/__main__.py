@@ -1,33 +1,66 @@
-"""All rows, the slow ones too, and the table: fault, expected, seen, lost steps."""
+"""All rows, the slow ones too, and the table: fault, expected, seen, lost steps, seconds.
 
+python -m tests.faults                           every row
+python -m tests.faults -k "two commands at once" rows whose fault has these words
+python -m tests.faults -k "grpo and not lora"    pytest's own expressions, and all else that pytest takes
+"""
+
+import argparse
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
+from .test_faults import ROWS
+
 HERE = Path(__file__).parent
+
+
+def rows_with(words: str) -> set[str] | None:
+    """Faults that have the text in them, else all of its words; None for an expression of pytest's."""
+    names = {str(row.id) for row in ROWS}
+    if found := {name for name in names if words.lower() in name.lower()}:
+        return found
+    if re.search(r"\b(and|or|not)\b|[()]", words):
+        return None
+    return {name for name in names if all(word in name.lower() for word in words.lower().split())}
 
 
 class Table:
     """Collects what each row reported."""
 
-    def __init__(self) -> None:
+    def __init__(self, chosen: set[str] | None) -> None:
+        self.chosen = chosen
         self.rows: list[dict[str, str]] = []
+
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Function]) -> None:
+        """Only the rows that were asked for."""
+        if self.chosen is not None:
+            left = [item for item in items if item.callspec.params["row"].name in self.chosen]
+            config.hook.pytest_deselected(items=[item for item in items if item not in left])
+            items[:] = left
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """A row per test that ran; a failure says so instead of what was seen."""
         row = {name: str(value) for name, value in report.user_properties}
         if report.when == "call" and row:
-            self.rows.append(row | ({} if report.passed else {"seen": "NOT AS EXPECTED", "lost": "?"}))
+            seen = {} if report.passed else {"seen": report.outcome if report.skipped else "NOT AS EXPECTED"}
+            self.rows.append(row | seen | {"seconds": f"{report.duration:.0f}"})
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """The table in Markdown."""
-        write = terminalreporter.write_line
-        write("| fault | expected | seen | lost steps |\n|---|---|---|---|")
+        write, names = terminalreporter.write_line, ("fault", "expected", "seen", "lost", "seconds")
+        write("| fault | expected | seen | lost steps | s |\n|---|---|---|---|---|")
         for row in self.rows:
-            write(f"| {row['fault']} | {row['expected']} | {row.get('seen', '')} | {row.get('lost', '')} |")
+            write(f"| {' | '.join(row.get(name, '?') for name in names)} |")
         wrong = sum(row.get("seen") == "NOT AS EXPECTED" for row in self.rows)
         write(f"{len(self.rows)} faults, {wrong} not as expected")
 
 
-sys.exit(pytest.main([str(HERE), "-q", "-m", "", *sys.argv[1:]], plugins=[Table()]))
+parser = argparse.ArgumentParser(add_help=False)
+parser.add_argument("-k", default="")
+known, others = parser.parse_known_args()
+chosen = rows_with(known.k) if known.k else None
+expression = ["-k", known.k] if known.k and chosen is None else []
+sys.exit(pytest.main([str(HERE), "-q", "-m", "", *expression, *others], plugins=[Table(chosen)]))

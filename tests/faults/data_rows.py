@@ -159,7 +159,7 @@ def _no_data(lab: Lab) -> Outcome:
     return Outcome("exit 2, the file and what is wrong with it, before anything is loaded")
 
 
-@fault("data.train, model, output and drift data begin with ~", "expanded the same everywhere")
+@fault("data.train, model, output and drift data begin with ~", "expanded the same everywhere", slow=True)
 def _home(lab: Lab) -> Outcome:
     write(lab, sound(lab), "mine.jsonl")
     (lab.folder / "model").symlink_to(lab.model)

@@ -27,7 +27,7 @@ def own_parquet(path: Path) -> bytes:
     return path.read_bytes()
 
 
-@fault("`eaft prepare X X`, X by a link, a hard link or another spelling", "refused; X is untouched")
+@fault("`eaft prepare X X`, X by a link, a hard link or another spelling", "refused; X is untouched", slow=True)
 def _out_is_the_source(lab: Lab) -> Outcome:
     mine = lab.folder / "mine.parquet"
     before = own_parquet(mine)
@@ -39,7 +39,7 @@ def _out_is_the_source(lab: Lab) -> Outcome:
     return Outcome("exit 2: exists and was not made by `eaft prepare`; nothing is overwritten")
 
 
-@fault("OUT is any file of the user, or its manifest's name is taken", "refused; both are untouched")
+@fault("OUT is any file of the user, or its manifest's name is taken", "refused; both are untouched", slow=True)
 def _out_is_taken(lab: Lab) -> Outcome:
     (lab.folder / "notes.parquet").write_text("notes")
     prepare(lab, lab.folder / "train.jsonl", lab.folder / "notes.parquet").refused("notes.parquet exists and was not")
@@ -68,7 +68,7 @@ def _out_in_source(lab: Lab) -> Outcome:
     return Outcome("exit 2")
 
 
-@fault("the process was killed between manifest and parquet", "the same command makes the same file")
+@fault("the process was killed between manifest and parquet", "the same command makes the same file", slow=True)
 def _half_a_preparation(lab: Lab) -> Outcome:
     out = lab.folder / "p.parquet"
     assert prepare(lab, lab.folder / "train.jsonl", out).code == 0
@@ -79,7 +79,9 @@ def _half_a_preparation(lab: Lab) -> Outcome:
 
 
 @fault(
-    "a manifest that is empty, torn, [], {}, of a newer version, or lacks keys", "named at the dry run, with a way out"
+    "a manifest that is empty, torn, [], {}, of a newer version, or lacks keys",
+    "named at the dry run, with a way out",
+    slow=True,
 )
 def _manifests(lab: Lab) -> Outcome:
     out = lab.folder / "p.parquet"
@@ -175,7 +177,7 @@ def _report_into_a_folder(lab: Lab) -> Outcome:
     return Outcome("exit 2")
 
 
-@fault("`evaluate MODEL --out` into an arm's run, or a folder with content", "refused; both are untouched")
+@fault("`evaluate MODEL --out` into an arm's run, or a folder with content", "refused; both are untouched", slow=True)
 def _evaluate_into_a_folder(lab: Lab) -> Outcome:
     arm = fake_runs.make_arm(lab.folder / "arm", "sft")
     (lab.folder / "full").mkdir()

@@ -176,7 +176,7 @@ def _secret_in_clear(lab: Lab) -> Outcome:
     return refused(seen, "data.train holds a secret in clear")
 
 
-@fault("a secret by reference: dry run, errors, a Ray job", "shown as ${oc.env:HF_TOKEN}, never its value")
+@fault("a secret by reference: dry run, errors, a Ray job", "shown as ${oc.env:HF_TOKEN}, never its value", slow=True)
 def _secret_by_reference(lab: Lab) -> Outcome:
     secret = {"HF_TOKEN": CANARY}
     seen = lab.train("--dry-run", "data.columns.ignore=['${oc.env:HF_TOKEN}']", **secret)

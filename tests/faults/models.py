@@ -9,6 +9,8 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
+from eaft_verl.evaluation.model_files import write_checksums
+
 from .matrix import Lab, Outcome, fault
 
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -51,7 +53,11 @@ def _other_shape(lab: Lab) -> Outcome:
     return Outcome("exit 2, both shapes are named")
 
 
-@fault("weights are cut off, empty, a git-lfs pointer, gone, or lack a shard", "one line names the file, before Ray")
+@fault(
+    "weights are cut off, empty, a git-lfs pointer, gone, or lack a shard",
+    "one line names the file, before Ray",
+    slow=True,
+)
 def _weight_files(lab: Lab) -> Outcome:
     whole = (lab.model / ONE).read_bytes()
     for content, said in (
@@ -132,3 +138,20 @@ def _no_hub(lab: Lab) -> Outcome:
     seen = lab.train("model=nobody/has-this", HF_HUB_OFFLINE="1")
     seen.refused("nobody/has-this")
     return Outcome("exit 2")
+
+
+@fault("flipped bits in a shard of an export", "train, evaluate and chat name the file; put back, it is used")
+def _altered_export(lab: Lab) -> Outcome:
+    export = copied(lab, "export")
+    write_checksums(export)
+    whole = (export / ONE).read_bytes()
+    half = len(whole) // 2
+    (export / ONE).write_bytes(
+        whole[:half] + bytes(byte ^ 1 for byte in whole[half : half + 100]) + whole[half + 100 :]
+    )
+    refused_everywhere(lab, export, f"{ONE} is not as it was exported")
+    chat = ("chat", export, "--prompt", "hi", "--new-tokens", "1")
+    lab.eaft(*chat).refused(f"{ONE} is not as it was exported")
+    (export / ONE).write_bytes(whole)
+    assert lab.eaft(*chat).code == 0
+    return Outcome("exit 2, the file is named")

@@ -79,7 +79,18 @@ def answers(port: int) -> bool:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory, tiny_model_path: Path) -> Iterator[Cluster]:
-    """Two nodes of one CPU each, so that two workers must spread; with token authentication."""
+    """Two nodes of one CPU each, so that two workers must spread."""
+    project = tmp_path_factory.mktemp("project")
+    train = tiny.write_sums(project.parent / "train.jsonl", 16, seed=1)
+    heldout = tiny.write_sums(project.parent / "heldout.jsonl", 6, seed=2)
+    (project / "recipe.yaml").write_text(RECIPE.format(model=tiny_model_path, train=train, heldout=heldout))
+    with two_nodes(project, cpus=1) as found:
+        yield found
+
+
+@contextlib.contextmanager
+def two_nodes(project: Path, cpus: int) -> Iterator[Cluster]:
+    """Ray on two nodes with so many CPUs and one slot for a worker each; with token authentication."""
     scratch = Path(tempfile.mkdtemp(prefix="ray"))  # short: Ray's socket paths have a limit
     port, dashboard = free_port(), free_port()
     environ = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "RAY_TMPDIR": str(scratch), "HOME": str(scratch)}
@@ -87,7 +98,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, tiny_model_path: Path) -> 
     environ |= {"OMP_NUM_THREADS": "1", "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
     small = [
         "--num-cpus",
-        "1",
+        str(cpus),
         "--num-gpus",
         "1",
         "--object-store-memory",
@@ -106,10 +117,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, tiny_model_path: Path) -> 
             command = [str(BIN / "ray"), "start", *words, *own, *small]
             nodes.append(subprocess.Popen(command, env=environ, stdout=log, stderr=log, start_new_session=True))
             wait_until(lambda ready=ready: answers(ready), 60, "ray start answers")
-        project = tmp_path_factory.mktemp("project")
-        train = tiny.write_sums(project.parent / "train.jsonl", 16, seed=1)
-        heldout = tiny.write_sums(project.parent / "heldout.jsonl", 6, seed=2)
-        (project / "recipe.yaml").write_text(RECIPE.format(model=tiny_model_path, train=train, heldout=heldout))
         yield Cluster(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", environ, project)
     finally:
         for node in reversed(nodes):
@@ -194,11 +201,11 @@ def test_a_stopped_job_goes_on_as_if_it_had_not_been(cluster: Cluster, tmp_path:
     run = Run(output / "eaft-seed0")
     stopped_at = run.metrics()[-1]["step"]
     assert run.info["status"] == "interrupted" and "SIGTERM" in run.info["error"] and 2 < stopped_at < STEPS
-    assert (run.path / "resume" / f"step_{stopped_at:06d}" / "trainer.json").exists()
+    assert (run.path / "resume" / f"step_{stopped_at:06d}" / "manifest.json").exists()
 
     done = cluster.run(cluster.launch("--env", "NCCL_DEBUG=INFO", *words), NCCL_DEBUG="WARN")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(worker_nodes(cluster)) == 2
+    assert len(worker_nodes(cluster, "EaftWorker")) == 2
     whole, resumed = Run(output / "again-seed0"), run
     assert resumed.info["attempt"] == 2 and resumed.info["workers"] == whole.info["workers"] == 2
     assert [row["step"] for row in resumed.metrics()] == list(range(1, STEPS + 1))
@@ -217,13 +224,13 @@ def stop(cluster: Cluster, followed: str) -> None:
         assert answer.status == 200
 
 
-def worker_nodes(cluster: Cluster) -> set[str]:
-    """Nodes on which training workers have lived."""
+def worker_nodes(cluster: Cluster, name: str) -> set[str]:
+    """Nodes on which actors of this name have lived."""
     code = (
         "import json, sys; from ray.util.state import list_actors; "
         "print(json.dumps([actor.node_id for actor in list_actors(address=sys.argv[1], detail=True) "
-        "if 'EaftWorker' in actor.class_name]))"
+        "if sys.argv[2] in actor.class_name]))"
     )
-    done = cluster.run([sys.executable, "-c", code, cluster.dashboard])
+    done = cluster.run([sys.executable, "-c", code, cluster.dashboard, name])
     assert done.returncode == 0, done.stderr
     return set(json.loads(done.stdout))

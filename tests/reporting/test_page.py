@@ -214,7 +214,7 @@ def test_a_worse_arm_is_called_worse(tmp_path):
     assert "Target mean is worse: \u2212100.0 points [\u2212100.0, \u2212100.0]" in found["headline"][0]["sentences"][0]
     assert found["equal_gain"]["target_mean"]["levels"] == []
     text = page(tmp_path / "report")
-    assert "not every arm improved on the base" in text
+    assert "too few arms are better than the base" in text
     assert "There is one arm only" in text
 
 

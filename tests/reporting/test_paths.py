@@ -58,6 +58,18 @@ def board(
     return Board(base, arms, {"target_mean": x, "drift.kl": kl}, RESAMPLES, [])
 
 
+def test_an_arm_that_learns_nothing_is_named_and_leaves_the_others_to_compare() -> None:
+    pair = [Learner("sft", 0.25, 0.4), Learner("eaft", 0.05, 0.2)]
+    found = equal_gain(board([*pair, Learner("grpo", -0.1, 0.3)]), "target_mean")
+    assert found["unlearnt"] == ["grpo"] and found["levels"][-1]["arms"]["grpo"] is None
+    alone = equal_gain(board(pair), "target_mean")
+    assert alone["unlearnt"] == [] and found["common_gain"] == alone["common_gain"]
+    for mixed, two in zip(found["levels"], alone["levels"], strict=True):
+        assert mixed["arms"]["eaft"]["difference"]["delta"] == two["arms"]["eaft"]["difference"]["delta"]
+    assert equal_gain(board([pair[0], Learner("grpo", -0.1, 0.3)]), "target_mean")["levels"] == []
+    assert equal_gain(board([Learner("grpo", -0.1, 0.3), *pair]), "target_mean")["levels"] == []  # the reference
+
+
 def levels(learners: list[Learner], **options: Any) -> list[dict[str, Any]]:
     found = equal_gain(board(learners, **options), "target_mean")
     return [level["arms"] for level in found["levels"]]

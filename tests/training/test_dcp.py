@@ -43,7 +43,7 @@ class Tied(nn.Module):
         return self.head(hidden)
 
 
-def build(world: int) -> tuple[nn.Module, Any, Any, dcp.DcpCheckpoints]:
+def build(world: int, *, background: bool = False) -> tuple[nn.Module, Any, Any, dcp.DcpCheckpoints]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from verl.utils.torch_functional import get_cosine_schedule_with_warmup
@@ -56,7 +56,7 @@ def build(world: int) -> tuple[nn.Module, Any, Any, dcp.DcpCheckpoints]:
     fully_shard(model, mesh=mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
     schedule = get_cosine_schedule_with_warmup(optimizer, 2, 20)
-    return model, optimizer, schedule, dcp.DcpCheckpoints(model, optimizer, schedule)
+    return model, optimizer, schedule, dcp.DcpCheckpoints(model, optimizer, schedule, background=background)
 
 
 def train(world: int, rank: int, model: Any, optimizer: Any, schedule: Any, step: int, drop: float) -> list[float]:
@@ -82,7 +82,7 @@ def ranked(rank: int, world: int, port: int, folder: str, jobs: list[dict[str, A
     for job in jobs:
         random.seed(rank)
         np.random.seed(rank)
-        model, optimizer, schedule, checkpoints = build(world)
+        model, optimizer, schedule, checkpoints = build(world, background=job.get("background", False))
         if job.get("poison"):
             with torch.no_grad():
                 model.layers[0].weight.to_local().fill_(math.nan if rank == world - 1 else 1.0)
@@ -93,9 +93,11 @@ def ranked(rank: int, world: int, port: int, folder: str, jobs: list[dict[str, A
         for step in range(start, job["end"]):
             rows.append(train(world, rank, model, optimizer, schedule, step, job.get("drop", 0.0)))
             if step + 1 in job.get("saves", ()):
+                checkpoints.finished(wait=True)
                 checkpoints.save_checkpoint(f"{folder}/{job['name']}-{step + 1}", None, step + 1, None)
         if job["end"] == 0:
             checkpoints.save_checkpoint(f"{folder}/{job['name']}-0", None, 0, None)
+        checkpoints.finished(wait=True)
         if rank == 0:
             Path(folder, f"{job['name']}.json").write_text(json.dumps(rows))
     dist.destroy_process_group()
@@ -124,12 +126,13 @@ def whole(folder: Path) -> list[list[list[float]]]:
     ]
     poisoned = {"name": "poisoned", "end": 0, "poison": True}
     fresh, after = {"name": "fresh", "end": 0}, {"name": "after", "from": "fresh", "end": 4}
-    return on_ranks(2, folder, plain, dropped, *again, poisoned, fresh, after)
+    behind = [job | {"name": f"behind-{job['name']}", "background": True} for job in (dropped, poisoned)]
+    return on_ranks(2, folder, plain, dropped, *again, *behind, poisoned, fresh, after)
 
 
 def test_the_same_ranks_go_on_bit_for_bit(whole: list[list[list[float]]]) -> None:
     """Loss under dropout, rate of the schedule, and every random generator."""
-    _plain, dropped, *again = whole[:-3]
+    _plain, dropped, *again = whole[: 2 + len(SAVED)]
     for step, rows in zip(SAVED, again, strict=True):
         assert rows == dropped[step:]
     assert [row[1] for row in dropped[:3]] == [0.0, RATE / 2, RATE], "the warm-up of verl's schedule"
@@ -174,6 +177,20 @@ def test_what_is_saved(folder: Path, whole: list[list[list[float]]]) -> None:
 def test_a_weight_that_is_not_finite_on_any_rank_is_not_saved(folder: Path, whole: list[list[list[float]]]) -> None:
     assert [file.name for file in (folder / "poisoned-0").iterdir()] == [states.SHARDS]
     assert states.nonfinite_in(folder / "poisoned-0") == "model.layers.0.weight"
+
+
+def test_a_state_written_while_training_goes_on_is_the_one_that_was_asked_for(folder: Path, whole: Any) -> None:
+    """Every tensor and every number of both ranks; and the training beside it does not notice."""
+    assert whole[2 + len(SAVED)] == whole[1]
+    for step in SAVED:
+        mine, theirs = folder / f"behind-dropped-{step}", folder / f"dropped-{step}"
+        assert {file.name for file in mine.iterdir()} == {file.name for file in theirs.iterdir()}
+        for file in theirs.glob("rank-*.json"):
+            assert (mine / file.name).read_bytes() == file.read_bytes()
+        for file in theirs.glob("*.safetensors"):
+            written, kept = load_file(mine / file.name), load_file(file)
+            assert written.keys() == kept.keys() and all(torch.equal(written[name], kept[name]) for name in kept)
+    assert states.nonfinite_in(folder / "behind-poisoned-0") == "model.layers.0.weight"
 
 
 def test_a_large_state_is_split_into_files_of_a_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,7 @@ READ_ELSEWHERE = {
     "evaluate.backend": "evaluation/settings.py",
     "output": "experiment/train.py",
     "save_minutes": "training/sft/trainer.py",
+    "async_save": "training/sft/trainer.py",
     "resume": "training/sft/run.py",
     "evaluate.points": "experiment/evaluate.py",
     "choose": "experiment/compare.py",

@@ -70,6 +70,8 @@ class Trainer:
         self.state |= {"nonfinite": 0, "skipped": 0}  # steps without an update: in a row until now, and in all
         self.old_policy: OldPolicy | None = None
         self.exported = False
+        keep = config.verl.trainer.max_ckpt_to_keep
+        self.saver = checkpoint.Saver(run, group, keep, background=bool(config.async_save))
         self.board: Any = None
         self.trackers: Trackers | None = None
         self.meter: DriftMeter | None = None
@@ -112,6 +114,7 @@ class Trainer:
                 self._leave_if_asked(stop)
                 step = self.state["step"] + 1
                 row = self._step(step, objective)
+                self.saver.settle(wait=False)
                 evaluate, last = self._watched(step, self.plan.after(row))
                 progress.total = self.plan.expected
                 progress.update(step, row)
@@ -122,6 +125,10 @@ class Trainer:
                 if not last and (step % save_every == 0 or clock.due(row["step_s"])):
                     self._save(step)
                     clock.restart()
+            self.saver.settle(wait=True)
+        except Diverged:
+            self.saver.settle(wait=True)  # the workers live, and what they are writing was sound
+            raise
         finally:
             progress.close()
             self.board.close()
@@ -138,14 +145,15 @@ class Trainer:
         if not stop.requested:
             return
         step = self.state["step"]
+        self.saver.settle(wait=True)
         if step and checkpoint.newest(self.run) != step:
             self._save(step)
+            self.saver.settle(wait=True)
         saved = checkpoint.newest(self.run)
         raise stop.outcome(f"step {saved} of {self.steps}" if saved else None, str(self.run.path))
 
-    def _save(self, step: int) -> bool:
-        state = {**self.state, "epoch": step / self.per_epoch}
-        return checkpoint.save(self.run, self.group, step, state, self.config.verl.trainer.max_ckpt_to_keep)
+    def _save(self, step: int) -> None:
+        self.saver.save(step, {**self.state, "epoch": step / self.per_epoch})
 
     def _step(self, step: int, objective: Objective) -> dict[str, Any]:
         started = time.monotonic()
@@ -272,7 +280,8 @@ class Trainer:
                 self.exported = True
             except Exception:  # whatever it is, what has been learned is kept: the next attempt begins with this export
                 shutil.rmtree(folder, ignore_errors=True)
-                checkpoint.save(self.run, self.group, step, self.state, self.config.verl.trainer.max_ckpt_to_keep)
+                self.saver.save(step, self.state)
+                self.saver.settle(wait=True)
                 raise
             self.beat()
 

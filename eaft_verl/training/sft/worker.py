@@ -31,7 +31,7 @@ COLLECTIVE_TIMEOUT_S = 1800  # verl waits 10 h for a rank that hangs
 
 
 class EaftWorker(TrainingWorker):
-    """verl's worker. `config.extra_context`: fused_head, the reference, the seed of what is drawn with the model."""
+    """verl's worker. `config.extra_context`: fused_head, async_save, the reference, the seed of the model."""
 
     loss_fn: Any
 
@@ -49,7 +49,12 @@ class EaftWorker(TrainingWorker):
         super().reset()
         self.unfused = fuse(self.engine) if self.config.extra_context["fused_head"] else "fused_head=false"
         engine = self.engine
-        engine.checkpoint_manager = DcpCheckpoints(engine.module, engine.optimizer, engine.lr_scheduler)
+        engine.checkpoint_manager = DcpCheckpoints(
+            engine.module,
+            engine.optimizer,
+            engine.lr_scheduler,
+            background=self.config.extra_context["async_save"],
+        )
         self.update = Update(engine.optimizer, engine.get_data_parallel_group()) if engine.optimizer else None
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
@@ -84,6 +89,11 @@ class EaftWorker(TrainingWorker):
         """Keep a copy of the weights, and pull towards it after every update from now on."""
         assert self.update is not None
         self.update.hold(coef)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def save_finished(self, wait: bool) -> bool:
+        """As `DcpCheckpoints.finished`."""
+        return bool(self.engine.checkpoint_manager.finished(wait=wait))
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def peak_memory(self) -> float:

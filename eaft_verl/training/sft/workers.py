@@ -83,6 +83,7 @@ def worker_config(config: Config, model_path: str, total_steps: int, reference: 
         extra_context={
             "seed": config.seed,
             "fused_head": config.fused_head,
+            "async_save": config.async_save,
             "reference": reference and _reference_config(tree, reference),
         },
     )

@@ -118,6 +118,52 @@ def test_workers_that_write_elsewhere_are_found_out(run: Run) -> None:
     assert folders(run) == []
 
 
+class SlowGroup(FakeGroup):
+    """Workers that have begun to write when they return, and are done when somebody waits for it."""
+
+    fails = ""
+
+    def save_checkpoint(self, path: str, hdfs: None, step: int, keep: None) -> None:
+        Path(path).mkdir(parents=True)
+        (Path(path) / "a.safetensors").write_bytes(b"half")
+        self.begun = Path(path), step
+
+    def save_finished(self, wait: bool) -> list[bool]:
+        if wait and self.fails:
+            raise OSError(self.fails)
+        if wait:
+            path, step = self.begun
+            shutil.rmtree(path)
+            super().save_checkpoint(str(path), None, step, None)
+        return [True, wait]
+
+
+def test_in_the_background_the_manifest_comes_after_the_last_byte(run: Run) -> None:
+    save(run, 2)
+    saver, state = checkpoint.Saver(run, SlowGroup(), 2, background=True), {"step": 4, "seen": [1]}
+    saver.save(4, state)
+    state["seen"].append(2)  # training goes on
+    for _ in range(2):
+        saver.settle(wait=False)
+        assert checkpoint.newest(run) == 2, "what is being written does not count"
+    assert folders(run) == [".step_000004.partial", "step_000002"]
+    saver.save(6, {"step": 6})  # waits for the one before
+    found = states.newest_sound(run, strict=True)
+    assert found and found.step == 4 and found.manifest["state"] == {"step": 4, "seen": [1]}
+    assert folders(run) == ["step_000002", "step_000004"], "what a dead process has begun is gone"
+
+
+def test_a_failure_in_the_background_is_raised_and_gives_its_room_back(run: Run) -> None:
+    save(run, 2)
+    group = SlowGroup()
+    group.fails = "no space left"
+    saver = checkpoint.Saver(run, group, 2, background=True)
+    saver.save(4, {"step": 4})
+    with pytest.raises(OSError, match="no space left"):
+        saver.settle(wait=True)
+    assert folders(run) == ["step_000002"]
+
+
 # a crash after each write
 
 
