@@ -57,9 +57,8 @@ def init(source: str, model: str, out: Path | None = None, columns: Columns | No
     """
     out = out or Path(f"{_name_of(source)}.yaml")
     split_files = [out.with_suffix(f".{part}.jsonl").absolute() for part in ("train", "heldout")]
-    for path in (out, *split_files):
-        if path.exists():
-            raise ConfigError(f"{path} exists and is never overwritten; choose another --out")
+    if there := next((path for path in (out, *split_files) if path.exists()), None):
+        raise ConfigError(f"{there} exists and is never overwritten; choose another --out")
     if out.suffix not in (".yaml", ".yml"):
         raise ConfigError(f"--out {out} must be a recipe, NAME.yaml")
     check_name(out.stem)
@@ -289,9 +288,8 @@ def _said(out: Path, found: Profile, split: Split, limit: int, kept: int, plan: 
     if isinstance(plan, ConfigError):
         yield f"not planned: {plan}"
     else:
-        verdict = (
-            "fits this machine" if plan.verdict == "fits" else f"does not fit this machine ({'; '.join(plan.reasons)})"
-        )
+        fits = plan.verdict == "fits"
+        verdict = "fits this machine" if fits else f"does not fit this machine ({'; '.join(plan.reasons)})"
         # the plan takes every example for as long as it may be
         share = float(found.lengths_E.clip(max=limit).mean()) / limit
         seconds = max(60.0, plan.step_s * (plan.arm.updates or 0) * share)
