@@ -36,7 +36,7 @@ from eaft_verl.recipe.keys import (
     WITHOUT_EFFECT,
 )
 from eaft_verl.recipe.matching import budget_source, check_control
-from eaft_verl.recipe.shipped import find_recipe, is_spec
+from eaft_verl.recipe.shipped import find_recipe, require_no_spec
 from eaft_verl.recipe.verl_keys import compose_verl, grpo_tree, lay
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -61,11 +61,7 @@ def load_recipe(path: Path | str) -> Recipe:
     """Read a recipe YAML and what it extends; ConfigError for a missing file, broken YAML, a bad name or no arms."""
     path = find_recipe(Path(path))
     tree = read_recipe(path)
-    if is_spec(tree):
-        raise ConfigError(
-            f"{path} is no recipe but a spec that makes training data: `eaft synthesize {path} OUT.jsonl`, then train "
-            "a recipe with data.train=OUT.jsonl"
-        )
+    require_no_spec(path, tree)
     if not isinstance(tree.get("arms"), dict) or not tree["arms"]:
         raise ConfigError(
             f"recipe {path} needs `arms:` with at least one arm, e.g. arms: {{sft: {{objective: {{name: sft}}}}}}"
