@@ -45,6 +45,12 @@ def test_base_and_arms_answer_the_same_prompt(output: Path, capsys: pytest.Captu
     assert capsys.readouterr().out.splitlines() == said
 
 
+def test_bytes_that_are_no_text_are_no_fault(models: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    odd = b"hi \x1b[31m \xff".decode(errors="surrogateescape")  # as Python hands on what stands on a command line
+    assert main(["chat", str(models[0]), "--prompt", odd, "--system", odd, "--new-tokens", "2"]) == 0
+    assert "\x1b" not in capsys.readouterr().out
+
+
 def test_lines_that_are_piped_in_are_one_conversation_until_a_new_one(
     models: tuple[Path, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
