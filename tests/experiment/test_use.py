@@ -184,6 +184,8 @@ def test_a_model_is_evaluated_against_its_base_and_not_in_its_place(
 def test_a_folders_runs_and_the_place_of_their_report(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = [output / name for name in ("base", "eaft-seed0", "sft-seed0")]
     assert runs_of([output]) == runs and runs_of([runs[1]]) == [runs[1]]
+    assert main(["report", str(output)]) == 2
+    assert "none of its runs is evaluated yet (base, eaft-seed0, sft-seed0)" in capsys.readouterr().err
     for run in runs[:2]:
         Run(run).update(evaluated=True)
     assert runs_of([output], evaluated=True) == runs[:2]
