@@ -42,7 +42,7 @@ _SAID = {True: True, False: False, "true": True, "false": False, "1": True, "0":
 def text_of(value: Any, where: str) -> str:
     """The value, if it is text."""
     if not isinstance(value, str):
-        raise RowError("wrong_type", f"{where} is {type(value).__name__} ({str(value)[:40]!r}); text is expected")
+        raise RowError("wrong_type", f"{where} is {type(value).__name__} ({str(value)[:40]!r}); write it as text")
     return value
 
 

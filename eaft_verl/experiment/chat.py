@@ -113,8 +113,8 @@ def _answer(speaker: Speaker, asked: str, system: str | None, new_tokens: int, t
     if speaker.loaded is None:
         speaker.loaded = load_model(speaker.model, EvaluateSettings())
     model, tokenizer = speaker.loaded
-    opening = [{"role": "system", "content": system}] if system else []
-    said = [*speaker.said, {"role": "user", "content": asked}]
+    opening = [{"role": "system", "content": _readable(system)}] if system else []
+    said = [*speaker.said, {"role": "user", "content": _readable(asked)}]
     _require_room(speaker.name, model.config, tokenizer, [*opening, *said], speaker.kwargs)
     prompt = {"id": "0", "messages": [*opening, *said], "tools": None, "chat_template_kwargs": speaker.kwargs}
     drawn: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
@@ -122,6 +122,11 @@ def _answer(speaker: Speaker, asked: str, system: str | None, new_tokens: int, t
     answer = str(example.messages[-1]["content"])
     speaker.said = [*said, {"role": "assistant", "content": answer}]
     return answer
+
+
+def _readable(text: str) -> str:
+    """What was typed, with a question mark for each byte that is no UTF-8: no tokenizer takes it."""
+    return text.encode(errors="replace").decode()
 
 
 def _require_room(

@@ -27,7 +27,7 @@ from eaft_verl.planning.text import duration, gib
 from eaft_verl.recipe.checks import check
 from eaft_verl.recipe.config import Config
 from eaft_verl.recipe.model_fit import modules_of, positions_of
-from eaft_verl.recipe.resolve import load_recipe, resolve
+from eaft_verl.recipe.resolve import check_name, load_recipe, resolve
 
 USUAL_REJECTED = 0.1  # data.max_rejected's default
 HELD_OUT, FEWEST_ROWS = 128, 10
@@ -57,11 +57,11 @@ def init(source: str, model: str, out: Path | None = None, columns: Columns | No
     """
     out = out or Path(f"{_name_of(source)}.yaml")
     split_files = [out.with_suffix(f".{part}.jsonl").absolute() for part in ("train", "heldout")]
-    for path in (out, *split_files):
-        if path.exists():
-            raise ConfigError(f"{path} exists and is never overwritten; choose another --out")
+    if there := next((path for path in (out, *split_files) if path.exists()), None):
+        raise ConfigError(f"{there} exists and is never overwritten; choose another --out")
     if out.suffix not in (".yaml", ".yml"):
         raise ConfigError(f"--out {out} must be a recipe, NAME.yaml")
+    check_name(out.stem)
     resolved = resolve_model(model)
     found = profile(source, load_tokenizer(resolved), columns)
     print("\n".join(described(found, model)))
@@ -88,7 +88,6 @@ def described(found: Profile, model: str) -> list[str]:
     trained = found.trained_E.sum() / found.lengths_E.sum()
     turns = Counter(found.turns_E.tolist())
     shares = {"system prompts": found.system, "tools": found.tools, "reasoning": found.reasoning}
-    right, tried = found.graded
     lines = [
         f"{found.source}: {found.kind}; columns {', '.join(found.columns)}",
         f"rows: {rows_used(found.manifest)}",
@@ -96,8 +95,9 @@ def described(found: Profile, model: str) -> list[str]:
         f"{trained:.0%} of them trained",
         f"assistant turns: {min(turns)} to {max(turns)}, mostly {turns.most_common(1)[0][0]}; "
         + ", ".join(f"{what} in {count:,} of {examples:,}" for what, count in shares.items()),
-        f"answers that can be checked (a number): {right} of {tried} tried",
     ]
+    if found.graded[0]:
+        lines.append("answers that can be checked (a number): {} of {} tried".format(*found.graded))
     if found.total is None or found.total > LOOKED_AT:
         lines.insert(2, f"looked at: the first {LOOKED_AT:,} rows")
     if found.turns == "split":
@@ -288,9 +288,8 @@ def _said(out: Path, found: Profile, split: Split, limit: int, kept: int, plan: 
     if isinstance(plan, ConfigError):
         yield f"not planned: {plan}"
     else:
-        verdict = (
-            "fits this machine" if plan.verdict == "fits" else f"does not fit this machine ({'; '.join(plan.reasons)})"
-        )
+        fits = plan.verdict == "fits"
+        verdict = "fits this machine" if fits else f"does not fit this machine ({'; '.join(plan.reasons)})"
         # the plan takes every example for as long as it may be
         share = float(found.lengths_E.clip(max=limit).mean()) / limit
         seconds = max(60.0, plan.step_s * (plan.arm.updates or 0) * share)

@@ -36,7 +36,7 @@ from eaft_verl.recipe.keys import (
     WITHOUT_EFFECT,
 )
 from eaft_verl.recipe.matching import budget_source, check_control
-from eaft_verl.recipe.shipped import find_recipe, is_spec
+from eaft_verl.recipe.shipped import find_recipe, require_no_spec
 from eaft_verl.recipe.verl_keys import compose_verl, grpo_tree, lay
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -61,11 +61,7 @@ def load_recipe(path: Path | str) -> Recipe:
     """Read a recipe YAML and what it extends; ConfigError for a missing file, broken YAML, a bad name or no arms."""
     path = find_recipe(Path(path))
     tree = read_recipe(path)
-    if is_spec(tree):
-        raise ConfigError(
-            f"{path} is no recipe but a spec that makes training data: `eaft synthesize {path} OUT.jsonl`, then train "
-            "a recipe with data.train=OUT.jsonl"
-        )
+    require_no_spec(path, tree)
     if not isinstance(tree.get("arms"), dict) or not tree["arms"]:
         raise ConfigError(
             f"recipe {path} needs `arms:` with at least one arm, e.g. arms: {{sft: {{objective: {{name: sft}}}}}}"
@@ -77,7 +73,7 @@ def load_recipe(path: Path | str) -> Recipe:
         )
     name = tree.get("name") or path.stem
     for label in (name, *arms):
-        _check_name(label)
+        check_name(label)
     for key in ("compare", "choose"):
         if bad := [name for name, arm in arms.items() if key in arm]:
             raise ConfigError(f"{path}: arms.{bad[0]} sets {key}, which holds for all arms; move it to the shared part")
@@ -106,7 +102,7 @@ def resolve(recipe: Recipe, arm: str, overrides: Iterable[str] = ()) -> Config:
     if trainer == "grpo":
         tree |= dict.fromkeys(OF_SFT)
     tree["name"] = tree["name"] or recipe.name
-    _check_name(tree["name"])
+    check_name(tree["name"])
     tree["output"] = str(Path(tree["output"] or Path("runs") / tree["name"]).expanduser().absolute())
     tree |= {"recipe": str(recipe.path), "arm": arm, **_matched(recipe, arm, tree, layers[-1][1])}
     if tree["start"] and isinstance((tree["objective"] or {}).get("anchor"), dict):
@@ -139,7 +135,8 @@ def _matched(recipe: Recipe, arm: str, tree: dict[str, Any], overrides: dict[str
     return decided(arm)
 
 
-def _check_name(name: Any) -> None:
+def check_name(name: Any) -> None:
+    """ConfigError for what cannot be the name of an experiment or arm, and with it of a folder."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ConfigError(f"name {name!r} must be letters, digits, dot, dash or underscore, at most 128 characters")
 

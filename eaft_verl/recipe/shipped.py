@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from eaft_verl.errors import ConfigError
+
 DISTRIBUTION = "eaft-verl"
 SUFFIX = ".yaml"
 _FOR = {
@@ -52,14 +54,22 @@ def listing() -> list[str]:
     return [line for kind, lines in kinds.items() if lines for line in (_FOR[kind], *lines)]
 
 
-def is_spec(tree: dict[str, Any]) -> bool:
-    """Whether a YAML file's mapping is a spec of `eaft synthesize` and no recipe."""
+def _is_spec(tree: dict[str, Any]) -> bool:
     return "prompts" in tree and "arms" not in tree
+
+
+def require_no_spec(path: Path, tree: dict[str, Any]) -> None:
+    """ConfigError for a YAML file that is a spec of `eaft synthesize` where a recipe is asked for."""
+    if _is_spec(tree):
+        raise ConfigError(
+            f"{path} is no recipe but a spec that makes training data: `eaft synthesize {path} OUT.jsonl`, then train "
+            "a recipe with data.train=OUT.jsonl"
+        )
 
 
 def _kind(file: Path) -> str:
     tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-    if is_spec(tree):
+    if _is_spec(tree):
         return "spec"
     return "recipe" if {"model", "extends"} & tree.keys() else "shared"
 

@@ -100,10 +100,13 @@ def _share(value: float) -> str:
 
 
 def _without_rule(report: Row) -> list[str]:
-    """What can be said where nothing was fixed beforehand: the ends, least forgetting first."""
+    """What can be said where nothing was fixed beforehand: the ends; then that none of them is recommended."""
     columns = {column["id"]: column for column in report["columns"]}
     axis = next((name for name in ("heldout", "target_mean") if name in report["paths"]), None)
-    text = "No checkpoint is recommended, because no rule for that was fixed before training (choose in the recipe)."
+    text = (
+        "No checkpoint is recommended: no rule for that was fixed before training, such as choose: "
+        "{forget_at_most: {kl: 0.02}} in the recipe."
+    )
     if axis is None:
         return [text]
     ends = {arm: points[-1] for arm, points in report["paths"][axis].items()}
@@ -118,8 +121,8 @@ def _without_rule(report: Row) -> list[str]:
         )
 
     if learnt == kept:
-        return [text, f"At the end {arm_name(learnt)} learnt most and moved least ({at(learnt)})."]
+        return [f"At the end {arm_name(learnt)} learnt most and moved least ({at(learnt)}).", text]
     return [
-        text,
         f"At the end {arm_name(learnt)} learnt most ({at(learnt)}) and {arm_name(kept)} moved least ({at(kept)}).",
+        text,
     ]

@@ -36,7 +36,7 @@ def summary(found: dict[str, Any]) -> list[str]:
 
 
 def _heading(cell: Cell) -> str:
-    return ", ".join([cell.text, *cell.lines]).lower().replace("kl to base", "KL to base")
+    return ", ".join([cell.text, *cell.lines]).lower().replace("kl to base", "KL to base").replace("nll", "NLL")
 
 
 def _value(cell: Cell) -> str:
@@ -58,6 +58,11 @@ def _inside(folder: Path, evaluated: bool) -> list[Path]:
     if not found:
         raise RunError(f"{folder} is no run directory and holds none; give runs, or the output folder of a comparison")
     ready = [run for run, info in found.items() if info.get("evaluated") or info.get("status") == "failed"]
+    if evaluated and not ready:
+        raise RunError(
+            f"{folder}: none of its runs is evaluated yet ({', '.join(run.name for run in found)}); the same `eaft "
+            "compare` goes on, or `eaft evaluate RUN` for one that is trained"
+        )
     if evaluated and (left := [run.name for run in found if run not in ready]):
         print(f"eaft: warning: not evaluated yet and left out: {', '.join(left)}", file=sys.stderr)
     return ready if evaluated else list(found)

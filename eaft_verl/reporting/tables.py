@@ -15,9 +15,13 @@ def headline_table(report: Row) -> Table:
     """Up to three numbers an arm: change of the target and of general skill, KL to the base; with their intervals."""
     columns = {column["id"]: column for column in report["columns"]}
     target = "target_mean" if "target_mean" in columns else "heldout"
-    shown = {target: "Target", "general_mean": "General", "drift.kl": "KL to base"}
+    named = "Target" if target == "target_mean" else "Held-out NLL"
+    shown = {target: named, "general_mean": "General", "drift.kl": "KL to base"}
     shown = {name: title for name, title in shown.items() if name in columns}
     units = ["points" if columns[name]["percent"] else "nats" for name in shown]
+    units = [
+        unit if name == "drift.kl" else f"{unit} against the base" for name, unit in zip(shown, units, strict=True)
+    ]
     header = [Cell(title, (unit,)) for title, unit in zip(shown.values(), units, strict=True)]
     rows = [
         [_name(report, arm), *(_key_figure(columns[name], report["results"][arm].get(name)) for name in shown)]

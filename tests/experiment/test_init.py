@@ -78,9 +78,11 @@ def test_rows_are_written_as_they_are(
     assert main(["init", "odd.jsonl", "--model", str(tiny_model_path)]) == 0
     written = rows_of(tmp_path / "odd.train.jsonl") + rows_of(tmp_path / "odd.heldout.jsonl")
     assert sorted(written, key=lambda row: row["id"]) == rows
-    assert main(["init", "odd.jsonl", "--model", str(tiny_model_path), "--out", "odd.jsonl/x.yaml"]) == 2
-    said = capsys.readouterr().err
-    assert "odd.jsonl" in said and said.count("\n") == 1
+    before = sorted(tmp_path.iterdir())
+    for out, why in (("odd.jsonl/x.yaml", "odd.jsonl"), ("mine é.yaml", "must be letters, digits")):
+        assert main(["init", "odd.jsonl", "--model", str(tiny_model_path), "--out", out]) == 2
+        said = capsys.readouterr().err
+        assert why in said and said.count("\n") == 1 and sorted(tmp_path.iterdir()) == before
 
 
 def test_the_arm_that_is_commented_out_is_sound_too(tmp_path: Path, tiny_model_path: Path) -> None:

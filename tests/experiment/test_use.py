@@ -45,6 +45,12 @@ def test_base_and_arms_answer_the_same_prompt(output: Path, capsys: pytest.Captu
     assert capsys.readouterr().out.splitlines() == said
 
 
+def test_bytes_that_are_no_text_are_no_fault(models: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    odd = b"hi \x1b[31m \xff".decode(errors="surrogateescape")  # as Python hands on what stands on a command line
+    assert main(["chat", str(models[0]), "--prompt", odd, "--system", odd, "--new-tokens", "2"]) == 0
+    assert "\x1b" not in capsys.readouterr().out
+
+
 def test_lines_that_are_piped_in_are_one_conversation_until_a_new_one(
     models: tuple[Path, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,6 +184,8 @@ def test_a_model_is_evaluated_against_its_base_and_not_in_its_place(
 def test_a_folders_runs_and_the_place_of_their_report(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = [output / name for name in ("base", "eaft-seed0", "sft-seed0")]
     assert runs_of([output]) == runs and runs_of([runs[1]]) == [runs[1]]
+    assert main(["report", str(output)]) == 2
+    assert "none of its runs is evaluated yet (base, eaft-seed0, sft-seed0)" in capsys.readouterr().err
     for run in runs[:2]:
         Run(run).update(evaluated=True)
     assert runs_of([output], evaluated=True) == runs[:2]
