@@ -19,7 +19,8 @@ from eaft_verl.cli import main
 from eaft_verl.data.formats import to_messages
 from eaft_verl.data.teacher import endpoint as endpoint_module
 from eaft_verl.data.teacher import synthesis
-from eaft_verl.errors import LOST, REFUSED, DiskFull
+from eaft_verl.errors import LOST, REFUSED, DiskFull, RunError
+from eaft_verl.files import locked
 
 FAST = ("grader=number", "endpoint.backoff=0.01", "endpoint.attempts=3", "endpoint.timeout=5")
 ROOT = Path(__file__).parents[2]
@@ -227,6 +228,15 @@ def test_a_disk_that_is_full_at_the_end_keeps_the_answers(desk: Desk, monkeypatc
         assert "out.synthesis cannot be written (No space left on device); every answer that came is kept" in desk.said
         assert not desk.out.exists() and len(desk.answers) == 20
         assert desk.run(stub.url) == 0 and len(stub.requests) == 20 and len(lines(desk.out)) == 20
+
+
+def test_a_second_one_on_the_same_out_asks_nothing(desk: Desk) -> None:
+    folder = desk.folder / "out.synthesis"
+    folder.mkdir()
+    with StubEndpoint() as stub, locked(folder / ".lock", busy="-"):
+        assert desk.run(stub.url) == RunError.code
+        assert f"another process writes {folder}; wait for it, or name another OUT" in desk.said
+    assert not stub.requests and not desk.out.exists()
 
 
 def test_too_many_failures_in_a_row_end_the_run(tmp_path: Path, capsys: Any) -> None:
