@@ -102,6 +102,7 @@ def main() -> None:
     given = {"model": [name], "test_category": list(chosen), "temperature": 0.0, "run_ids": True, "result_dir": None}
     given |= {"num_threads": request["threads"], "include_input_log": False, "exclude_state_log": True}
     generation.main(SimpleNamespace(**given, allow_overwrite=False))
+    vars(eval_runner)["generate_leaderboard_csv"] = lambda *_: None  # of no use here, and no table of one question
     eval_runner.main([name], list(chosen), None, None, partial_eval=True)
 
 
