@@ -30,10 +30,7 @@ def check_row(
     _check_turns(messages)
     parts = {f"turn {number} ({message['role']})": message for number, message in enumerate(messages, 1)} | beside
     texts = {where: _strings(part) for where, part in parts.items()}
-    for where, some in texts.items():
-        for text in some:
-            if "\0" in text or not text.isascii():  # few
-                _check_characters(text, where.partition(" (")[0])
+    _require_characters(texts)
     if policy == "allow" or not control_tokens:
         return messages, beside, 0
     halves = _halves(tuple(control_tokens), [text for some in texts.values() for text in some])
@@ -47,6 +44,13 @@ def check_row(
     _require_no_token(texts, pattern, normal, policy)
     kept = list(parts.values())
     return kept[: len(messages)], dict(zip(beside, kept[len(messages) :], strict=True)), count
+
+
+def _require_characters(texts: dict[str, list[str]]) -> None:
+    for where, some in texts.items():
+        for text in some:
+            if "\0" in text or not text.isascii():  # few
+                _check_characters(text, where.partition(" (")[0])
 
 
 def _require_no_token(
@@ -97,15 +101,19 @@ def _halves(tokens: tuple[str, ...], texts: list[str]) -> tuple[str, ...]:
     heads = {text[:size] for text in texts if text[:1] in first for size in lengths} & ends
     if not tails and not heads:
         return ()
-    found = set()
-    for token in tokens:
-        for cut in range(1, len(token)):
-            left, right = token[:cut], token[cut:]
-            if left not in tails and right not in heads:
-                continue
-            if any(text.endswith(left) for text in texts) and any(text.startswith(right) for text in texts):
-                found.add(max(left, right, key=len))
-    return tuple(sorted(found))
+    likely = [(left, right) for left, right in _cuts(tokens) if left in tails or right in heads]
+    return tuple(sorted({max(pair, key=len) for pair in likely if _side_by_side(*pair, texts)}))
+
+
+@functools.cache
+def _cuts(tokens: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Every token cut in two, everywhere."""
+    return [(token[:cut], token[cut:]) for token in tokens for cut in range(1, len(token))]
+
+
+def _side_by_side(left: str, right: str, texts: list[str]) -> bool:
+    """Whether some text ends in the one and some begins with the other."""
+    return any(text.endswith(left) for text in texts) and any(text.startswith(right) for text in texts)
 
 
 def _check_turns(messages: list[Message]) -> None:

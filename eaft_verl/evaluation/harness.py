@@ -158,7 +158,7 @@ def _speak(language: Any, settings: EvaluateSettings) -> LM:
     """
     kwargs = template_arguments(settings.chat_template_kwargs)
     template = functools.partial(_templated, language.tokenizer, kwargs)
-    given = {"apply_chat_template": template if language.tokenizer.chat_template else plain_chat}
+    given: dict[str, Any] = {"apply_chat_template": template if language.tokenizer.chat_template else plain_chat}
     given["tok_decode"] = functools.partial(language.tokenizer.decode, skip_special_tokens=False)
     given["generate_until"] = functools.partial(_generated, language.generate_until, _unsaid(language.tokenizer))
     vars(language).update(given)
@@ -167,7 +167,7 @@ def _speak(language: Any, settings: EvaluateSettings) -> LM:
 
 def _unsaid(tokenizer: Any) -> re.Pattern[str]:
     """Its special tokens, but for those that mark thinking."""
-    added = [str(token) for token in getattr(tokenizer, "added_tokens_decoder", {}).values() if token.special]
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     special = {token for token in [*tokenizer.all_special_tokens, *added] if token and not marks_thinking(token)}
     return re.compile("|".join(re.escape(token) for token in sorted(special, key=len, reverse=True)))
 

@@ -197,10 +197,7 @@ def _resolve_all(
     recipe: Recipe, arms: list[str], seeds: list[int] | None, overrides: list[str], *, dry_run: bool = False
 ) -> list[Config]:
     """Every arm and seed, checked before the first one starts."""
-    if seeds and len(set(seeds)) < len(seeds):
-        raise ConfigError(f"--seeds {','.join(map(str, seeds))} names a seed twice; every seed is one run of an arm")
-    if seeds and any(word.startswith("seed=") for word in overrides):
-        raise ConfigError("--seeds and seed= both say which seeds; give one of them")
+    _check_seeds(seeds or [], overrides)
     configs = []
     for arm in arms:
         for chosen in [[f"seed={seed}"] for seed in seeds or ()] or [[]]:
@@ -213,6 +210,13 @@ def _resolve_all(
     if len({config.output for config in configs}) > 1 or len({config.model for config in configs}) > 1:
         raise ConfigError("arms of one comparison must share `model` and `output`; move them to the shared part")
     return configs
+
+
+def _check_seeds(seeds: list[int], overrides: list[str]) -> None:
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(f"--seeds {','.join(map(str, seeds))} names a seed twice; every seed is one run of an arm")
+    if seeds and any(word.startswith("seed=") for word in overrides):
+        raise ConfigError("--seeds and seed= both say which seeds; give one of them")
 
 
 def _notes(config: Config) -> list[str]:

@@ -101,7 +101,7 @@ def last_number(text: str) -> Number | None:
         inside = _formula_around(match.start("value"), formulas)
         start, end = (inside or match).span()
         left, right = text[max(0, start - _NEAR) : start], text[end : end + _NEAR]
-        if _DISMISSED_LEFT.search(left) or _DISMISSED_RIGHT.match(right):
+        if _is_dismissed(left, right):
             continue
         if inside:
             return None if _ends_list(left, right) else whole_number(inside.group(inside.lastindex or 1))
@@ -114,6 +114,10 @@ def last_number(text: str) -> Number | None:
         found, before = value_of(match, negative=sign < 0), _ROUNDED.search(left)
         return rounded(found, match, before[1]) if before else found
     return None
+
+
+def _is_dismissed(left: str, right: str) -> bool:
+    return bool(_DISMISSED_LEFT.search(left) or _DISMISSED_RIGHT.match(right))
 
 
 def _formula_around(place: int, formulas: list[re.Match[str]]) -> re.Match[str] | None:

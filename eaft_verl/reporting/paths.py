@@ -84,12 +84,11 @@ def equal_gain(board: Board, axis: str) -> Row:
     row is {kl, step, low, high, difference: `bounds` to the first arm}, or {withheld: True}.
     """
     tracks = {arm.name: _tracks(board, axis, arm) for arm in board.arms}
-    judged = [arm for arm in board.arms if arm.control is None and arm.average is None] or board.arms
-    unlearnt = [arm.name for arm in judged[1:] if any(track.gain_RP[0, -1] <= 0 for track in tracks[arm.name].values())]
+    judged = _judged(board.arms)
+    unlearnt = [arm.name for arm in judged[1:] if not _learns(tracks[arm.name])]
     learning = [arm for arm in judged if arm.name not in unlearnt]
-    common = _common_gain(learning, tracks)
-    alone = len(learning) == 1 < len(judged)
-    if alone or not common or not all(common_R[0] > 0 for common_R in common.values()):
+    common = {} if len(learning) == 1 < len(judged) else _common_gain(learning, tracks)
+    if not common or min(common_R[0] for common_R in common.values()) <= 0:
         return {"common_gain": 0.0, "unlearnt": unlearnt, "levels": []}
     gain = float(np.mean([common_R[0] for common_R in common.values()]))
     levels = [
@@ -97,6 +96,15 @@ def equal_gain(board: Board, axis: str) -> Row:
         for fraction in FRACTIONS
     ]
     return {"common_gain": gain, "unlearnt": unlearnt, "levels": levels}
+
+
+def _judged(arms: list[Arm]) -> list[Arm]:
+    return [arm for arm in arms if arm.control is None and arm.average is None] or arms
+
+
+def _learns(tracks: dict[int, "_Track"]) -> bool:
+    """Whether every seed ends better than the base."""
+    return all(track.gain_RP[0, -1] > 0 for track in tracks.values())
 
 
 def _common_gain(arms: list[Arm], tracks: dict[str, dict[int, "_Track"]]) -> dict[int, Floats]:

@@ -58,14 +58,16 @@ def _inside(folder: Path, evaluated: bool) -> list[Path]:
     if not found:
         raise RunError(f"{folder} is no run directory and holds none; give runs, or the output folder of a comparison")
     ready = [run for run, info in found.items() if info.get("evaluated") or info.get("status") == "failed"]
-    if evaluated and not ready:
+    if not evaluated or len(ready) == len(found):
+        return list(found)
+    left = ", ".join(run.name for run in found if run not in ready)
+    if not ready:
         raise RunError(
-            f"{folder}: none of its runs is evaluated yet ({', '.join(run.name for run in found)}); the same `eaft "
-            "compare` goes on, or `eaft evaluate RUN` for one that is trained"
+            f"{folder}: none of its runs is evaluated yet ({left}); the same `eaft compare` goes on, or "
+            "`eaft evaluate RUN` for one that is trained"
         )
-    if evaluated and (left := [run.name for run in found if run not in ready]):
-        print(f"eaft: warning: not evaluated yet and left out: {', '.join(left)}", file=sys.stderr)
-    return ready if evaluated else list(found)
+    print(f"eaft: warning: not evaluated yet and left out: {left}", file=sys.stderr)
+    return ready
 
 
 def place_of(output: Path, runs: Sequence[Path]) -> Path:
