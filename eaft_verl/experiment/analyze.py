@@ -72,14 +72,17 @@ def analyze_command(options: argparse.Namespace) -> None:
         stores = _filled(config, panels, tokenizer, str(model), k)
         for panel, store in zip(panels, stores, strict=True):
             print(f"{panel.name}: {store.meta['tokens']:,} tokens of {store.meta['samples']:,} samples in {store.path}")
-        found = write_page(out, stores, tokenizer, gates=gates, examples=data.examples, show=options.show)
+        measured = _fidelity(str(model), data.examples[: options.fidelity]) if options.fidelity else None
+        found = write_page(
+            out, stores, tokenizer, gates=gates, examples=data.examples, show=options.show, measured=measured
+        )
         print("\n".join(sentence["text"] for sentence in found["verdict"]["sentences"]))
         print(f"wrote {out / PAGE}")
         _show(options.show, panels, stores, tokenizer)
 
 
 def _check_options(options: argparse.Namespace) -> None:
-    for name in ("own", "show"):
+    for name in ("own", "show", "fidelity"):
         require(vars(options)[name] >= 0, f"--{name} {vars(options)[name]} must be a number of samples, 0 or more")
     require(options.temperature >= 0, f"--temperature {options.temperature} must be 0 (greedy) or more")
     require(0 < options.top_p <= 1, f"--top-p {options.top_p} must be above 0 and at most 1")
@@ -90,7 +93,7 @@ def _of_stores(options: argparse.Namespace, gates: Sequence[str]) -> None:
     """What needs no model: gates on one store, or what moved from the first of several to the others."""
     if wrong := [word for word in options.overrides if not is_store(word)]:
         raise ConfigError(f"{options.what} is a store of token statistics and {wrong[0]} is none; leave it out")
-    for name in ("own", "show", "rollouts"):
+    for name in ("own", "show", "fidelity", "rollouts"):
         require(not vars(options)[name], f"--{name} needs a model and its data; {options.what} is a store")
     require(options.out is None or not options.out.is_file(), f"--out {options.out} is a file; give a folder")
     if options.overrides:
@@ -194,6 +197,17 @@ def _filled(config: Config, panels: Sequence[Panel], tokenizer: Any, model: str,
             fill(panel.path, panel.meta, panel.examples, tokenizer, size, partial(infer, panel.examples))
             for panel in panels
         ]
+
+
+def _fidelity(model: str, examples: Sequence[Example]) -> dict[str, Any]:
+    """`fidelity.measure` of these samples, by transformers alone: other K need logits, and a store keeps none."""
+    from eaft_verl.analysis.fidelity import measure
+    from eaft_verl.evaluation.harness import load_model
+    from eaft_verl.evaluation.settings import EvaluateSettings
+    from eaft_verl.evaluation.teacher_forced import answer_logits
+
+    loaded, _ = load_model(model, EvaluateSettings())
+    return measure(logits_TV for _, logits_TV in answer_logits(loaded, examples))
 
 
 def _show(count: int, panels: Sequence[Panel], stores: Sequence[TokenStore], tokenizer: Any) -> None:

@@ -246,6 +246,13 @@ def _add_analyze(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument("--new-tokens", type=int, default=512, help="of --own, at most (default: %(default)s)")
     verb.add_argument("--rollouts", type=Path, metavar="RUN", help="beside it, the kept rollouts of a GRPO run")
     verb.add_argument("--show", type=int, default=0, metavar="N", help="print N samples token by token")
+    verb.add_argument(
+        "--fidelity",
+        type=int,
+        default=0,
+        metavar="N",
+        help="top-K entropy at K from 5 to 2000 on N samples, with its cost",
+    )
     verb.add_argument("--gates", nargs="*", metavar="GATE", help="objectives, e.g. eaft:power=1,2 dft my_pkg.mod:Mine")
 
 

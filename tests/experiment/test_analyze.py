@@ -64,7 +64,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_model_path: Path) -> Pa
 
 @pytest.fixture(scope="module")
 def analyzed(place: Path, tiny_model_path: Path) -> subprocess.CompletedProcess[str]:
-    words = ("--own", "5", "--new-tokens", "12", "--show", "2", "--out", place / "alone")
+    words = ("--own", "5", "--new-tokens", "12", "--show", "2", "--fidelity", "1000", "--out", place / "alone")
     return eaft("analyze", tiny_model_path, place / "train.jsonl", *words, *EXACT, "data.max_length=128", cwd=place)
 
 
@@ -104,6 +104,19 @@ def test_the_store_is_what_transformers_says_in_float64(
     assert_is_the_models(store, read_examples(place / "alone" / "data" / "train.parquet"), tiny_model_path)
     assert (store.meta["origin"], store.meta["k"], store.meta["vocab"], store.meta["samples"]) == ("data", 20, 384, 10)
     assert set(store.column("role").to_pylist()) == {"assistant", "template"}
+
+
+def test_fidelity_at_the_stores_own_k_is_what_the_store_says(
+    analyzed: subprocess.CompletedProcess[str], place: Path
+) -> None:
+    """Another pass, by transformers alone, over the same tokens."""
+    found = json.loads((place / "alone" / "analysis.json").read_text())
+    stored, rows = found["data"]["agreement"], {row["k"]: row for row in found["fidelity"]["rows"]}
+    assert sorted(rows) == [5, 10, 20, 50, 100, 200] and rows[stored["k"]]["tokens"] == stored["tokens"]
+    for name in ("pearson", "max_error", "mean_error", "mass"):
+        assert rows[stored["k"]][name] == pytest.approx(stored[name], abs=2e-5)
+    assert all(row["microseconds"] > 0 and row["bytes"] > 0 for row in rows.values())
+    assert (place / "alone" / "figures" / "fidelity.png").is_file()
 
 
 def test_own_answers_are_the_models_and_say_how_they_were_drawn(
