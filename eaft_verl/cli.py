@@ -80,7 +80,7 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
     said: dict[str, str] = {}
     for word in [vars(options).get("recipe") or "", *vars(options).get("overrides", ())]:
         key, _, value = word.partition("=")
-        if said.setdefault(key, value) != value:
+        if key and said.setdefault(key, value) != value:
             words.error(f"{key} is given twice, {said[key]} and {value}; give it once")
     return options
 

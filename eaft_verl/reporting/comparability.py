@@ -62,6 +62,8 @@ def _may_differ(key: str, values: dict[str, str], trainers: dict[str, str], x: R
     of_one = key in OF_SFT or ABSENT in (values[x.label], values[y.label])
     if trainers[x.label] != trainers[y.label] and of_one:
         said.add("trainer")
+    if {values[x.label], values[y.label]} == {ABSENT, "null"}:  # `meter: null` of one arm, `meter.every` of the other
+        said |= {name for name in declared if name.startswith(f"{key}.")}
     return not declared.isdisjoint(said)
 
 

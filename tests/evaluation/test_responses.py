@@ -234,7 +234,8 @@ LONG = "every word of this answer is written in small letters as the question ha
 KEPT_AND_BROKEN = [  # (instruction, its arguments, an answer that keeps it, one that does not), by IFEval's own words
     ("punctuation:no_comma", {}, "No comma", "A, comma"),
     ("length_constraints:number_words", {"num_words": 5, "relation": "at least"}, "a b c d e", "a b c d"),
-    ("length_constraints:number_sentences", {"num_sentences": 3, "relation": "less than"}, "I am. So.", "A. B. C."),
+    ("length_constraints:number_sentences", {"num_sentences": 3, "relation": "less than"},
+     "I am. So.", "I am. You are. We go."),
     ("length_constraints:number_paragraphs", {"num_paragraphs": 2}, "One\n***\nTwo", "One\n\nTwo"),
     ("length_constraints:nth_paragraph_first_word", {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "dog"},
      "A cat\n\nDog days", "A cat\n\nCat days"),

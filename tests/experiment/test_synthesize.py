@@ -51,7 +51,9 @@ class Desk:
 
     def run(self, url: str, *words: str, spec: Path | None = None, out: Path | None = None) -> int:
         given = [f"endpoint.url={url}"] if url else []
-        code = main(["synthesize", str(spec or self.prompts), str(out or self.out), *FAST, *given, *words])
+        said = {word.partition("=")[0] for word in words}
+        fast = [word for word in FAST if word.partition("=")[0] not in said]
+        code = main(["synthesize", str(spec or self.prompts), str(out or self.out), *fast, *given, *words])
         captured = self.capsys.readouterr()
         self.said = captured.out + captured.err
         assert "Traceback" not in self.said

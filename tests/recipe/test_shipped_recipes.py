@@ -1,5 +1,6 @@
 """The recipes at the paper's size: what they say, that they resolve, dry-run and plan where they cannot run."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from eaft_verl.recipe.file import read_recipe
 from eaft_verl.recipe.resolve import load_recipe, resolve
 
 FOLDER = Path(__file__).parents[2] / "recipes"
-PAPER = sorted(path for path in FOLDER.glob("*.yaml") if "\nextends: " in path.read_text("utf-8"))
+PAPER = sorted(path for path in FOLDER.glob("*.yaml") if re.search("\nextends: (paper|math)", path.read_text("utf-8")))
 ARMS = ["sft", "sft_kl", "flow", "dft", "talr", "masked", "eaft", "eaft_2", "eaft_3", "eaft_sigmoid", "grpo"]
 A100 = Machine(1, 8, 80, "A100", 1000)
 NAMES = ("agent_qwen3_4b", "lr_sweep_qwen3_4b", "math_glm4_9b", "math_qwen2_5_32b", "math_qwen3_4b")
