@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from eaft_verl.errors import ConfigError
 from eaft_verl.recipe.checks import check
 from eaft_verl.recipe.file import MAX_VALUES, check_size
-from eaft_verl.recipe.resolve import _check_name, load_recipe, resolve
+from eaft_verl.recipe.resolve import check_name, load_recipe, resolve
 
 RECIPE = "{model: org/m, data: {train: org/d, heldout: org/e}, device: cpu, arms: {sft: {objective: {name: sft}}}}"
 
@@ -46,7 +46,7 @@ def test_a_name_is_one_word_that_no_path_can_be_made_of(name: str) -> None:
         0 < len(name) <= 128 and name[0] not in "._-" and all(c.isascii() and (c.isalnum() or c in "._-") for c in name)
     )
     try:
-        _check_name(name)
+        check_name(name)
     except ConfigError:
         assert not good
     else:
@@ -56,7 +56,7 @@ def test_a_name_is_one_word_that_no_path_can_be_made_of(name: str) -> None:
 @pytest.mark.parametrize("name", ["eaft\n", "a\r", "..", ".", "", "a/b", "-x", "é", "a\u2028", "x" * 129, 5, None])
 def test_names_that_leave_a_folder_or_break_a_line(name: object) -> None:
     with pytest.raises(ConfigError, match="must be letters, digits"):
-        _check_name(name)
+        check_name(name)
 
 
 @pytest.mark.parametrize(
