@@ -64,7 +64,9 @@ def _most_rows_are_faulty(lab: Lab) -> Outcome:
 
 
 @fault(
-    "12 of 16 rows have role `userr`, `eaft prepare`", "said on the terminal with the first reasons; a limit if asked"
+    "12 of 16 rows have role `userr`, `eaft prepare`",
+    "said on the terminal with the first reasons; a limit if asked",
+    slow=True,
 )
 def _most_rows_prepared(lab: Lab) -> Outcome:
     rows = sound(lab)
