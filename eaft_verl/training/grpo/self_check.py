@@ -7,7 +7,7 @@ and no metric says so.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
@@ -21,7 +21,17 @@ from verl.utils.device import get_device_id, get_torch_device
 from eaft_verl.data.parquet import Example
 from eaft_verl.errors import RunError
 from eaft_verl.training.sft.batches import make_batch
-from eaft_verl.training.sft.self_check import LENGTH, ROWS, SHARE, apart, mean_of, plain_nll, tolerance
+from eaft_verl.training.sft.self_check import (
+    LENGTH,
+    ROWS,
+    SHARE,
+    apart,
+    known,
+    mean_of,
+    plain_nll,
+    plain_said,
+    tolerance,
+)
 
 SAMPLED = 16  # tokens of a response
 
@@ -46,7 +56,7 @@ class RolloutCheck:
     @property
     def line(self) -> str:
         """For the terminal."""
-        plain = f"plain transformers {self.plain:.5f}" if self.plain is not None else f"no plain pass: {self.skipped}"
+        plain = plain_said(self.plain, self.skipped)
         return (
             f"self-check: {self.rows} rows, {self.tokens} sampled tokens: NLL rollout {self.rollout:.5f}, trainer "
             f"{self.trainer:.5f}, {plain}; a row differs by {max(self.difference, self.plain_difference or 0):.2g} "
@@ -67,7 +77,7 @@ def self_check(trainer: Any) -> dict[str, Any]:
     plain, skipped = _plain(trainer, rows[:ROWS])
     found = compare(sampled, engine, plain, skipped, tolerance(str(settings.rollout.dtype)))
     require_equal(found)
-    return {"line": found.line, **{name: value for name, value in asdict(found).items() if value not in (None, "")}}
+    return {"line": found.line, **known(found)}
 
 
 Sampled = tuple[list[int], list[int], list[float]]  # prompt, response, log-probability of each token of it

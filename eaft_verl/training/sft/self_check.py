@@ -51,12 +51,22 @@ class SelfCheck:
     @property
     def line(self) -> str:
         """For the terminal."""
-        plain = f"plain transformers {self.plain:.5f}" if self.plain is not None else f"no plain pass: {self.skipped}"
+        plain = plain_said(self.plain, self.skipped)
         return (
             f"self-check: {self.rows} rows, {self.tokens} tokens: NLL packed {self.packed:.5f}, one by one "
             f"{self.single:.5f}, {plain}; a row differs by {max(self.difference, self.plain_difference or 0):.2g} "
             f"({self.tolerance:.2g} allowed), by {self.leak:.2g} with other tokens before it"
         )
+
+
+def plain_said(plain: float | None, skipped: str) -> str:
+    """What the line says of the plain pass."""
+    return f"plain transformers {plain:.5f}" if plain is not None else f"no plain pass: {skipped}"
+
+
+def known(found: Any) -> dict[str, Any]:
+    """The fields of a check that have a value, for run.json."""
+    return {name: value for name, value in asdict(found).items() if value not in (None, "")}
 
 
 def self_check(config: Config, group: Any, examples: Sequence[Example], model: str) -> dict[str, Any]:
@@ -85,7 +95,7 @@ def self_check(config: Config, group: Any, examples: Sequence[Example], model: s
     )
     print(f"eaft: {found.line}", flush=True)
     require_equal(found, packing=config.verl.model.use_remove_padding)
-    return {name: value for name, value in asdict(found).items() if value not in (None, "")}
+    return known(found)
 
 
 def check_export(config: Config, group: Any, examples: Sequence[Example], folder: str, dtype: str) -> None:
