@@ -1,19 +1,24 @@
 """Token ids of texts, and the characters that each token stands for.
 
 Offsets from the tokenizer cost a third of its time. Where the bytes of a text's tokens, one after the other, are the
-text's own bytes, as with every byte-level tokenizer, running sums of their lengths say the same.
+text's own bytes, as with every byte-level tokenizer, running sums of their lengths say the same. Most pieces of a text
+have been met before: their ids are kept, and the tokenizer is asked for the others (pieces.py says why it may be).
 """
 
 from array import array
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
+from eaft_verl.data.pieces import cutter
+
 _AT_ONCE = 1 << 19  # characters of one call
 _PROBE = "Ein Test:\n  2+3, \u00e9\u20ac"
+_LONG = 64  # characters of a piece that is not met again
+_KEPT = 1 << 18  # pieces, which take about 40 MB
 
 
 class Tokens(NamedTuple):
@@ -23,14 +28,47 @@ class Tokens(NamedTuple):
     offsets: NDArray[np.int64]
 
 
-class _Spelling(NamedTuple):
-    """What each id writes, [V], and how many bytes that is."""
+class _Speller:
+    """A byte-level tokenizer: what each id writes, [V], how many bytes that is, and the ids of pieces met before."""
 
-    bytes_V: list[bytes]
-    lengths_V: NDArray[np.int64]
+    def __init__(self, tokenizer: Any) -> None:
+        self.bytes_V = _spelling(tokenizer)
+        self.lengths_V = np.array(list(map(len, self.bytes_V)), np.int64)
+        self.cut = cutter(tokenizer.backend_tokenizer)
+        self.ids_of: dict[str, bytes | None] = {}  # int32; None where what they write is not the piece
+
+    def tokens_of(self, backend: Any, texts: list[str]) -> list[Tokens | None]:
+        """Tokens of each text; None where what they write is not the text: normalised, or white space swallowed."""
+        pieces_of = list(map(self.cut, texts))
+        new = list(set().union(*pieces_of).difference(self.ids_of))
+        for piece, found in zip(new, backend.encode_batch_fast(new, add_special_tokens=False), strict=True):
+            written = b"".join(map(self.bytes_V.__getitem__, found.ids))
+            self.ids_of[piece] = array("i", found.ids).tobytes() if written == piece.encode() else None
+        parts_of = [list(map(self.ids_of.__getitem__, pieces)) for pieces in pieces_of]
+        for piece in new:
+            if len(piece) > _LONG:
+                del self.ids_of[piece]
+        if len(self.ids_of) > _KEPT:
+            self.ids_of.clear()
+        return [self._joined(text, parts) for text, parts in zip(texts, parts_of, strict=True)]
+
+    def _joined(self, text: str, parts: list[bytes | None]) -> Tokens | None:
+        if None in parts:
+            return None
+        ids_T = array("i", b"".join(cast(list[bytes], parts)))
+        lengths_T = self.lengths_V[np.asarray(ids_T)]
+        rights_T = lengths_T.cumsum()
+        lefts_T = rights_T - lengths_T
+        if not text.isascii():
+            begins = (np.frombuffer(text.encode(), np.uint8) & 0xC0) != 0x80
+            character = np.append(begins.cumsum() - 1, len(text))  # which one each byte belongs to
+            wide = lengths_T > 0
+            lefts_T = character[lefts_T]
+            rights_T = np.where(wide, character[rights_T - 1] + 1, lefts_T)
+        return Tokens(ids_T, np.stack([lefts_T, rights_T], axis=1))
 
 
-_SPELLINGS: WeakKeyDictionary[Any, _Spelling | None] = WeakKeyDictionary()
+_SPELLERS: WeakKeyDictionary[Any, _Speller | None] = WeakKeyDictionary()
 
 
 def tokenize(tokenizer: Any, texts: Iterable[str]) -> Iterator[Tokens]:
@@ -43,17 +81,16 @@ def tokenize(tokenizer: Any, texts: Iterable[str]) -> Iterator[Tokens]:
         backend.no_truncation()
     if backend.padding is not None:
         backend.no_padding()
-    if tokenizer not in _SPELLINGS:
-        spelling = _spelling(tokenizer)
-        (probe,) = backend.encode_batch_fast([_PROBE], add_special_tokens=False)
-        _SPELLINGS[tokenizer] = spelling if _from_bytes(_PROBE, probe.ids, spelling) else None
-    known = _SPELLINGS[tokenizer]
+    if tokenizer not in _SPELLERS:
+        speller = _Speller(tokenizer)
+        _SPELLERS[tokenizer] = speller if all(speller.tokens_of(backend, [_PROBE])) else None
+    known = _SPELLERS[tokenizer]
     for some in _groups(texts):
         if known is None:
             yield from map(_as_given, backend.encode_batch(some, add_special_tokens=False))
             continue
-        for text, found in zip(some, backend.encode_batch_fast(some, add_special_tokens=False), strict=True):
-            yield _from_bytes(text, found.ids, known) or _as_given(backend.encode(text, add_special_tokens=False))
+        for text, found in zip(some, known.tokens_of(backend, some), strict=True):
+            yield found or _as_given(backend.encode(text, add_special_tokens=False))
 
 
 def _groups(texts: Iterable[str]) -> Iterator[list[str]]:
@@ -73,25 +110,7 @@ def _as_given(encoding: Any) -> Tokens:
     return Tokens(array("i", encoding.ids), np.array(encoding.offsets, np.int64).reshape(-1, 2))
 
 
-def _from_bytes(text: str, ids: list[int], spelling: _Spelling) -> Tokens | None:
-    """The tokens, if their bytes are the text's; a normalised text, or white space that a token swallowed, is not."""
-    raw = text.encode()
-    if b"".join(map(spelling.bytes_V.__getitem__, ids)) != raw:
-        return None
-    ids_T = array("i", ids)
-    lengths_T = spelling.lengths_V[np.asarray(ids_T)]
-    rights_T = lengths_T.cumsum()
-    lefts_T = rights_T - lengths_T
-    if len(raw) != len(text):
-        begins = (np.frombuffer(raw, np.uint8) & 0xC0) != 0x80
-        character = np.append(begins.cumsum() - 1, len(text))  # which one each byte belongs to
-        wide = lengths_T > 0
-        lefts_T = character[lefts_T]
-        rights_T = np.where(wide, character[rights_T - 1] + 1, lefts_T)
-    return Tokens(ids_T, np.stack([lefts_T, rights_T], axis=1))
-
-
-def _spelling(tokenizer: Any) -> _Spelling:
+def _spelling(tokenizer: Any) -> list[bytes]:
     """What the ids write if the tokenizer is a byte-level one."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -104,4 +123,4 @@ def _spelling(tokenizer: Any) -> _Spelling:
             bytes_V[index] = added.get(index, word).encode(errors="replace")
         else:
             bytes_V[index] = bytes(map(byte_of.__getitem__, word))
-    return _Spelling(bytes_V, np.array(list(map(len, bytes_V)), np.int64))
+    return bytes_V
