@@ -29,6 +29,7 @@ _SHOWN = 20  # ids listed per benchmark
 # Scripts without spaces between words: every character is one.
 _CHARACTER = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uac00-\ud7af"
 _WORD = re.compile(rf"[{_CHARACTER}]|[^\W{_CHARACTER}]+|[-+*/=<>^%\u2212\u00d7\u00f7]")
+_ASCII_WORD = re.compile("[0-9_a-z]+|[-+*/=<>^%]")  # the same of lower-case ASCII, in two thirds of the time
 
 Words = tuple[str, ...]
 Hit = tuple[str, int]  # benchmark, index of its question
@@ -37,7 +38,8 @@ Place = tuple[str, int, int]  # and index of a word in it
 
 def words(text: str) -> list[str]:
     """The text's words, lower case: runs of letters and digits, single CJK characters, signs of arithmetic."""
-    return _WORD.findall(text.lower())
+    lower = text.lower()
+    return (_ASCII_WORD if lower.isascii() else _WORD).findall(lower)
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,10 @@ text's own bytes, as with every byte-level tokenizer, running sums of their leng
 have been met before: their ids are kept, and the tokenizer is asked for the others (pieces.py says why it may be).
 """
 
+import itertools
 from array import array
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -35,27 +36,36 @@ class _Speller:
         self.bytes_V = _spelling(tokenizer)
         self.lengths_V = np.array(list(map(len, self.bytes_V)), np.int64)
         self.cut = cutter(tokenizer.backend_tokenizer)
-        self.ids_of: dict[str, bytes | None] = {}  # int32; None where what they write is not the piece
+        self.ids_of: dict[str, bytes] = {}  # as int32
+        self.changed: set[str] = set()  # pieces that their tokens do not write
 
     def tokens_of(self, backend: Any, texts: list[str]) -> list[Tokens | None]:
         """Tokens of each text; None where what they write is not the text: normalised, or white space swallowed."""
         pieces_of = list(map(self.cut, texts))
-        new = list(set().union(*pieces_of).difference(self.ids_of))
-        for piece, found in zip(new, backend.encode_batch_fast(new, add_special_tokens=False), strict=True):
-            written = b"".join(map(self.bytes_V.__getitem__, found.ids))
-            self.ids_of[piece] = array("i", found.ids).tobytes() if written == piece.encode() else None
-        parts_of = [list(map(self.ids_of.__getitem__, pieces)) for pieces in pieces_of]
+        new = self._learn(backend, pieces_of)
+        found = [self._joined(text, pieces) for text, pieces in zip(texts, pieces_of, strict=True)]
         for piece in new:
             if len(piece) > _LONG:
                 del self.ids_of[piece]
         if len(self.ids_of) > _KEPT:
             self.ids_of.clear()
-        return [self._joined(text, parts) for text, parts in zip(texts, parts_of, strict=True)]
+        self.changed &= self.ids_of.keys()
+        return found
 
-    def _joined(self, text: str, parts: list[bytes | None]) -> Tokens | None:
-        if None in parts:
+    def _learn(self, backend: Any, pieces_of: list[list[str]]) -> list[str]:
+        """The pieces that were not known yet; now they are."""
+        known = self.ids_of.__contains__
+        new = list({piece for pieces in pieces_of for piece in itertools.filterfalse(known, pieces)})
+        for piece, found in zip(new, backend.encode_batch_fast(new, add_special_tokens=False), strict=True):
+            self.ids_of[piece] = array("i", found.ids).tobytes()
+            if b"".join(map(self.bytes_V.__getitem__, found.ids)) != piece.encode():
+                self.changed.add(piece)
+        return new
+
+    def _joined(self, text: str, pieces: list[str]) -> Tokens | None:
+        if not self.changed.isdisjoint(pieces if self.changed else ()):
             return None
-        ids_T = array("i", b"".join(cast(list[bytes], parts)))
+        ids_T = array("i", b"".join(map(self.ids_of.__getitem__, pieces)))
         lengths_T = self.lengths_V[np.asarray(ids_T)]
         rights_T = lengths_T.cumsum()
         lefts_T = rights_T - lengths_T

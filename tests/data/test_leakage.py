@@ -238,3 +238,9 @@ def test_the_command_line(recipe: Path, source, tmp_path: Path, tiny_model_path:
     assert "--leakage drop needs --against" in capsys.readouterr().err
     assert main(["prepare", source, str(tmp_path / "c.parquet"), *model, "--leakage", "x"]) == 2
     assert "choose one of warn, error, drop" in capsys.readouterr().err
+
+
+def test_words_of_ascii_are_those_of_any_text():
+    every = "".join(map(chr, range(128))) + " a_b 1.5e-3 x=y^2 (Don't) "
+    assert words(every) == words(f"{every}é")[:-1]
+    assert words("Don't x_1-2") == ["don", "t", "x_1", "-", "2"]
