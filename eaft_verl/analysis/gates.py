@@ -117,13 +117,12 @@ class Gates:
     def add(self, block: Block) -> None:
         """Count a block."""
         weight_GT = self.weights(block)
-        nll_T, error_T = -block["logprob"], block.error_T
-        features_FT = np.empty((len(self._plain), len(block)), np.float32)
-        features_FT[0], features_FT[1], features_FT[2] = 1.0, nll_T, error_T
-        for i, regime in enumerate(REGIMES.values(), 1):
-            np.multiply(features_FT[:3], block.regime_T == regime, out=features_FT[3 * i : 3 * i + 3])
+        measure_3T = np.stack([np.ones(len(block), np.float32), -block["logprob"], block.error_T])
+        regimes_R = np.array([*REGIMES.values()])[:, None]
         for start in range(0, len(block), _EXACT):
-            weight, features = weight_GT[:, start : start + _EXACT], features_FT[:, start : start + _EXACT]
+            weight, measure = weight_GT[:, start : start + _EXACT], measure_3T[:, start : start + _EXACT]
+            inside = (block.regime_T[start : start + _EXACT] == regimes_R).astype(np.float32)
+            features = np.concatenate([measure, (inside[:, None] * measure).reshape(-1, len(inside[0]))])
             self._sums += weight @ features.T
             self._squares += np.einsum("gt,gt->g", weight, weight)
             self._plain += features.sum(axis=1)
