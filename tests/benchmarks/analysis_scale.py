@@ -64,8 +64,8 @@ def measured(what: str, folder: Path) -> None:
     class Tokenizer:
         """What the page asks of one."""
 
-        all_special_ids: ClassVar = [0]
-        added_tokens_decoder: ClassVar = {}
+        all_special_ids: ClassVar[list[int]] = [0]
+        added_tokens_decoder: ClassVar[dict[int, str]] = {}
 
         def __len__(self) -> int:
             return VOCAB
