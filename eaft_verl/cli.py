@@ -152,7 +152,7 @@ def _train(options: argparse.Namespace) -> int:
         return 0
     from eaft_verl.experiment.train import train
 
-    run = train(config, declared_keys(recipe, options.arm))
+    run = train(config, declared_keys(recipe, options.arm, overrides))
     print(f"trained {run.path}")
     return 0
 
