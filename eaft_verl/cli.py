@@ -162,6 +162,8 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     run = evaluate_command(options.what, options.recipe, options.out, options.overrides, options.base)
     print(f"evaluated {run.path}")
+    if run.path.parent.name == "models":
+        print(f"beside its base and arms, once these are evaluated: eaft report {run.path.parents[1]}")
 
 
 def _compare(options: argparse.Namespace) -> int:
