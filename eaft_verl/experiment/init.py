@@ -93,12 +93,12 @@ def described(found: Profile, model: str) -> list[str]:
         f"rows: {rows_used(found.manifest)}",
         f"tokens of {model} in an example: median {half:,}, 90 % {most:,}, 99 % {nearly:,}, longest {longest:,}; "
         f"{trained:.0%} of them trained",
-        f"assistant turns: {min(turns)} to {max(turns)}, mostly {turns.most_common(1)[0][0]}; "
+        f"assistant turns: {turns.most_common(1)[0][0]}{f' mostly, {min(turns)} to {max(turns)}' * (len(turns) > 1)}; "
         + ", ".join(f"{what} in {count:,} of {examples:,}" for what, count in shares.items()),
     ]
     if found.graded[0]:
         lines.append("answers that can be checked (a number): {} of {} tried".format(*found.graded))
-    if found.total is None or found.total > LOOKED_AT:
+    if found.manifest["counts"]["read"] >= LOOKED_AT != found.total:
         lines.insert(2, f"looked at: the first {LOOKED_AT:,} rows")
     if found.turns == "split":
         lines.append("turns are trained one by one (turns: split): the chat template writes earlier ones differently")
@@ -126,7 +126,7 @@ def _split(found: Profile, train: Path, heldout: Path) -> Split:
         if number not in faulty and (key := _question(row, found.asked)):
             groups.setdefault(key, []).append(number)
     if number < FEWEST_ROWS:
-        raise DataError(f"{found.source} has {number} rows; {FEWEST_ROWS} are the least of which some can be held out")
+        raise DataError(f"{found.source}: of fewer rows than {FEWEST_ROWS} none can be held out; it has {number}")
     wanted = min(HELD_OUT, max(1, sum(map(len, groups.values())) // 10))
     chosen: set[int] = set()
     for key in sorted(groups):  # keys are hashes: an order that has nothing to do with the file's
