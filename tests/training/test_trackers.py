@@ -83,10 +83,8 @@ def test_one_that_does_not_start_is_one_line(config: Any, wandb: Any, tmp_path: 
         raise ValueError(f"no account for {SECRET}\nmore")
 
     wandb.init = refuse
-    with pytest.raises(
-        RunError,
-        match=r"trackers: wandb cannot be started: ValueError: no account for \$\{oc.env:MY_API_KEY\}; `wandb login` or WANDB_MODE=offline$",
-    ):
+    said = r"ValueError: no account for \$\{oc.env:MY_API_KEY\}; `wandb login` or WANDB_MODE=offline$"
+    with pytest.raises(RunError, match=rf"trackers: wandb cannot be started: {said}"):
         Trackers(config, run(tmp_path))
 
 
