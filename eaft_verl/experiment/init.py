@@ -198,8 +198,7 @@ def _fit(
 
 
 def _resolved(out: Path) -> Config:
-    config = resolve(load_recipe(out), "eaft")
-    check(config)
+    check(config := resolve(load_recipe(out), "eaft"))
     return config
 
 
@@ -288,11 +287,9 @@ def _said(
     if isinstance(plan, ConfigError):
         yield f"not planned: {plan}"
     else:
-        fit = (
-            "fits this machine" if plan.verdict == "fits" else f"does not fit this machine ({'; '.join(plan.reasons)})"
-        )
-        # the plan takes every example for as long as it may be
-        share = float(found.lengths_E.clip(max=limit).mean()) / limit
+        bad = "; ".join(plan.reasons)
+        fit = "fits this machine" if plan.verdict == "fits" else f"does not fit this machine ({bad})"
+        share = float(found.lengths_E.clip(max=limit).mean()) / limit  # the plan takes every example for the longest
         seconds = max(60.0, plan.step_s * (plan.arm.updates or 0) * share)
         yield f"{fit}: {gib(plan.peak)} GiB a device, training about {duration(seconds)} an arm (`eaft plan {out}`)"
         if seconds > PATIENCE_S:
