@@ -125,7 +125,7 @@ def _split(found: Profile, train: Path, heldout: Path) -> Split:
         if number not in faulty and (key := _question(row, found.asked)):
             groups.setdefault(key, []).append(number)
     if number < FEWEST_ROWS:
-        raise DataError(f"{found.source}: of fewer rows than {FEWEST_ROWS} none can be held out; it has {number}")
+        raise DataError(f"{found.source}: rows: {number}; {FEWEST_ROWS} are the least of which some can be held out")
     wanted = min(HELD_OUT, max(1, sum(map(len, groups.values())) // 10))
     chosen: set[int] = set()
     for key in sorted(groups):  # keys are hashes: an order that has nothing to do with the file's
