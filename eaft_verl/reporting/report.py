@@ -112,11 +112,9 @@ def measure(
         "schema": SCHEMA,
         **{key: arms[0].runs[0].info[key] for key in ("recipe", "model")},
         "arms": [arm.name for arm in arms],
-        "models": {arm.name: arm.runs[0].info["model"] for arm in models},
         "seeds": {arm.name: list(arm.seeds) for arm in arms},
         "problems": problems,
         "failed": list(failed),
-        "lost_seeds": lost_seeds(arms),
         "resamples": resamples,
         "bootstrap_seed": seed,
         "noise": noise,
@@ -130,8 +128,7 @@ def measure(
         "pareto": pareto({arm.name: table[arm.name] for arm in (base, *arms)}),
         "choice": _chosen(board, rule, arms, seed),
         **_trainings(arms, board.notes),
-        **_evidence(base, arms, out, seed),
-        "environment": environment(base, [*arms, *models], out),
+        **_evidence(base, arms, models, out, seed),
     }
     set_marks(found)
     notes = [*chain_notes(arms), *control_notes(arms), *interruptions(arms), *truncations(base, arms), *board.notes]
@@ -141,6 +138,7 @@ def measure(
 def _trainings(arms: list[Arm], notes: list[str]) -> dict[str, Any]:
     """How the arms were trained: curves, settings, budgets, data."""
     return {
+        "lost_seeds": lost_seeds(arms),
         "curves": curves(arms, notes),
         "config_differences": config_differences(arms),
         "budgets": budgets(arms),
@@ -149,10 +147,11 @@ def _trainings(arms: list[Arm], notes: list[str]) -> dict[str, Any]:
     }
 
 
-def _evidence(base: Arm, arms: list[Arm], out: Path, seed: int) -> dict[str, Any]:
+def _evidence(base: Arm, arms: list[Arm], models: Sequence[Arm], out: Path, seed: int) -> dict[str, Any]:
     """What stands behind the means: answers, questions, tokens, weights; the paper's table where one is asked for."""
     return {
         "paper": None,
+        "models": {one.name: one.runs[0].info["model"] for one in models},
         "answers": held_out_answers(base, arms),
         "samples": sample_answers(base, arms),
         "transitions": transitions(base, arms),
@@ -160,6 +159,7 @@ def _evidence(base: Arm, arms: list[Arm], out: Path, seed: int) -> dict[str, Any
         "token_drift": token_drift(arms, seed),
         "weights": weights(arms),
         "analysis": analysis(out),
+        "environment": environment(base, [*arms, *models], out),
     }
 
 
