@@ -9,6 +9,7 @@ habit     a label that is a conflict in many samples and is no number, or the fi
 content   the rest: single tokens the model is sure of otherwise, in text that it finds plausible: facts, names, numbers
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ class Breakdown:
         self._survey, self._special_V = survey, special_V
         self._habit_V = survey.repeated_V & ~numeric_V
         self.texts: dict[str, dict[str, int]] = {name: {} for name in TEXTS}
-        self._tallies = {name: np.zeros((4, 0)) for name in (*TEXTS, "place")}
+        self._tally = np.zeros((3, 0, 0, len(PLACES), len(REGIMES)))  # tokens, nll, error by source, role, place
         self._kinds = np.zeros((3, len(KINDS)))
         self._content_S = np.zeros(len(survey.tokens_S))
         self._first = [np.zeros((4, 0))]  # sample, expected token, error, max_prob of conflicts that open a turn
@@ -42,13 +43,13 @@ class Breakdown:
 
     def add(self, block: Block) -> None:
         """Count a block."""
-        conflict_T = (block.regime_T == CONFLICT).astype(np.float32)
-        place_T = np.minimum(np.ceil(np.log2(block.place_T + 1)), len(PLACES) - 1).astype(np.int64)
-        for name in (*TEXTS, "place"):
-            codes_T = place_T if name == "place" else block.codes(name)
-            columns = (None, conflict_T, -block["logprob"], block.error_T)
-            found = np.array([np.bincount(codes_T, weight_T) for weight_T in columns])
-            self._tallies[name] = _sum(self._tallies[name], found)
+        place_T = np.minimum(np.ceil(np.log2(block.place_T + 1)), len(PLACES) - 1).astype(np.intp)
+        codes = (*map(block.codes, TEXTS), place_T, block.regime_T)
+        shape = (*(len(self.texts[name]) for name in TEXTS), len(PLACES), len(REGIMES))
+        cell_T, cells = np.ravel_multi_index(codes, shape), math.prod(shape)
+        columns = (None, -block["logprob"], block.error_T)
+        found = [np.bincount(cell_T, weight_T, minlength=cells) for weight_T in columns]
+        self._tally = _sum(self._tally, np.reshape(found, (len(found), *shape)))
         self._add_labels(block)
         self._add_conflicts(block)
 
@@ -143,8 +144,12 @@ class Breakdown:
 
     def _table(self, name: str) -> list[Row]:
         words = PLACES if name == "place" else tuple(self.texts[name])
+        axes = [1 + i for i, other in enumerate((*TEXTS, "place")) if other != name]
+        by_3CR = self._tally.sum(axis=tuple(axes))
         rows = []
-        for word, (tokens, conflicts, nll, error) in zip(words, self._tallies[name].T.tolist(), strict=False):
+        for word, (tokens, nll, error), conflicts in zip(
+            words, by_3CR.sum(axis=-1).T.tolist(), by_3CR[0, :, CONFLICT].tolist(), strict=True
+        ):
             if tokens:
                 means = {"nll": nll / tokens, "error": error / tokens}
                 rows.append({name: word, "tokens": int(tokens), "conflicts": int(conflicts), **means})
@@ -152,6 +157,8 @@ class Breakdown:
 
 
 def _sum(left: Array, right: Array) -> Array:
-    """Sum of two tables [4, C] whose number of codes differs."""
-    wide = max(left.shape[1], right.shape[1])
-    return np.pad(left, ((0, 0), (0, wide - left.shape[1]))) + np.pad(right, ((0, 0), (0, wide - right.shape[1])))
+    """Sum of two tables, each axis as long as the longer one's."""
+    total = np.zeros(np.maximum(left.shape, right.shape))
+    for part in (left, right):
+        total[tuple(map(slice, part.shape))] += part
+    return total

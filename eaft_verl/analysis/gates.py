@@ -23,7 +23,7 @@ from eaft_verl.analysis.survey import Survey
 from eaft_verl.errors import ConfigError, require
 from eaft_verl.objectives import Objective
 from eaft_verl.recipe.objective import build_objective
-from eaft_verl.tokens.rehearsal import weight_fault
+from eaft_verl.tokens.rehearsal import ask, weight_fault
 
 WORDS = (
     *("sft", "eaft", "eaft_2", "eaft_3", "eaft_sigmoid", "masked", "pilot_mask", "dft", "talr", "flow", "deft"),
@@ -89,7 +89,10 @@ class Gates:
     def __init__(self, gates: dict[str, Objective], survey: Survey, k: int, tokens: int) -> None:
         self._names = list(gates)
         given = [_at_k(name, objective, k) for name, objective in gates.items()]
-        self.objectives = [one.calibrate(survey.base) if "base" in one.needs else one for one in given]
+        self.objectives = [
+            ask(f"--gates {name}", one, "calibrate", survey.base) if "base" in one.needs else one
+            for name, one in zip(gates, given, strict=True)
+        ]
         self._samples = [_sample_weights(name, one, survey) for name, one in zip(gates, self.objectives, strict=True)]
         self._tau, self._step = survey.tau, max(1, math.ceil(tokens / OVERLAP))
         self._sums = np.zeros((len(self._names), 3 + 3 * len(REGIMES)))
@@ -105,7 +108,7 @@ class Gates:
         for row_T, name, objective, weight_S in zip(found_GT, self._names, self.objectives, self._samples, strict=True):
             own = weight_S[sample] if weight_S is not None else None
             stats = block.stats._replace(sample_weight_T=own, tau=self._tau, progress=1.0)
-            weight_T = objective.weight(stats)
+            weight_T = ask(f"--gates {name}", objective, "weight", stats)
             require(weight_T.shape == (len(block),), f"--gates {name}: weight() has shape {list(weight_T.shape)}")
             row_T[:] = weight_T.detach().numpy()
             if not (row_T.min() >= 0 and row_T.max() < np.inf):  # NaN is neither
@@ -117,13 +120,12 @@ class Gates:
     def add(self, block: Block) -> None:
         """Count a block."""
         weight_GT = self.weights(block)
-        nll_T, error_T = -block["logprob"], block.error_T
-        features_FT = np.empty((len(self._plain), len(block)), np.float32)
-        features_FT[0], features_FT[1], features_FT[2] = 1.0, nll_T, error_T
-        for i, regime in enumerate(REGIMES.values(), 1):
-            np.multiply(features_FT[:3], block.regime_T == regime, out=features_FT[3 * i : 3 * i + 3])
+        measure_3T = np.stack([np.ones(len(block), np.float32), -block["logprob"], block.error_T])
+        regimes_R = np.array([*REGIMES.values()])[:, None]
         for start in range(0, len(block), _EXACT):
-            weight, features = weight_GT[:, start : start + _EXACT], features_FT[:, start : start + _EXACT]
+            weight, measure = weight_GT[:, start : start + _EXACT], measure_3T[:, start : start + _EXACT]
+            inside = (block.regime_T[start : start + _EXACT] == regimes_R).astype(np.float32)
+            features = np.concatenate([measure, (inside[:, None] * measure).reshape(-1, len(inside[0]))])
             self._sums += weight @ features.T
             self._squares += np.einsum("gt,gt->g", weight, weight)
             self._plain += features.sum(axis=1)
@@ -194,7 +196,7 @@ def _sample_weights(name: str, objective: Objective, survey: Survey) -> torch.Te
     """Weight of each sample by its number, for objectives that fix it before training."""
     if "sample_weight" not in objective.needs:
         return None
-    own = objective.sample_weights(survey.base)
+    own = ask(f"--gates {name}", objective, "sample_weights", survey.base)
     if own is None or own.shape != (survey.samples,):
         raise ConfigError(f"--gates {name}: sample_weights() must give a weight for each of {survey.samples} samples")
     weight_S = torch.zeros(len(survey.tokens_S))

@@ -13,6 +13,7 @@ import torch
 
 from eaft_verl.analysis.landscape import binary_entropy, highest_topk_entropy
 from eaft_verl.objectives import Objective
+from eaft_verl.tokens.rehearsal import ask
 from eaft_verl.tokens.stats import TokenStats
 
 POINTS = 80  # of each axis
@@ -29,7 +30,8 @@ def field(objective: Objective, k: int, tau: float) -> list[list[float | None]] 
     prob, normalized = (part.ravel() for part in np.meshgrid(middle, middle, indexing="ij"))
     entropy = normalized * math.log(k)
     logprob_T, entropy_T = (torch.from_numpy(part).double() for part in (np.log(prob), entropy))
-    weight = objective.weight(TokenStats(logprob_T, entropy_T, k, tau=tau)).double().numpy()
+    stats = TokenStats(logprob_T, entropy_T, k, tau=tau)
+    weight = ask(f"--gates {type(objective).__name__}", objective, "weight", stats).double().numpy()
     pull = 2.0 * weight * (1.0 - prob)
     possible = (entropy >= binary_entropy(prob)) & (entropy <= highest_topk_entropy(prob, k))
     square = np.where(possible, pull, np.nan).reshape(POINTS, POINTS)

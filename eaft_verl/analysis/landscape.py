@@ -77,10 +77,14 @@ class Boxes:
         """Count a block; absolute cuts as training has them: H <= h and p < p0; quantiles: both <=."""
         group_T = self.group(block["sample"]).astype(np.int64)
         self._tokens_G += np.bincount(group_T, minlength=self._groups)
+        near = np.flatnonzero(block.prob_T <= np.float32(max(row["prob"] for row in self.rows)))  # others are in no box
+        prob_N, group_N = block.prob_T[near], group_T[near]
+        entropy_N, normalized_N = block["entropy"][near], block.normalized_T[near]
         for row, hits_G in zip(self.rows, self._hits_BG, strict=True):
-            low_T = (block.normalized_T if row["normalized"] else block["entropy"]) <= np.float32(row["entropy"])
+            low_N = (normalized_N if row["normalized"] else entropy_N) <= np.float32(row["entropy"])
             rare = np.less if row["kind"] == "absolute" else np.less_equal
-            hits_G += np.bincount(group_T[low_T & rare(block.prob_T, np.float32(row["prob"]))], minlength=self._groups)
+            inside = np.flatnonzero(low_N & rare(prob_N, np.float32(row["prob"])))
+            hits_G += np.bincount(group_N[inside], minlength=self._groups)
 
     def draws(self, seed: int = 0) -> tuple[Array, Array]:
         """(share of every box [B], its resamples [R, B])."""
@@ -126,7 +130,8 @@ class Landscape:
         columns = (block.prob_T, block["entropy"], -block["logprob"], block.error_T, block["max_prob"])
         for row, weight_T in enumerate((None, *columns)):
             self._regimes[row] += np.bincount(block.regime_T, weight_T, minlength=len(REGIMES))
-        self._below += int((block["full_entropy"] < binary_entropy(block.prob_T) - 0.01).sum())
+        odd = np.flatnonzero(block["full_entropy"] < math.log(2) - 0.01)  # h(p) is nowhere above ln 2
+        self._below += int((block["full_entropy"][odd] < binary_entropy(block.prob_T[odd]) - 0.01).sum())
 
     def result(self) -> Row:
         """Everything of the figure as plain data; `below_bound`: tokens that no distribution explains."""
@@ -159,7 +164,7 @@ class Landscape:
 def _bins(values: Array, low: float, high: float, bins: int) -> Array:
     """Index of the equal bin of [low, high] that a value falls into; those outside go to the first or last."""
     place = (values - np.float32(low)) * np.float32(bins / (high - low))
-    return np.clip(place, 0, bins - 1).astype(np.int32)
+    return np.clip(place, 0, bins - 1).astype(np.intp)
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -14,7 +14,7 @@ from eaft_verl.errors import DataError
 _SHOWN = 5  # rows named in an error; the manifest lists all
 _CHOSEN = {"duplicate", "masked", *("over_long", "control_token", "leakage")}  # the last three: rejected by a setting
 _REMEDIES = {
-    "over_long": "set data.over_long=drop or truncate, or raise data.max_length",
+    "over_long": "set data.over_long=drop or truncate, or data.max_length={longest} or more",
     "control_token": "set data.control_tokens=escape or allow",
     "leakage": "remove these rows, or set data.leakage=drop to leave them out, warn to keep them",
 }
@@ -25,7 +25,9 @@ def raise_refused(spec: DataSpec, outcome: Outcome) -> None:
     source = spec.source if isinstance(spec.source, str) else ", ".join(one.source for one in spec.sources)
     if outcome.refused:
         kinds = sorted({entry["kind"] for entry in outcome.refused})
-        remedy = "".join(f"; {_REMEDIES[kind]}" for kind in kinds if kind in _REMEDIES)
+        lengths = [int(entry["reason"].split()[0]) for entry in outcome.refused if entry["kind"] == "over_long"]
+        known = {kind: said.format(longest=max(lengths, default=0)) for kind, said in _REMEDIES.items()}
+        remedy = "".join(f"; {known[kind]}" for kind in kinds if kind in known)
         raise DataError(f"{source}: {len(outcome.refused)} rows are refused{remedy}. {_name_rows(outcome.refused)}")
     if not outcome.chosen_N.any():
         read = sum(outcome.read.values())

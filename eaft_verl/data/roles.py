@@ -74,7 +74,7 @@ def _labels(template: ChatTemplate, messages: Sequence[dict[str, Any]], text: st
             with contextlib.suppress(RowError):  # a template may refuse a conversation that stops there
                 prompt = template.render(list(messages[:index]), generate=True)
                 place = len(prompt) if text.startswith(prompt) else place
-        for role, said in _texts(message):
+        for role, said in _texts(message, text[place:]):
             found = next((form for form in (said, said.strip()) if form and form in text[place:]), "")
             if found:  # templates may strip what they are given
                 start = text.index(found, place)
@@ -88,15 +88,20 @@ def _labels(template: ChatTemplate, messages: Sequence[dict[str, Any]], text: st
     return labels
 
 
-def _texts(message: dict[str, Any]) -> Iterator[tuple[int, str]]:
-    """(role, text) of the parts of a turn, in the order in which they are written."""
+def _texts(message: dict[str, Any], rendered: str) -> Iterator[tuple[int, str]]:
+    """(role, text) of the parts of a turn, in the order in which they are written; `rendered`: it and what follows.
+
+    Tags around reasoning, and an empty block, are the data's where its own text has them and the turn begins with them.
+    """
     content = message["content"]
     if message["role"] != "assistant":
         yield ROLES.index(message["role"]), content
         return
     yield REASONING, message.get("reasoning_content", "").strip()
     thought, found, answer = content.rpartition(_END_OF_THOUGHT)
-    yield REASONING, thought.rpartition(_THOUGHT)[2].strip() if found else ""
+    block = content.removesuffix(answer.lstrip()).lstrip()
+    own = found and rendered.lstrip().startswith(block.strip())
+    yield REASONING, block if own else thought.rpartition(_THOUGHT)[2].strip() if found else ""
     yield ASSISTANT, answer.lstrip() if found else content
 
 

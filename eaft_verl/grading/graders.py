@@ -143,7 +143,7 @@ def _imported(name: str) -> Callable[[str, str], float]:
         raise ConfigError(f"reward.grader={name!r} must be 'package.module:function', with the whole module path")
     try:
         function = vars(importlib.import_module(module))[attribute]
-    except (ImportError, KeyError) as error:
+    except (Exception, SystemExit) as error:  # it is somebody else's code
         raise ConfigError(f"reward.grader={name!r} cannot be imported ({error!r}); is it on PYTHONPATH?") from None
     if not callable(function) or inspect.iscoroutinefunction(function):
         raise ConfigError(f"reward.grader={name!r} must be a plain function (response, answer) -> 0..1")

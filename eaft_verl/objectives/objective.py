@@ -3,7 +3,9 @@ micro-batch, rank or packing it landed in."""
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +48,19 @@ def present(name: str, value: Any) -> Any:
     return value
 
 
+def _staying(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method; RuntimeError where it calls `sys.exit`."""
+
+    @functools.wraps(method)
+    def run(*given: Any, **named: Any) -> Any:
+        try:
+            return method(*given, **named)
+        except SystemExit as error:
+            raise RuntimeError(f"{method.__qualname__} calls sys.exit({error}); raise an exception instead") from error
+
+    return run
+
+
 @dataclass(frozen=True, kw_only=True)
 class Objective:
     """Base of all objectives.
@@ -60,6 +75,12 @@ class Objective:
     weight_norm: str = choice("none", WEIGHT_NORMS)
     stats: str = choice("current", STATS)
     anchor: Anchor | None = None
+
+    def __init_subclass__(cls) -> None:
+        """One's own objective cannot end the program, or a worker, without a word: here pass all, on every machine."""
+        for name in ("weight", "anchor_weight", "step_factor", "calibrate", "sample_weights"):
+            if name in vars(cls):
+                setattr(cls, name, _staying(vars(cls)[name]))
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -22,6 +22,10 @@ def build_objective(name: str, **params: Any) -> Objective:
         return cls(**{**preset, **params})
     except ValueError as error:
         raise ValueError(f"objective {name!r}: {error}") from None
+    except (Exception, SystemExit) as error:
+        if ":" not in name:
+            raise
+        raise ValueError(f"objective {name!r} cannot be made: {error!r}") from None
 
 
 LACKING = {  # need of an objective: what only an arm of `eaft train` gives, and how to do without
@@ -64,7 +68,7 @@ def _import_objective(name: str) -> tuple[type[Objective], dict[str, Any]]:
         raise ValueError(f"objective.name={name!r} must be 'package.module:Class', with the whole module path")
     try:
         cls = vars(importlib.import_module(module))[attribute]
-    except (ImportError, KeyError) as error:
+    except (Exception, SystemExit) as error:  # it is somebody else's code
         raise ValueError(f"objective.name={name!r} cannot be imported ({error!r}); is it on PYTHONPATH?") from None
     if not (isinstance(cls, type) and issubclass(cls, Objective)):
         raise ValueError(f"objective.name={name!r} must be a subclass of eaft_verl.objectives.Objective")

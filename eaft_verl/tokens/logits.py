@@ -14,6 +14,7 @@ from eaft_verl.tokens.chunks import CHUNK_TOKENS
 from eaft_verl.tokens.stats import TOPK
 
 CPU_CHUNK_TOKENS = 16  # without a gradient to keep, rows that stay in a core's cache: twice as fast
+_NEIGHBOURS = 64  # logits of a group in `largest`
 LOWEST = -1e30  # a logit below the largest one that has no probability, and is a number: 0 * LOWEST = 0
 
 
@@ -128,11 +129,30 @@ def _relative(logits_RV: Tensor, labels_R: Tensor, k: int) -> tuple[Tensor, Tens
     Uses the logits up: float32 ones are overwritten.
     """
     # top-K before the upcast is bit-identical to after it, and spares a float32 pass over the vocabulary
-    top = logits_RV.topk(min(max(k, TOPK), logits_RV.shape[-1]), dim=-1)
-    best_RK = top.values.to(accumulator(logits_RV))
+    best_RK, ids_RK = largest(logits_RV, min(max(k, TOPK), logits_RV.shape[-1]))
+    best_RK = best_RK.to(accumulator(logits_RV))
     # relative to the largest logit, so that a confident token's small nll is no difference of two large numbers
     wide_RV = logits_RV.to(accumulator(logits_RV)).sub_(best_RK[:, :1])
-    return best_RK, top.indices, wide_RV, wide_RV.gather(-1, labels_R[:, None]).squeeze(-1)
+    return best_RK, ids_RK, wide_RV, wide_RV.gather(-1, labels_R[:, None]).squeeze(-1)
+
+
+def largest(rows_RV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest values of each row, in order, and their places, [R, k] both: `torch.topk`, faster on a CPU.
+
+    The k largest lie in the k groups of neighbours whose own largest are the largest, or behind the last whole group.
+    """
+    groups = rows_RV.shape[-1] // _NEIGHBOURS
+    if rows_RV.device.type != "cpu" or groups < 8 * k:
+        top = rows_RV.topk(k, dim=-1)
+        return top.values, top.indices
+    whole = groups * _NEIGHBOURS
+    most_RG = rows_RV[:, :whole].unflatten(-1, (groups, _NEIGHBOURS)).amax(dim=-1)
+    start_RK = most_RG.topk(k, dim=-1, sorted=False).indices * _NEIGHBOURS
+    inside_RC = (start_RK[..., None] + torch.arange(_NEIGHBOURS)).flatten(1)
+    behind_RC = torch.arange(whole, rows_RV.shape[-1]).expand(len(rows_RV), -1)
+    places_RC = torch.cat([inside_RC, behind_RC], dim=-1)
+    best = rows_RV.gather(-1, places_RC).topk(k, dim=-1)
+    return best.values, places_RC.gather(-1, best.indices)
 
 
 class _ChunkedStats(torch.autograd.Function):

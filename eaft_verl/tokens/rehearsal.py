@@ -4,9 +4,24 @@ from typing import Any
 
 import torch
 
+from eaft_verl.errors import ConfigError
 from eaft_verl.tokens.stats import BaseStats, TokenStats
 
 TOKENS = 5
+
+
+def ask(name: str, objective: Any, method: str, *given: Any) -> Any:
+    """What the objective's method gives; ConfigError, with `name` first, for whatever one's own objective raises."""
+    try:
+        return getattr(objective, method)(*given)
+    except Exception as error:
+        if type(objective).__module__.startswith("eaft_verl."):  # a fault of ours keeps its traceback
+            raise
+        raise ConfigError(f"{name}: {_raised(method, error)}") from error
+
+
+def _raised(method: str, error: Exception) -> str:
+    return f"{method}() raises {type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def weight_fault(objective: Any) -> str:
@@ -37,7 +52,7 @@ def weight_fault(objective: Any) -> str:
             objective = objective.calibrate(base)
         weight: Any = objective.weight(stats)
     except Exception as error:  # it is somebody else's code
-        return f"weight() raises {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return _raised("weight", error)
     if not isinstance(weight, torch.Tensor):
         return f"weight() returns {type(weight).__name__}; a tensor of shape [T], a weight for each token, is expected"
     if weight.shape != (TOKENS,):

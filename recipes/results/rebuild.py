@@ -15,7 +15,8 @@ value, low, high: in the unit in which they are said. says: the words of the tex
 fields ({value:.2f}, {low:+.1f}, {commit}); spaces stand for any white space, … for anything within the line. commit: of
 the measurement; "unknown" where nobody wrote it down. Every line must be said somewhere; every number of the texts must
 be said by a line, or stand in the table, or be among the constants of tests/recipe/test_results.py.
-quickstart.json: what is needed of a report.json; landscape_*.json: the histogram that `eaft analyze` draws.
+study_sums.json: from study.py beside this script; quickstart.json: what is needed of a report.json; landscape_*.json:
+the histogram that `eaft analyze` draws.
 """
 
 import argparse
@@ -29,8 +30,12 @@ from typing import Any, NamedTuple
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+sys.path.insert(0, str(HERE))
+import study  # noqa: E402
+
 PAGES = ("README", "arms", "choose", "data", "trainers", "troubleshooting", "watch")
 TEXTS = ("README.md", "examples/README.md", "eaft_verl/README.md", *(f"recipes/{page}.md" for page in PAGES))
+TEXTS += ("recipes/results/study.md",)
 ORDER = ("name", "value", "low", "high", "unit", "says", "command", "commit", "machine")
 FIELDS = set(ORDER)
 PLANNED = (
@@ -237,11 +242,16 @@ def _of_h100(found: Row) -> list[Row]:
     return [row | about for row in rows]
 
 
-def block(text: str) -> tuple[int, int] | None:
-    """Where the quickstart's table stands."""
-    start = text.find(TABLE)
-    found = re.compile(r"(?:\|.*\n)+").match(text, start) if start >= 0 else None
-    return found.span() if found else None
+def tables() -> dict[str, str]:
+    """{how it begins: the table} that are written whole: the quickstart's and the study's."""
+    return {TABLE: table(quickstart()), **study.tables(json.loads(study.FILE.read_text(encoding="utf-8")))}
+
+
+def blocks(text: str) -> list[tuple[int, int, str]]:
+    """(start, end, what must stand there) of every such table of the text, the last first."""
+    places = [(text.find(head), made) for head, made in tables().items()]
+    spans = [(re.compile(r"(?:\|.*\n)+").match(text, start), made) for start, made in places if start >= 0]
+    return sorted(((*found.span(), made) for found, made in spans if found), reverse=True)
 
 
 def rebuilt(text: str) -> str:
@@ -249,8 +259,9 @@ def rebuilt(text: str) -> str:
     places = {place for row in lines() for template in row["says"] for place in said_in(text, template, row)}
     for start, end, words in sorted(places, reverse=True):
         text = text[:start] + words + text[end:]
-    span = block(text)
-    return text if span is None else text[: span[0]] + table(quickstart()) + text[span[1] :]
+    for start, end, made in blocks(text):
+        text = text[:start] + made + text[end:]
+    return text
 
 
 def unsaid(texts: list[str]) -> list[str]:

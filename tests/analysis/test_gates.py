@@ -1,6 +1,7 @@
 """The gate lab: words, weights by hand, shares, overlaps, and objectives of one's own."""
 
 import math
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,6 +60,21 @@ class Weightless(Objective):
 
     def weight(self, stats):
         return stats.sample_weight_T
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leaving(Objective):
+    """Ends the program, or fails, at the first token or on real data only."""
+
+    tokens: int = 0
+    fails: bool = False
+
+    def weight(self, stats):
+        if len(stats.logprob_T) > self.tokens:
+            if self.fails:
+                raise KeyError("temperature")
+            sys.exit(3)
+        return stats.logprob_T.exp()
 
 
 COLUMNS = random_columns(24, 60, seed=7)
@@ -203,6 +219,29 @@ def test_another_k_and_weights_that_are_no_numbers_are_refused(store):
         sweep(store, ["analysis.test_gates:InPlace", "eaft"])
     with pytest.raises(ConfigError, match="a weight for each of 24 samples"):
         sweep(store, ["analysis.test_gates:Weightless"])
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("Leaving", r"weight\(\) raises RuntimeError: Leaving.weight calls sys.exit\(3\)"),
+        ("Leaving:tokens=100", r"weight\(\) raises RuntimeError: Leaving.weight calls sys.exit\(3\)"),
+        ("Leaving:tokens=100:fails=True", r"weight\(\) raises KeyError: 'temperature'"),
+    ],
+)
+def test_an_own_objective_that_ends_the_program_or_fails_is_one_line(store, words, says):
+    with pytest.raises(ConfigError, match=f"^--gates analysis.test_gates:{words}: {says}") as caught:
+        sweep(store, [f"analysis.test_gates:{words}"])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("line", ["import sys; sys.exit(1)", "x = 1 /", "undefined_name"])
+def test_a_module_that_cannot_be_imported_is_one_line(tmp_path, monkeypatch, line):
+    (tmp_path / f"own_{len(line)}.py").write_text(line)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match="cannot be imported") as caught:
+        read_gates([f"own_{len(line)}:Mine"])
+    assert "\n" not in str(caught.value)
 
 
 def test_the_tokens_kept_for_overlaps_hold_no_block_in_memory(store, monkeypatch):

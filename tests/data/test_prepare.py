@@ -116,7 +116,7 @@ def test_tool_calls_survive_the_file(write, make_tokenizer, tmp_path):
         (
             {"max_length": 30},
             [{"prompt": "q" * 50, "response": "A"}, *MIXED[:2]],
-            "1 rows are refused; set data.over_long",
+            "1 rows are refused; set data.over_long=drop or truncate, or data.max_length=63 or more. Rows",
         ),
         (
             {},

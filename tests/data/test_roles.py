@@ -63,9 +63,20 @@ def test_reasoning_is_told_from_the_answer_and_an_empty_block_is_flagged(make_to
     assert len(found.flags) == 1 and "trained tokens are the template's" in found.flags[0]
     inline = {"role": "assistant", "content": "<think>\nAdd them.\n</think>\n\nNine."}
     example, found = seen(tokenizer, [USER, inline])
-    assert trained_text(tokenizer, example, found, "reasoning") == "Add them."
+    assert trained_text(tokenizer, example, found, "reasoning") == "<think>\nAdd them.\n</think>\n\n"
+    assert found.flags == ()
     _, found = seen(tokenizer, [USER, {"role": "assistant", "content": "Nine."}])
     assert found.flags == ("1 empty <think> blocks",)
+
+
+@pytest.mark.parametrize(("family", "turns"), [("chatml", 1), ("chatml", 2), ("thinking", 1)])
+def test_an_empty_block_that_the_data_writes_is_the_datas(make_tokenizer: Any, family: str, turns: int) -> None:
+    tokenizer = make_tokenizer(family)
+    written = "<think>\n\n</think>\n\n"
+    example, found = seen(tokenizer, [USER, {"role": "assistant", "content": f"{written}Nine."}] * turns)
+    assert trained_text(tokenizer, example, found, "reasoning") == written * turns
+    assert trained_text(tokenizer, example, found, "assistant") == "Nine." * turns
+    assert found.flags == (f"{turns} empty <think> blocks",)
 
 
 def test_a_tool_call_has_its_role_and_a_tools_result_too(make_tokenizer: Any) -> None:

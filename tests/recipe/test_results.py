@@ -61,7 +61,7 @@ def not_held(text: str) -> list[str]:
         for says in row["says"]
         for place in rebuild.said_in(text, says, row)
     ]
-    spans += [span] if (span := rebuild.block(text)) else []
+    spans += [place[:2] for place in rebuild.blocks(text)]
     spans += [match.span() for pattern in CONSTANTS for match in re.finditer(pattern, text)]
     prose = blank(r"\]\([^)]*\)", blank(r"`[^`\n]*`", blank(r"^```.*?^```", text, re.S | re.M)))
     return [

@@ -16,6 +16,7 @@ from eaft_verl.tokens.logits import (
     Distribution,
     LogitStats,
     distribution_stats,
+    largest,
     logit_stats,
     reference_stats,
     topk_entropy,
@@ -354,3 +355,18 @@ def test_masked_tokens_cost_nothing_and_nan_is_not_hidden():
     assert all(value[7] == 0 for value in found) and all(value.isfinite().all() for value in found)
     seen = distribution_stats(logits_TV, labels_T, torch.ones(40, dtype=torch.bool))
     assert all(value[7].isnan() for value in seen[:-1])
+
+
+@pytest.mark.parametrize("vocab", [64 * 160, 64 * 200 + 1, 64 * 160 + 63, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_largest_logits_are_those_of_topk(vocab, dtype):
+    rows = torch.randn(7, vocab, generator=torch.Generator().manual_seed(0)).to(dtype)
+    rows[1, 100:] = -torch.inf
+    rows[2, -3:] = 50.0  # behind the last whole group, and equal
+    rows[3, :40] = torch.linspace(60, 70, 40).to(dtype)  # all in one group
+    rows[4] = 1.0
+    rows[5, 5000 % vocab] = torch.nan
+    values, places = largest(rows, 20)
+    assert torch.equal(values.nan_to_num(99.0), rows.topk(20).values.nan_to_num(99.0))
+    assert torch.equal(rows.gather(-1, places).nan_to_num(99.0), values.nan_to_num(99.0))
+    assert all(len(set(row)) == 20 for row in places.tolist())
