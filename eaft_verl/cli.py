@@ -152,7 +152,7 @@ def _train(options: argparse.Namespace) -> int:
         return 0
     from eaft_verl.experiment.train import train
 
-    run = train(config, declared_keys(recipe, options.arm))
+    run = train(config, declared_keys(recipe, options.arm, overrides))
     print(f"trained {run.path}")
     return 0
 
@@ -162,6 +162,8 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     run = evaluate_command(options.what, options.recipe, options.out, options.overrides, options.base)
     print(f"evaluated {run.path}")
+    if run.path.parent.name == "models":
+        print(f"beside its base and arms, once these are evaluated: eaft report {run.path.parents[1]}")
 
 
 def _compare(options: argparse.Namespace) -> int:

@@ -214,3 +214,5 @@ def test_defaults_hold_every_key_of_ours() -> None:
     named = set(re.findall(r"^(\w+):", text, re.M))
     made = {"recipe", "arm", "budget", "verl"}  # filled in by the resolution, or verl's own tree
     assert {field.name for field in fields(Config)} - named - made == set()
+    bare = [line for line in text.splitlines() if re.match(r" *\w+: *\S", line) and "#" not in line]
+    assert bare == []  # a key with a value says what it is

@@ -17,7 +17,7 @@ from ray.job_config import JobConfig
 
 from eaft_verl.cluster.demand import CPUS_PER_WORKER, HELPERS
 from eaft_verl.cluster.runtime_env import build_runtime_env
-from eaft_verl.errors import ConfigError
+from eaft_verl.errors import ConfigError, Lost
 from eaft_verl.planning.machine import cpus_here
 
 
@@ -131,14 +131,14 @@ def _connect(device: str, workers: int, trainer: str, variables: Mapping[str, st
         asked = {**runtime.pop("env_vars", {}), **variables}
         # a trainer that names its variables takes no settings of this shell besides
         runtime |= build_runtime_env({} if variables else os.environ, job=submitted_with(), asked=asked)
-        ray.init(address=address, log_to_driver=False, job_config=_OwnPath(), runtime_env=runtime)
+        _start(address=address, log_to_driver=False, job_config=_OwnPath(), runtime_env=runtime)
         if (offered := int(ray.cluster_resources().get("GPU", 0))) < slots:
             raise ConfigError(
                 f"the Ray cluster at {address} offers {offered} GPUs and the arm asks for {slots}"
                 + ("; on CPU nodes these are numbers: start each with `ray start --num-gpus=N`" * (device == "cpu"))
             )
         return
-    ray.init(
+    _start(
         address="local",
         job_config=_OwnPath(),
         num_cpus=max(cpus_here(), workers * CPUS_PER_WORKER[trainer] + HELPERS[trainer]),
@@ -147,3 +147,15 @@ def _connect(device: str, workers: int, trainer: str, variables: Mapping[str, st
         log_to_driver=False,
         logging_level=logging.WARNING,
     )
+
+
+def _start(**arguments: Any) -> None:
+    """`ray.init`; Lost where Ray does not come up, as it gives its own processes 30 s on however busy a machine."""
+    try:
+        ray.init(**arguments)
+    except Exception as error:  # Ray raises that class itself
+        said = " ".join(str(error).split())[:300] or type(error).__name__
+        raise Lost(
+            f"Ray did not start: {said} Run the same command again, when the machine has less to do or with "
+            "--max-restarts 3"
+        ) from error

@@ -155,9 +155,8 @@ def _add_compare(verbs: argparse._SubParsersAction) -> None:
 
 def _add_report(verbs: argparse._SubParsersAction) -> None:
     verb = verbs.add_parser("report", help="report.html, report.md, report.json and figures from run directories")
-    verb.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN|FOLDER", help="runs, the base among them; FOLDER: all in it"
-    )
+    what = "runs, the base among them; FOLDER: all in it, models of `evaluate MODEL` too"
+    verb.add_argument("runs", nargs="+", type=Path, metavar="RUN|FOLDER", help=what)
     verb.add_argument("--out", type=Path, help="folder to write (default: report beside the first run)")
     verb.add_argument("--force", action="store_true", help="report runs that are not comparable, with a banner")
     verb.add_argument("--paper", metavar="TABLE", help="set the scores beside a table of the paper: 1, 2 or 3")

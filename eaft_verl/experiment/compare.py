@@ -27,7 +27,7 @@ from eaft_verl.recipe.config import Config, plain
 from eaft_verl.recipe.model_fit import notes_at_hand
 from eaft_verl.recipe.resolve import Recipe, load_recipe, resolve
 from eaft_verl.reporting.report import report
-from eaft_verl.reporting.summary import place_of, summary
+from eaft_verl.reporting.summary import models_beside, place_of, summary
 from eaft_verl.runs import Run, is_run, run_name
 
 
@@ -90,7 +90,7 @@ def compare(
 def _report(base: Path, finished: list[Path], failed: list[dict[str, Any]], rule: Rule | None, seconds: float) -> None:
     """Write the report; print its numbers, its path and how the last model is used."""
     out = place_of(base.parent, finished)
-    found = report([base, *finished], out, failed=failed, rule=rule)
+    found = report([base, *finished, *models_beside(base)], out, failed=failed, rule=rule)
     print("\n".join([*summary(found), f"report: {out / 'report.html'} ({seconds:.0f} s in all)"]), flush=True)
     with contextlib.suppress(RunError):  # its exports have been removed since
         print("\n".join(how_to_use(Run(finished[-1]))), flush=True)

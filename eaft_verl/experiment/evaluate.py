@@ -15,7 +15,7 @@ from eaft_verl.experiment.environment import describe, note_change
 from eaft_verl.experiment.same_inputs import Again
 from eaft_verl.files import write_json
 from eaft_verl.models import check_model, check_same_vocabulary, load_tokenizer, model_key, resolve_model
-from eaft_verl.recipe.checks import check
+from eaft_verl.recipe.checks import check_scoring
 from eaft_verl.recipe.config import Config, as_yaml, stored_configuration
 from eaft_verl.recipe.datasets import prepare_data
 from eaft_verl.recipe.resolve import load_recipe, resolve
@@ -45,7 +45,7 @@ def evaluate_command(
     config = resolve(loaded, arm, [*overrides, *([f"model={base}"] if base else [])])
     if not config.model:  # a recipe of settings only
         config = resolve(loaded, arm, [*overrides, f"model={what}"])
-    check(config)
+    check_scoring(config)
     return evaluate_model(what, config, out)
 
 

@@ -30,12 +30,11 @@ from eaft_verl.recipe.model_fit import modules_of, positions_of
 from eaft_verl.recipe.resolve import check_name, load_recipe, resolve
 
 USUAL_REJECTED = 0.1  # data.max_rejected's default
-HELD_OUT, FEWEST_ROWS = 128, 10
 ENCODED = ("input_ids", "loss_mask")  # of prepared data; they are made again
 RATES = ((5e8, 4e-5), (3e9, 2e-5))  # full fine-tuning: up to so many weights, this rate; the paper's 1e-5 above
 PAPER_RATE, LORA_RATE = 1e-5, 2e-4
-UPDATES_PER_EPOCH, LARGEST_BATCH, SMALLEST_BATCH = 32, 64, 4
-PATIENCE_S = 1800
+HELD_OUT, FEWEST_ROWS, UPDATES_PER_EPOCH, LARGEST_BATCH, SMALLEST_BATCH = 128, 10, 32, 64, 4
+PATIENCE_S, TRY_S = 1800, 600
 _SURROGATE = re.compile("[\ud800-\udfff]")
 SHORT = 10_000  # rows up to which an epoch is not enough
 
@@ -71,7 +70,7 @@ def init(source: str, model: str, out: Path | None = None, columns: Columns | No
     settings = settings_for(split, limit, modules_of(described_model).num_parameters())
     write_text(out, recipe_text(found, split, model, settings, kept))
     plan = _fit(out, found, split, model, settings, kept)
-    print("\n".join(_said(out, found, split, limit, kept, plan)))
+    print("\n".join(_said(out, found, split, kept, plan, settings)))
     return out
 
 
@@ -93,12 +92,12 @@ def described(found: Profile, model: str) -> list[str]:
         f"rows: {rows_used(found.manifest)}",
         f"tokens of {model} in an example: median {half:,}, 90 % {most:,}, 99 % {nearly:,}, longest {longest:,}; "
         f"{trained:.0%} of them trained",
-        f"assistant turns: {min(turns)} to {max(turns)}, mostly {turns.most_common(1)[0][0]}; "
+        f"assistant turns: {turns.most_common(1)[0][0]}{f' mostly, {min(turns)} to {max(turns)}' * (len(turns) > 1)}; "
         + ", ".join(f"{what} in {count:,} of {examples:,}" for what, count in shares.items()),
     ]
     if found.graded[0]:
         lines.append("answers that can be checked (a number): {} of {} tried".format(*found.graded))
-    if found.total is None or found.total > LOOKED_AT:
+    if found.manifest["counts"]["read"] >= LOOKED_AT != found.total:
         lines.insert(2, f"looked at: the first {LOOKED_AT:,} rows")
     if found.turns == "split":
         lines.append("turns are trained one by one (turns: split): the chat template writes earlier ones differently")
@@ -126,7 +125,7 @@ def _split(found: Profile, train: Path, heldout: Path) -> Split:
         if number not in faulty and (key := _question(row, found.asked)):
             groups.setdefault(key, []).append(number)
     if number < FEWEST_ROWS:
-        raise DataError(f"{found.source} has {number} rows; {FEWEST_ROWS} are the least of which some can be held out")
+        raise DataError(f"{found.source}: rows: {number}; {FEWEST_ROWS} are the least of which some can be held out")
     wanted = min(HELD_OUT, max(1, sum(map(len, groups.values())) // 10))
     chosen: set[int] = set()
     for key in sorted(groups):  # keys are hashes: an order that has nothing to do with the file's
@@ -169,13 +168,13 @@ def settings_for(split: Split, limit: int, weights: int) -> dict[str, Any]:
         batch *= 2
     batch = -(-batch // devices) * devices
     rate = next((rate for size, rate in RATES if weights <= size), PAPER_RATE)
-    trainer = {"total_epochs": 3 if split.trained <= SHORT else 1}
     return {
         "max_length": limit,
         "verl": {
             "optim": {"lr": rate},
             "data": {"train_batch_size": batch, "max_token_len_per_gpu": max(limit, 16384 if gpus_here() else 1024)},
-            "trainer": {**trainer, **({"n_gpus_per_node": devices} if devices > 1 else {})},
+            "trainer": {"total_epochs": 3 if split.trained <= SHORT else 1}
+            | ({"n_gpus_per_node": devices} if devices > 1 else {}),
         },
     }
 
@@ -199,8 +198,7 @@ def _fit(
 
 
 def _resolved(out: Path) -> Config:
-    config = resolve(load_recipe(out), "eaft")
-    check(config)
+    check(config := resolve(load_recipe(out), "eaft"))
     return config
 
 
@@ -260,7 +258,6 @@ def _line(key: str, value: Any, note: str | None = None) -> str:
 
 
 def _quoted(value: Any) -> str:
-    """The value as YAML in one line."""
     return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6).strip().removesuffix("\n...")
 
 
@@ -272,14 +269,16 @@ def _grpo(found: Profile, limit: int, verl: dict[str, Any]) -> list[str]:
         "optim": {"lr": verl["optim"]["lr"] / 2, "lr_scheduler_type": "constant", "lr_warmup_steps_ratio": 0.0},
         "data": {"max_prompt_length": prompt, "max_response_length": limit - prompt},
     }
-    right, tried = found.graded
     return [
-        f"  # answers can be checked ({right} of {tried} tried): RL can be an arm; it takes far longer",
+        f"  # answers can be checked (all {found.graded[1]} tried): RL can be an arm; it takes far longer",
         f"  # grpo: {_quoted({'trainer': 'grpo', 'verl': settings})}",
     ]
 
 
-def _said(out: Path, found: Profile, split: Split, limit: int, kept: int, plan: ArmPlan | ConfigError) -> Iterator[str]:
+def _said(
+    out: Path, found: Profile, split: Split, kept: int, plan: ArmPlan | ConfigError, settings: dict[str, Any]
+) -> Iterator[str]:
+    limit, batch = settings["max_length"], settings["verl"]["data"]["train_batch_size"]
     yield (
         f"wrote {out}: max_length {limit:,} keeps {kept:,} of {len(found.lengths_E):,} examples; "
         f"{split.trained:,} rows to train on, {split.held} held out"
@@ -288,13 +287,13 @@ def _said(out: Path, found: Profile, split: Split, limit: int, kept: int, plan: 
     if isinstance(plan, ConfigError):
         yield f"not planned: {plan}"
     else:
-        fits = plan.verdict == "fits"
-        verdict = "fits this machine" if fits else f"does not fit this machine ({'; '.join(plan.reasons)})"
-        # the plan takes every example for as long as it may be
-        share = float(found.lengths_E.clip(max=limit).mean()) / limit
+        bad = "; ".join(plan.reasons)
+        fit = "fits this machine" if plan.verdict == "fits" else f"does not fit this machine ({bad})"
+        share = float(found.lengths_E.clip(max=limit).mean()) / limit  # the plan takes every example for the longest
         seconds = max(60.0, plan.step_s * (plan.arm.updates or 0) * share)
-        yield f"{verdict}: {gib(plan.peak)} GiB a device, training about {duration(seconds)} an arm (`eaft plan {out}`)"
+        yield f"{fit}: {gib(plan.peak)} GiB a device, training about {duration(seconds)} an arm (`eaft plan {out}`)"
         if seconds > PATIENCE_S:
-            fewer = f"data.rows=64 data.heldout_rows=16 output=runs/{out.stem}-try"
-            yield f"first try in minutes: eaft compare {out} {fewer}"
+            rows = max(batch, min(64, int(TRY_S * split.trained / seconds)))
+            fewer = f"data.rows={rows} data.heldout_rows=16 output=runs/{out.stem}-try"
+            yield f"first try, {duration(seconds * rows / split.trained)} an arm: eaft compare {out} {fewer}"
     yield f"next: eaft compare {out} --dry-run, then without --dry-run"

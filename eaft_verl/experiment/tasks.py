@@ -3,6 +3,7 @@
 from eaft_verl.evaluation.tasks import BFCL, LOCAL_VARIANTS, OWN_TASKS, OwnTask, definition
 
 HEADER = ("task", "data", "metric", "shots")
+HARNESS = {"gsm8k": ("exact_match", "5")}  # metric and shots of lm-evaluation-harness's own, where ours has others
 
 
 def tasks_listing() -> list[str]:
@@ -22,10 +23,13 @@ def tasks_listing() -> list[str]:
 
 def _row(name: str, task: OwnTask) -> tuple[str, str, str, str]:
     text = definition(task.file)
+    ours = text["metric_list"][0]["metric"], str(text["num_fewshot"])
     if task.data:
         data = task.data
     elif task.built_in:
         data = "lm-evaluation-harness's own, or data: FILE"
+        if name in HARNESS:
+            return name, f"{data} (then {ours[0]}, {ours[1]} shots)", *HARNESS[name]
     else:
         data = "data: FILE" + (f" ({task.get})" if task.get else "")
-    return name, data, text["metric_list"][0]["metric"], str(text["num_fewshot"])
+    return name, data, *ours

@@ -17,7 +17,11 @@ def shell(title: str, head: str, sections: list[tuple[str, str, str]], footer: s
     )
 
 
-def figure(image: bytes, seen: str) -> str:
-    """A PNG inside the page; `seen` is its caption and what a screen reader says, escaped already."""
+def figure(image: bytes, seen: str, size: str = "") -> str:
+    """A PNG inside the page; `seen` is its caption and what a screen reader says, escaped already.
+
+    size: 'narrow' is drawn for the width of a phone, 'wide' is scrolled there.
+    """
     source = f"data:image/png;base64,{base64.b64encode(image).decode()}"
-    return f'<figure><img src="{source}" alt="{seen}"><figcaption>{seen}</figcaption></figure>'
+    opening = f'<figure class="{size}">' if size else "<figure>"
+    return f'{opening}<img src="{source}" alt="{seen}"><figcaption>{seen}</figcaption></figure>'

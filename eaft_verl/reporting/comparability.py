@@ -98,7 +98,9 @@ def _ignored(key: str) -> bool:
     return key.split(".")[0] in IGNORED_CONFIG or key.split(".")[-1] in ("seed", "output_dir", "run_dir")
 
 
-def check(base: Arm, arms: list[Arm], *, force: bool = False, failed: Sequence[Row] = ()) -> list[str]:
+def check(
+    base: Arm, arms: list[Arm], models: Sequence[Arm] = (), *, force: bool = False, failed: Sequence[Row] = ()
+) -> list[str]:
     """Every reason why the runs are not comparable; empty if they are.
 
     Raises RunError listing them unless `force`, with which the caller must show them to the reader. failed: runs that
@@ -112,6 +114,7 @@ def check(base: Arm, arms: list[Arm], *, force: bool = False, failed: Sequence[R
         _undeclared(arms),
         _seeds(arms, failed),
         unequal(arms),
+        _models(base.runs[0], [arm.runs[0] for arm in models]),
     )
     found = list(dict.fromkeys(line for group in groups for line in group))
     if found and not force:
@@ -148,6 +151,32 @@ def _run_keys(runs: list[RunData]) -> Iterator[str]:
             left, right = (item.info.get("keys", {}).get(key) for item in (first, run))
             if left != right or left is None:
                 yield f"keys.{key}: {left!r} in {_where(first)}, {right!r} in {_where(run)}"
+
+
+def other_keys(base: Row, model: Row) -> list[str]:
+    """'key: value of the base's, value of the model's' of all by which a MODEL's scores may not stand beside a base's.
+
+    base, model: the `keys` of their run.json.
+    """
+    pairs = {"base": (base.get("model"), model.get("base"))}
+    pairs["evaluation"] = (base.get("evaluation"), model.get("evaluation"))
+    return [f"keys.{key}: {ours!r}, {theirs!r}" for key, (ours, theirs) in pairs.items() if ours != theirs]
+
+
+def _models(base: RunData, models: list[RunData]) -> Iterator[str]:
+    """Models that are not trained here: evaluated alike, and drift measured from this base."""
+    yield from _unfinished(models)
+    yield from _benchmarks([base, *models])
+    for run in models:
+        ours, theirs = base.info.get("keys", {}), run.info.get("keys", {})
+        for line in other_keys(ours, theirs):
+            yield f"{line}: of {_where(base)} and {_where(run)}; evaluate the model with the recipe of this base"
+        rendered = {"heldout", "drift"} & run.evals.get(run.step, {}).keys()
+        if rendered and ours.get("template") != theirs.get("template"):
+            yield (
+                f"keys.template: {_where(run)} has another chat template than {_where(base)}, so its "
+                f"{' and '.join(sorted(rendered))} are of other texts; leave it out, or evaluate both without them"
+            )
 
 
 def _benchmarks(runs: list[RunData]) -> Iterator[str]:

@@ -6,7 +6,7 @@ and steps, so any difference taken later is paired by example id.
 
 import math
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,10 +102,10 @@ def _keys(arm: Arm, point: Point) -> list[Key]:
     return [(run.label, step) for run, step in zip(arm.runs, point, strict=True)]
 
 
-def build_board(base: Arm, arms: list[Arm], *, resamples: int, seed: int) -> Board:
+def build_board(base: Arm, arms: list[Arm], models: Sequence[Arm] = (), *, resamples: int, seed: int) -> Board:
     """Measure everything: primary metrics per benchmark, means over benchmarks, drift metrics, in table order."""
     notes: list[str] = []
-    runs = [base.runs[0], *(run for arm in arms for run in arm.runs)]
+    runs = [base.runs[0], *(run for arm in (*arms, *models) for run in arm.runs)]
     found = [measure for name in _names(runs) for measure in _benchmark(name, runs, resamples, seed, notes)]
     ordered: list[Measure] = []
     for side in SIDES:
@@ -123,7 +123,7 @@ def _names(runs: list[RunData]) -> list[str]:
 def _entries(name: str, runs: list[RunData]) -> Iterator[tuple[RunData, int, dict[str, Any]]]:
     for run in runs:
         for step, records in run.evals.items():
-            if name in records and (step > 0 or run is runs[0]):
+            if name in records and (step > 0 or run.info["kind"] != "arm"):
                 yield run, step, records[name]
 
 

@@ -46,7 +46,7 @@ def html(text: str, arms: list[str], figures: dict[str, bytes]) -> str:
     body = re.sub(r"<tr>\n<td([^>]*)>(.*?)</td>", r'<tr>\n<th scope="row"\1>\2</th>', body)
     body = body.replace("<table>", '<div class="scroll" tabindex="0"><table>').replace("</table>", "</table></div>")
     body = re.sub(r"<p>((?:<img [^>]*>\s*)+)</p>", r'<div class="figures">\1</div>', body)
-    body = re.sub(r'<img src="figures/(\w+)\.png" alt="(.*?)" />', lambda img: figure(figures[img[1]], img[2]), body)
+    body = re.sub(r'<img src="figures/(\w+)\.png" alt="(.*?)" />', lambda img: _figure(figures, *img.groups()), body)
     body = body.replace("<blockquote>\n<p><strong>", '<blockquote class="banner" role="alert">\n<p><strong>', 1)
     for arm, color in palette(arms).items():
         name = re.escape(escape(wording.arm_name(arm)))
@@ -58,6 +58,10 @@ def html(text: str, arms: list[str], figures: dict[str, bytes]) -> str:
     anchors = [re.sub(r"\W+", "-", title.lower()) for title in titles]
     parts = zip(anchors, titles, map(_section, anchors, range(1, len(sections) + 1), sections), strict=True)
     return shell(f"{head.partition('</h1>')[0]}: report", head, list(parts), _FOOTER)
+
+
+def _figure(figures: dict[str, bytes], name: str, seen: str) -> str:
+    return figure(figures[name], seen, "wide" if name.startswith("curves") else "narrow")
 
 
 def _cell(found: re.Match[str]) -> str:

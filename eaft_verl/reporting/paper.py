@@ -116,7 +116,8 @@ def beside(report: Row, name: str) -> Row:
 
 def _set_ours(found: list[Row], report: Row, shared: dict[str, str], *, matched: bool) -> None:
     """Our arms into the rows of their methods where the table has the model, else as rows of their own."""
-    for arm, cells in report["results"].items():
+    for arm in ["base", *report["arms"]]:
+        cells = report["results"][arm]
         ours = {column: _percent(cells[one]) for column, one in shared.items() if one in cells}
         theirs = (row for row in found if matched and arm == METHODS.get(row["method"], row["method"].lower()))
         if same := next(theirs, None):

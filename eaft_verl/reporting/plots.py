@@ -45,6 +45,7 @@ NAMES = (
     "pareto",
     *(f"curves_{axis}" for axis in AXES),
 )
+WIDTH = 4.8  # inches: on a phone, 356 of its pixels wide, a point of a letter is then a pixel
 Point = tuple[float, float]
 
 
@@ -97,7 +98,7 @@ def _delta_rows(report: Row) -> list[Row]:
 def _deltas(report: Row, rows: list[Row]) -> Figure:
     """Change against the base per benchmark and arm, with intervals."""
     colors, arms = palette(report["arms"]), report["arms"]
-    figure, axes = canvas(8.6, 1.15 + len(rows) * max(0.42, 0.19 * len(arms)))
+    figure, axes = canvas(WIDTH, 1.15 + len(rows) * max(0.42, 0.19 * len(arms)))
     for line, column in enumerate(rows):
         if column["members"]:
             axes.axhspan(line - 0.5, line + 0.5, color="#f3f5f7", linewidth=0)
@@ -127,13 +128,15 @@ def _legend(figure: Figure, report: Row, *, lines: bool) -> None:
         style = {"linestyle": _line(report, arm), "linewidth": 2.4} if lines else style
         handles.append(Line2D([], [], color=colors[arm], label=arm_name(arm), **style))
     look: Row = {"frameon": False, "labelcolor": "linecolor", "prop": {"weight": "bold", "size": 11}}
-    figure.legend(handles=handles, loc="outside upper left", ncols=min(6, len(handles)), **look)
+    figure.legend(
+        handles=handles, loc="outside upper left", ncols=min(int(figure.get_figwidth() / 1.6), len(handles)), **look
+    )
 
 
 def _path(report: Row, axis: str) -> Figure:
     """Every arm as a path from the base: target learning to the right, forgetting upwards."""
     colors, column = palette(report["arms"]), _column(report, axis)
-    figure, axes = canvas(6.4, 4.9)
+    figure, axes = canvas(WIDTH, 3.8)
     labels, taken = [], _decision(axes, report, axis)
     for arm, points in report["paths"][axis].items():
         color, shape = colors[arm], marker(report["arms"].index(arm))
@@ -178,7 +181,7 @@ def _decision(axes: Axes, report: Row, axis: str) -> list[list[Point]]:
 def _general(report: Row, across: str) -> Figure:
     """General mean of every arm by `step` or by its distance to the base, `kl`; bars at the end."""
     colors, column = palette(report["arms"]), _column(report, "general_mean")
-    figure, axes = canvas(6.4, 4.4)
+    figure, axes = canvas(WIDTH, 3.5)
     labels, taken = [], []
     for arm, points in report["general"].items():
         color, shape = colors[arm], marker(report["arms"].index(arm))
@@ -225,7 +228,7 @@ def _labelled(figure: Figure, axes: Axes, labels: list[Label], taken: list[list[
 def _pareto(report: Row) -> Figure:
     """End points on the plane (general mean, target mean) with intervals; efficient ones filled."""
     colors = palette(report["arms"])
-    figure, axes = canvas(7.2, 5.0)
+    figure, axes = canvas(WIDTH, 3.8)
     horizontal, vertical = _column(report, "general_mean"), _column(report, "target_mean")
     labels, taken = [], []
     for index, point in enumerate(report["pareto"]):

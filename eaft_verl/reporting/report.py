@@ -13,7 +13,7 @@ from eaft_verl.reporting.answers import held_out_answers
 from eaft_verl.reporting.caveats import caveats, interruptions, truncations
 from eaft_verl.reporting.chains import chain_notes
 from eaft_verl.reporting.choice import choice, recorded_rule
-from eaft_verl.reporting.collect import Arm, load
+from eaft_verl.reporting.collect import Arm, load, load_models
 from eaft_verl.reporting.comparability import check, config_differences
 from eaft_verl.reporting.controls import control_notes, controls
 from eaft_verl.reporting.failures import lost_seeds, split
@@ -49,7 +49,8 @@ def report(
 
     Writes OUT/report.{html,md,json}, OUT/questions.jsonl (every question along every run) and OUT/figures/*.png, each
     in one move; an older report there is replaced.
-    Args: runs: one base run and one or more arm runs, several seeds per arm allowed. force: report on runs that are
+    Args: runs: one base run and one or more arm runs, several seeds per arm allowed; models of `eaft evaluate MODEL`
+    stand in the results beside them. force: report on runs that are
     not comparable, with every reason in a banner. seed: of the bootstrap. failed: [{arm, seed, run, error}] that are
     not among `runs`; runs whose status is 'failed' are added to them, or compared as far as they came with `force`.
     paper: number of a table of the paper to stand beside these results.
@@ -60,8 +61,9 @@ def report(
     good, broken = (list(runs), []) if force else split(runs)
     failed = [*failed, *broken]
     base, arms = load(good)
-    problems = check(base, arms, force=force, failed=failed)
-    found = measure(base, arms, out, problems=problems, seed=seed, failed=failed, rule=rule)
+    models = load_models(good, [base.name, *(arm.name for arm in arms)])
+    problems = check(base, arms, models, force=force, failed=failed)
+    found = measure(base, arms, out, problems=problems, seed=seed, failed=failed, rule=rule, models=models)
     found["paper"] = beside(found, paper) if paper else None
     _write(out, found, base, arms)
     return found
@@ -100,11 +102,12 @@ def measure(
     seed: int,
     failed: Sequence[dict[str, Any]] = (),
     rule: Rule | None = None,
+    models: Sequence[Arm] = (),
 ) -> dict[str, Any]:
     """Everything the report states, as plain data; `out` only makes the run folders relative."""
     resamples = _resamples(base, arms)
-    board = build_board(base, arms, resamples=resamples, seed=seed)
-    table, tracks, noise = results(board), {axis: paths(board, axis) for axis in axes(board)}, read_noise(base)
+    board = build_board(base, arms, models, resamples=resamples, seed=seed)
+    table, tracks, noise = results(board, models), {axis: paths(board, axis) for axis in axes(board)}, read_noise(base)
     found = {
         "schema": SCHEMA,
         **{key: arms[0].runs[0].info[key] for key in ("recipe", "model")},
@@ -112,7 +115,6 @@ def measure(
         "seeds": {arm.name: list(arm.seeds) for arm in arms},
         "problems": problems,
         "failed": list(failed),
-        "lost_seeds": lost_seeds(arms),
         "resamples": resamples,
         "bootstrap_seed": seed,
         "noise": noise,
@@ -123,10 +125,10 @@ def measure(
         "paths": tracks,
         "general": paths(board, "general_mean") if {"general_mean", COST} <= board.measures.keys() else {},
         "equal_gain": {axis: equal_gain(board, axis) for axis in tracks},
-        "pareto": pareto(table),
+        "pareto": pareto({arm.name: table[arm.name] for arm in (base, *arms)}),
         "choice": _chosen(board, rule, arms, seed),
         **_trainings(arms, board.notes),
-        **_evidence(base, arms, out, seed),
+        **_evidence(base, arms, models, out, seed),
     }
     set_marks(found)
     notes = [*chain_notes(arms), *control_notes(arms), *interruptions(arms), *truncations(base, arms), *board.notes]
@@ -136,6 +138,7 @@ def measure(
 def _trainings(arms: list[Arm], notes: list[str]) -> dict[str, Any]:
     """How the arms were trained: curves, settings, budgets, data."""
     return {
+        "lost_seeds": lost_seeds(arms),
         "curves": curves(arms, notes),
         "config_differences": config_differences(arms),
         "budgets": budgets(arms),
@@ -144,10 +147,11 @@ def _trainings(arms: list[Arm], notes: list[str]) -> dict[str, Any]:
     }
 
 
-def _evidence(base: Arm, arms: list[Arm], out: Path, seed: int) -> dict[str, Any]:
+def _evidence(base: Arm, arms: list[Arm], models: Sequence[Arm], out: Path, seed: int) -> dict[str, Any]:
     """What stands behind the means: answers, questions, tokens, weights; the paper's table where one is asked for."""
     return {
         "paper": None,
+        "models": {one.name: one.runs[0].info["model"] for one in models},
         "answers": held_out_answers(base, arms),
         "samples": sample_answers(base, arms),
         "transitions": transitions(base, arms),
@@ -155,7 +159,7 @@ def _evidence(base: Arm, arms: list[Arm], out: Path, seed: int) -> dict[str, Any
         "token_drift": token_drift(arms, seed),
         "weights": weights(arms),
         "analysis": analysis(out),
-        "environment": environment(base, arms, out),
+        "environment": environment(base, [*arms, *models], out),
     }
 
 

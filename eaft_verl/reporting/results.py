@@ -1,5 +1,6 @@
 """The results table, the arm-versus-arm table and the Pareto plot as plain data."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from eaft_verl.pages.statistics import Interval, pareto_front
@@ -59,10 +60,10 @@ def bounds(interval: Interval, seeds: int) -> Row:
     return {**known, "p": None if low is None else interval.p, "seeds": seeds}
 
 
-def results(board: Board) -> dict[str, dict[str, Row]]:
-    """{arm: {measure: {score, low, high, stderr, seeds, delta: `bounds` against the base}}}, base included."""
+def results(board: Board, models: Sequence[Arm] = ()) -> dict[str, dict[str, Row]]:
+    """{arm: {measure: {score, low, high, stderr, seeds, delta: `bounds` against the base}}}, base and models too."""
     table: dict[str, dict[str, Row]] = {}
-    for arm in [board.base, *board.arms]:
+    for arm in [board.base, *board.arms, *models]:
         table[arm.name] = {name: _cell(board, arm, name) for name in board.measures if board.has(name, arm, arm.end)}
     return table
 

@@ -25,9 +25,14 @@ def headline_table(report: Row) -> Table:
     header = [Cell(title, (unit,)) for title, unit in zip(shown.values(), units, strict=True)]
     rows = [
         [_name(report, arm), *(_key_figure(columns[name], report["results"][arm].get(name)) for name in shown)]
-        for arm in report["arms"]
+        for arm in rows_of(report)
     ]
     return Table([Cell(""), *header], rows)
+
+
+def rows_of(report: Row) -> list[str]:
+    """The arms, then the models that were evaluated beside them."""
+    return [*report["arms"], *report["models"]]
 
 
 def _key_figure(column: Row, cell: Row | None) -> Cell:
@@ -43,7 +48,7 @@ def results_table(report: Row) -> Table:
     columns, results = report["columns"], report["results"]
     rows = [
         [_name(report, arm), *(_score(column, results[arm].get(column["id"])) for column in columns)]
-        for arm in ["base", *report["arms"]]
+        for arm in ["base", *rows_of(report)]
     ]
     return Table([Cell(""), *map(_heading, columns)], rows)
 
@@ -61,6 +66,8 @@ def _name(report: Row, arm: str) -> Cell:
     seeds = report["seeds"].get(arm, [])
     lines = [f"{len(seeds)} seeds"] if len(seeds) > 1 else []
     lines += [f"control of {arm_name(item['of'])}" for item in report["controls"] if item["arm"] == arm]
+    if arm in report["models"]:
+        lines.append("a model as it is, not trained here")
     return Cell(arm_name(arm), tuple(lines), arm=arm, strong=True)
 
 

@@ -16,6 +16,7 @@ from eaft_verl.recipe.config import Config, plain
 from eaft_verl.runs import Run, run_name
 
 _NOT_LOGGED = ("split", "step", "time")
+_WITHOUT_ACCOUNT = {"wandb": "WANDB_MODE=offline", "swanlab": "SWANLAB_MODE=offline"}
 
 
 class Trackers:
@@ -34,7 +35,11 @@ class Trackers:
             with _environment(_defaults(config, run)):
                 self.tracking = Tracking(masked(config.name), run_name(config.arm, config.seed), self.names, told)
         except Exception as error:  # whatever a service or its package raises
-            raise RunError(f"trackers: {', '.join(self.names)} cannot be started: {masked(_line(error))}") from None
+            ways = [f"`{name} login` or {_WITHOUT_ACCOUNT[name]}" for name in self.names if name in _WITHOUT_ACCOUNT]
+            how = f"; {', '.join(ways)}" if ways else ""
+            raise RunError(
+                f"trackers: {', '.join(self.names)} cannot be started: {masked(_line(error))}{how}"
+            ) from None
         if missing := sorted(set(self.names) - set(self.tracking.logger)):
             raise RunError(f"trackers: {missing[0]} cannot be started; its reason is in the warnings above")
 
@@ -67,13 +72,14 @@ def _line(error: Exception) -> str:
 def _defaults(config: Config, run: Run) -> dict[str, str]:
     """Where they keep their files, and that a resumed run goes on in the same place; the user's own settings win.
 
-    W&B would copy the console before it is masked, and code and command line of the process.
+    W&B and SwanLab would copy the console before it is masked, and code and command line of the process.
     """
     identity = hashlib.sha256(f"{run.path} {run.info['created']}".encode()).hexdigest()[:16]
     return {
         **{"WANDB_DIR": str(run.path), "WANDB_RUN_ID": identity, "WANDB_RESUME": "allow", "WANDB_CONSOLE": "off"},
         **{"WANDB_DISABLE_CODE": "true", "WANDB_X_DISABLE_META": "true"},
         **{"MLFLOW_TRACKING_URI": f"sqlite:///{config.output}/mlflow.db", "SWANLAB_LOG_DIR": str(run.path / "swanlog")},
+        **{"SWANLAB_TERMINAL_PROXY_TYPE": "none", "SWANLAB_PROBE_RUNTIME": "false"},
     }
 
 

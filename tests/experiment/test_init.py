@@ -39,9 +39,7 @@ def test_a_recipe_for_a_file_is_sound_and_nothing_is_overwritten(
     said = capsys.readouterr().out
     assert "columns prompt and response in .v1.jsonl; columns prompt, response" in said
     assert "rows: 61 of 62 rows are used; 1 are not:" in said
-    assert (
-        "assistant turns: 1 to 1, mostly 1; system prompts in 0 of 61, tools in 0 of 61, reasoning in 0 of 61" in said
-    )
+    assert "assistant turns: 1; system prompts in 0 of 61, tools in 0 of 61, reasoning in 0 of 61" in said
     assert "answers that can be checked (a number): 61 of 61 tried" in said
     assert "56 rows to train on, 6 held out" in said and "fits this machine" in said
 

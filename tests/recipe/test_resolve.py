@@ -55,6 +55,34 @@ def test_each_layer_wins_over_the_one_before(recipe: Any) -> None:
     assert resolve(recipe, "fast", ["seed=8", "seed=9"]).seed == 9
 
 
+def test_a_word_of_one_arm_changes_that_arm_and_is_declared(recipe: Any) -> None:
+    words = ["verl.optim.lr=1e-5", "arms.fast.verl.optim.lr=5e-5", "arms.sft.objective.name=eaft"]
+    assert [resolve(recipe, arm, words).verl.optim.lr for arm in ("plain", "fast")] == [1e-5, 5e-5]
+    assert [resolve(recipe, arm, words).objective.name for arm in ("plain", "sft")] == ["talr", "eaft"]
+    assert "floor" not in resolve(recipe, "sft", words).objective  # chosen whole
+    more = ["arms.plain.objective.floor=0.3", "arms.plain.meter.every=5"]
+    assert resolve(recipe, "plain", more).objective == {"name": "talr", "floor": 0.3}
+    assert declared_keys(recipe, "plain", more) == ["meter.every", "objective.floor"]
+    assert (declared_keys(recipe, "plain"), resolve(recipe, "plain").objective["floor"]) == ([], 0.2)
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("arms.fats.seed=1", "has no arm 'fats'; its arms are sft, fast, plain; did you mean fast"),
+        ("arms.fast=1", "arms.fast=1 must name a key, arms.fast.key=value; --arms says which arms run"),
+        ("arms.fast=null", "arms.fast=None must name a key"),
+        ("arms=fast", "arms='fast' must name an arm and a key"),
+        ("arms.fast.sead=1", "command line: arms.fast: unknown key sead"),
+        ("arms.fast.compare.match=none", "command line: arms.fast sets compare, which holds for all arms"),
+    ],
+)
+def test_a_word_of_one_arm_that_cannot_be_meant(recipe: Any, word: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve(recipe, "fast", [word])
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
 def test_the_recipe_wins_over_what_the_device_chose(recipe: Any) -> None:
     changes = ["verl.model.override_config.attn_implementation=eager", "verl.model.enable_gradient_checkpointing=true"]
     config = resolve(recipe, "sft", changes)
@@ -215,7 +243,6 @@ def test_null_undoes_what_a_recipe_says_wherever_null_is_the_default(tmp_path: P
         ("verl.optim.lr", r"override 'verl.optim.lr' must be key=value"),
         ("=3", r"override '=3' must be key=value"),
         ("model=${oops}", r"reference cannot be resolved: Interpolation key 'oops' not found"),
-        ("arms.sft.seed=1", r"unknown key arms"),
     ],
 )
 def test_a_bad_override(recipe: Any, override: str, message: str) -> None:

@@ -39,7 +39,9 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> Any:
     module.calls = []
 
     def init(**given: Any) -> None:
-        module.calls.append(("init", given, {k: v for k, v in os.environ.items() if k.startswith("WANDB")}))
+        module.calls.append(
+            ("init", given, {k: v for k, v in os.environ.items() if k.startswith(("WANDB", "SWANLAB"))})
+        )
 
     module.init, module.Settings = init, dict
     module.log = lambda data, step: module.calls.append(("log", data, step))
@@ -65,6 +67,7 @@ def test_config_and_rows_arrive_without_secrets(config: Any, wandb: Any, tmp_pat
     assert given["config"]["objective"]["name"] == "sft" and given["config"]["trainer"] == {"name": "sft"}
     assert SECRET not in json.dumps(wandb.calls, default=str)
     assert variables["WANDB_DIR"] == str(tmp_path / "run") and variables["WANDB_CONSOLE"] == "off"
+    assert (variables["SWANLAB_TERMINAL_PROXY_TYPE"], variables["SWANLAB_PROBE_RUNTIME"]) == ("none", "false")
     assert "WANDB_CONSOLE" not in os.environ  # set while it starts, and only then
 
 
@@ -80,9 +83,8 @@ def test_one_that_does_not_start_is_one_line(config: Any, wandb: Any, tmp_path: 
         raise ValueError(f"no account for {SECRET}\nmore")
 
     wandb.init = refuse
-    with pytest.raises(
-        RunError, match=r"trackers: wandb cannot be started: ValueError: no account for \$\{oc.env:MY_AP"
-    ):
+    said = r"ValueError: no account for \$\{oc.env:MY_API_KEY\}; `wandb login` or WANDB_MODE=offline$"
+    with pytest.raises(RunError, match=rf"trackers: wandb cannot be started: {said}"):
         Trackers(config, run(tmp_path))
 
 
