@@ -89,9 +89,5 @@ def demand_of(config: Config) -> Demand:
     trainer = config.verl.trainer
     if config.trainer not in CPUS_PER_WORKER:
         raise ConfigError(f"trainer={config.trainer!r} is not one of {', '.join(CPUS_PER_WORKER)}")
-    return demand_for(config.trainer, config.device, trainer.nnodes, trainer.n_gpus_per_node)
-
-
-def demand_for(trainer: str, device: str, nodes: int, devices: int) -> Demand:
-    """The demand of so many workers of a trainer."""
-    return Demand(nodes, devices, device, CPUS_PER_WORKER[trainer], STORES.get((trainer, device), 0))
+    held = CPUS_PER_WORKER[config.trainer], STORES.get((config.trainer, config.device), 0)
+    return Demand(trainer.nnodes, trainer.n_gpus_per_node, config.device, *held)

@@ -94,7 +94,7 @@ def disk_needed(config: Config) -> float | None:
 def local_findings(config: Config, probe: NodeProbe) -> list[Finding]:
     """What a cluster of this one machine offers the arm."""
     demand = demand_of(config)
-    # a local Ray is started with as many logical CPUs as are asked for
+    # a local Ray is started with at least as many logical CPUs as are asked for
     cpus = max(probe.cpus, demand.nodes * demand.cpus + demand.beside(1))
     shortage = demand.shortage([Offer(probe.name, cpus, probe.gpus)])
     if demand.nodes > 1:

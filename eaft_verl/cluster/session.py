@@ -15,10 +15,12 @@ from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray._raylet import Config as RayConfig  # type: ignore[attr-defined] # compiled, its stub lacks it
 from ray.job_config import JobConfig
 
-from eaft_verl.cluster.demand import demand_for
+from eaft_verl.cluster.demand import CPUS_PER_WORKER
 from eaft_verl.cluster.runtime_env import build_runtime_env
 from eaft_verl.errors import ConfigError
 from eaft_verl.planning.machine import cpus_here
+
+_ROOM = {"sft": 0, "grpo": 16}  # logical CPUs, which cost nothing, for the actors of verl's that are no workers
 
 
 def worker_environment(device: str, workers: int) -> dict[str, str]:
@@ -138,11 +140,10 @@ def _connect(device: str, workers: int, trainer: str, variables: Mapping[str, st
                 + ("; on CPU nodes these are numbers: start each with `ray start --num-gpus=N`" * (device == "cpu"))
             )
         return
-    asked = demand_for(trainer, device, 1, workers)
     ray.init(
         address="local",
         job_config=_OwnPath(),
-        num_cpus=max(cpus_here(), asked.cpus + asked.beside(1)),
+        num_cpus=max(cpus_here(), workers * CPUS_PER_WORKER[trainer] + _ROOM[trainer]),
         num_gpus=slots if slots and device == "cpu" else None,
         include_dashboard=False,
         log_to_driver=False,
