@@ -39,6 +39,7 @@ from eaft_verl.recipe.matching import budget_source, check_control
 from eaft_verl.recipe.shipped import find_recipe, require_no_spec
 from eaft_verl.recipe.verl_keys import compose_verl, grpo_tree, lay
 
+FUSED_ON_CPU = ("torch.optim", "AdamW")
 DEVICES = ("auto", "cpu", "cuda")
 _OF_VERL = {  # keys without effect in an arm with trainer: grpo: why
     **dict.fromkeys(("objective", "fused_head"), "whose loss is verl's"),
@@ -99,6 +100,8 @@ def resolve(recipe: Recipe, arm: str, overrides: Iterable[str] = ()) -> Config:
     pristine = copy.deepcopy(tree)
     for where, layer in layers:
         _merge(tree, layer, where, pristine)
+    if device == "cpu":
+        _fuse_optimizer(tree["verl"]["optim"])
     if trainer == "grpo":
         tree |= dict.fromkeys(OF_SFT)
     tree["name"] = tree["name"] or recipe.name
@@ -207,6 +210,12 @@ def _apply_device(tree: dict[str, Any], device: str) -> None:
         tree["verl"]["model"]["enable_gradient_checkpointing"] = False
         tree["verl"]["engine"] |= {key: False for key in ("use_torch_compile",) if key in tree["verl"]["engine"]}
     tree["device"] = device
+
+
+def _fuse_optimizer(optim: dict[str, Any]) -> None:
+    """AdamW in one pass over the weights where nothing is said: torch chooses that by itself on a GPU only."""
+    if optim["override_optimizer_config"] is None and (optim["optimizer_impl"], optim["optimizer"]) == FUSED_ON_CPU:
+        optim["override_optimizer_config"] = {"fused": True}
 
 
 def overrides_tree(items: Iterable[str]) -> dict[str, Any]:

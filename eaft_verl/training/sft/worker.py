@@ -25,6 +25,7 @@ from eaft_verl.training.sft.self_check import plain_nll
 from eaft_verl.training.sft.step_metrics import summarize
 from eaft_verl.training.sft.update import Update, local
 from eaft_verl.training.stacks import write_stacks_when_asked
+from eaft_verl.training.verl_cpu import packed_attention
 
 _PER_DP_RANK = make_nd_compute_dataproto_dispatch_fn(mesh_name="train")
 COLLECTIVE_TIMEOUT_S = 1800  # verl waits 10 h for a rank that hangs
@@ -38,6 +39,8 @@ class EaftWorker(TrainingWorker):
     def __init__(self, config: TrainingWorkerConfig) -> None:
         # on CPU verl's own backend string names the device twice, which torch refuses; it skips an initialised group
         backend = "gloo" if get_device_name() == "cpu" else None
+        if backend:
+            packed_attention.register()
         write_stacks_when_asked()
         initialize_global_process_group_ray(timeout_second=COLLECTIVE_TIMEOUT_S, backend=backend)
         super().__init__(config=config)

@@ -5,6 +5,7 @@ from typing import Any
 from verl.workers.engine import EngineRegistry
 
 from eaft_verl.training.engine import SavingEngine
+from eaft_verl.training.verl_cpu import packed_attention
 from eaft_verl.training.verl_cpu.private import unpinned_offload
 
 
@@ -13,5 +14,6 @@ class CpuEngine(SavingEngine):
     """Chosen with VERL_ENGINE_DEVICE=cpu."""
 
     def _build_fsdp_module(self, module: Any) -> Any:
+        packed_attention.register()
         with unpinned_offload():
             return super()._build_fsdp_module(module)
