@@ -4,10 +4,14 @@ Data, answers, errors and file names are other people's. Everything printed pass
 into a run or handed to a launcher passes `masked`.
 """
 
+import contextlib
+import ctypes
 import functools
 import os
 import re
+import signal
 import sys
+from collections.abc import Iterator
 from typing import Any, TextIO
 
 # C0 but tab and line feed, DEL, C1; marks, embeddings, overrides and isolates of direction; halves of surrogate pairs;
@@ -134,3 +138,30 @@ def python_command(module: str, *arguments: str) -> list[str]:
     A module of the user's own (an objective, a grader) is found through PYTHONPATH, as by the `eaft` command.
     """
     return [sys.executable, "-c", _START, module, *arguments]
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the one that started it has died; on Linux, elsewhere nothing does."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+_STOPS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def stops_held() -> Iterator[None]:
+    """Fork within this block: Ctrl-C and SIGTERM come afterwards, to the child when `begin_worker` has run in it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def begin_worker() -> None:
+    """In a process of a pool: leave the terminal's Ctrl-C to the parent, which ends it; die with the parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # forked, it would have its parent's; a pool ends its processes by it
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
+    die_with_parent()

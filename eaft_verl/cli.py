@@ -8,7 +8,7 @@ from pathlib import Path
 
 from eaft_verl.boundary import guard_streams, masked, python_command
 from eaft_verl.errors import (
-    CTRL_C,
+    ENDED,
     REFUSED,
     UNREAD,
     ConfigError,
@@ -19,18 +19,25 @@ from eaft_verl.errors import (
     did_you_mean,
 )
 from eaft_verl.experiment.arguments import DEFAULT_RECIPE, parser
-from eaft_verl.experiment.processes import CAUSE_FILE, begin_stage, run_stage
+from eaft_verl.experiment.processes import CAUSE_FILE, Ending, begin_stage, run_stage
 from eaft_verl.training.interruption import is_stage
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; its exit code is one of `errors.EXIT_CODES`. An error that the user can act on is one line."""
     guard_streams()
+    ending = Ending()
     try:
         try:
-            return _run(arguments)
+            with ending:
+                code = _run(arguments)
+            return ENDED if ending.code == ENDED else code  # who watched a job, or typed, has ended without a word
         finally:
             sys.stdout.flush()  # what is left in the buffer finds a closed pipe here and not at the interpreter's end
+    except KeyboardInterrupt:
+        kept = "what was finished before is kept; run the same command again"
+        print(f"eaft: {ending.name}: ended; {kept}", file=sys.stderr)
+        return ending.code
     except BrokenPipeError:  # `| head` has read what it wanted
         for stream in (1, 2):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
@@ -61,9 +68,6 @@ def _run(arguments: Sequence[str] | None) -> int:
             raise
         print(f"eaft: error: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
         return code
-    except KeyboardInterrupt:
-        print("eaft: Ctrl-C: ended; what was finished before is kept", file=sys.stderr)
-        return CTRL_C
 
 
 def _parsed(arguments: Sequence[str]) -> argparse.Namespace:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from eaft_verl.errors import RunError
-from eaft_verl.files import computed_once, locked, read_json, seconds_to_compute
+from eaft_verl.files import computed_once, locked, new_folder, read_json, seconds_to_compute
 
 MAKER = """
 import sys, time
@@ -95,3 +95,20 @@ def test_a_lock_is_refused_or_waited_for(tmp_path: Path) -> None:
         pass
     with locked(tmp_path / ".lock", busy="taken", wait=True):
         pass
+
+
+def test_a_new_folder_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    (tmp_path / ".made.partial").mkdir()
+    (tmp_path / ".made.partial" / "of a killed process").touch()
+
+    def interrupted() -> None:
+        with new_folder(tmp_path / "made") as folder:
+            (folder / "half").touch()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert not list(tmp_path.iterdir())
+    with new_folder(tmp_path / "made") as folder:
+        (folder / "whole").touch()
+    assert [path.name for path in (tmp_path / "made").iterdir()] == ["whole"] and len(list(tmp_path.iterdir())) == 1

@@ -94,8 +94,9 @@ def disk_needed(config: Config) -> float | None:
 def local_findings(config: Config, probe: NodeProbe) -> list[Finding]:
     """What a cluster of this one machine offers the arm."""
     demand = demand_of(config)
-    # a local Ray is started with as many logical CPUs as there are workers
-    shortage = demand.shortage([Offer(probe.name, max(probe.cpus, demand.nodes * demand.cpus), probe.gpus)])
+    # a local Ray is started with at least as many logical CPUs as are asked for
+    cpus = max(probe.cpus, demand.nodes * demand.cpus + demand.beside(1))
+    shortage = demand.shortage([Offer(probe.name, cpus, probe.gpus)])
     if demand.nodes > 1:
         shortage = f"verl.trainer.nnodes={demand.nodes} and this is one machine"
     remedy = "lower verl.trainer.nnodes or n_gpus_per_node, or set RAY_ADDRESS to a cluster"

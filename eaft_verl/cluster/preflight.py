@@ -55,8 +55,10 @@ def cluster_findings(config: Config, wait_s: float) -> list[Finding]:
 
 
 def placement_finding(demand: Demand, timeout_s: float) -> Finding:
-    """Whether the placement groups verl will ask for become ready, tried for real; verl itself waits for ever."""
-    groups = [placement_group([demand.bundle] * demand.devices, "STRICT_PACK") for _ in range(demand.nodes)]
+    """Whether the placement groups verl will ask for become ready beside its own actors, tried for real; verl itself
+    waits for ever."""
+    groups = [placement_group([{"CPU": 1.0}] * demand.beside(1), "SPREAD")] if demand.stores else []
+    groups += [placement_group([demand.bundle] * demand.devices, "STRICT_PACK") for _ in range(demand.nodes)]
     until = time.monotonic() + timeout_s
     try:
         ready = [group.wait(max(0.1, until - time.monotonic())) for group in groups]
@@ -66,7 +68,7 @@ def placement_finding(demand: Demand, timeout_s: float) -> Finding:
     problem = None
     if not all(ready):
         free = {key: ray.available_resources().get(key, 0) for key in demand.bundle}
-        problem = f"{sum(ready)} of {demand.nodes} placement groups ready after {timeout_s:.0f} s; free now: {free}"
+        problem = f"{sum(ready)} of {len(groups)} placement groups ready after {timeout_s:.0f} s; free now: {free}"
     return verdict("placement", problem, f"{demand.nodes} placement group(s) ready", "stop other jobs (`ray job list`)")
 
 

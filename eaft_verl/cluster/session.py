@@ -15,10 +15,12 @@ from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray._raylet import Config as RayConfig  # type: ignore[attr-defined] # compiled, its stub lacks it
 from ray.job_config import JobConfig
 
-from eaft_verl.cluster.demand import CPUS_PER_WORKER, HELPERS
+from eaft_verl.cluster.demand import CPUS_PER_WORKER
 from eaft_verl.cluster.runtime_env import build_runtime_env
 from eaft_verl.errors import ConfigError, Lost
 from eaft_verl.planning.machine import cpus_here
+
+_ROOM = {"sft": 0, "grpo": 16}  # logical CPUs, which cost nothing, for the actors of verl's that are no workers
 
 
 def worker_environment(device: str, workers: int) -> dict[str, str]:
@@ -141,7 +143,7 @@ def _connect(device: str, workers: int, trainer: str, variables: Mapping[str, st
     _start(
         address="local",
         job_config=_OwnPath(),
-        num_cpus=max(cpus_here(), workers * CPUS_PER_WORKER[trainer] + HELPERS[trainer]),
+        num_cpus=max(cpus_here(), workers * CPUS_PER_WORKER[trainer] + _ROOM[trainer]),
         num_gpus=slots if slots and device == "cpu" else None,
         include_dashboard=False,
         log_to_driver=False,

@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.ipc as ipc
 from numpy.typing import NDArray
 
+from eaft_verl.boundary import begin_worker, stops_held
 from eaft_verl.data.accept import Chunk, RawRow, Taken, Taker
 from eaft_verl.data.leakage import Hit
 from eaft_verl.data.mixture import choose
@@ -218,10 +219,11 @@ def in_order(
     global _TASK
     _TASK, waiting = function, deque[Future[Chunk]]()
     gc.freeze()  # what is there now is never looked through again, and its pages stay shared
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("fork"))
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("fork"), initializer=begin_worker)
     try:
         for chunk in chunks:
-            waiting.append(pool.submit(_run_task, chunk))
+            with stops_held():  # it may fork
+                waiting.append(pool.submit(_run_task, chunk))
             if len(waiting) > 3 * workers:
                 yield waiting.popleft().result()
         while waiting:

@@ -6,18 +6,19 @@ of either kind ends the stage at once, with everything that it started.
 
 import argparse
 import contextlib
-import ctypes
 import os
 import secrets
 import signal
 import subprocess
-import sys
+import threading
 import time
 from collections.abc import Sequence
 from types import FrameType
+from typing import Any
 
 import psutil
 
+from eaft_verl.boundary import die_with_parent
 from eaft_verl.errors import CTRL_C, ENDED, EXIT_CODES, SAVED, Interrupted
 from eaft_verl.training.interruption import ECHO_S, FAMILY, is_stage
 
@@ -29,16 +30,52 @@ STOPPED = (SAVED, CTRL_C, ENDED)
 
 
 def begin_stage() -> None:
-    """In a stage: hear Ctrl-C, which a shell has its background jobs ignore, and die with the parent; see LOG_FILE.
-
-    The kernel kills it when the process that started it has died; on Linux, elsewhere nothing does.
-    """
+    """In a stage: hear Ctrl-C, which a shell has its background jobs ignore, and die with the parent; see LOG_FILE."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if path := os.environ.pop(LOG_FILE, None):
         with open(path, "ab") as log:
             os.dup2(log.fileno(), 1)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    die_with_parent()
+
+
+class Ending:
+    """While the block runs, SIGTERM ends it as Ctrl-C does: what is half made is taken away on the way out.
+
+    Not in a stage, whose parent says how it ended. A second SIGTERM does not wait for that.
+    name, code: of the signal that came; of Ctrl-C where none did.
+    """
+
+    def __init__(self) -> None:
+        self.name, self.code, self.at = "Ctrl-C", CTRL_C, 0.0
+        self.before: Any = None
+
+    def __enter__(self) -> "Ending":
+        if threading.current_thread() is threading.main_thread() and not is_stage():  # no other thread can
+            self.before = signal.signal(signal.SIGTERM, self)
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        if self.before is not None:
+            signal.signal(signal.SIGTERM, self.before)
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """The handler: hand it to that of Ctrl-C, which asyncio and others put their own in the place of."""
+        if self.code == ENDED:
+            if time.monotonic() - self.at > ECHO_S:
+                self._at_once()
+            return
+        self.name, self.code, self.at = "SIGTERM", ENDED, time.monotonic()
+        interrupt = signal.getsignal(signal.SIGINT)
+        if not callable(interrupt):  # ignored, as in the background jobs of a script
+            raise KeyboardInterrupt
+        interrupt(signal.SIGINT, frame)
+
+    def _at_once(self) -> None:
+        os.write(2, b"eaft: told to stop twice: ended at once; what was finished before is kept\n")
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        os._exit(ENDED)
 
 
 def run_stage(command: Sequence[str]) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 
 from eaft_verl.errors import RunError
 from eaft_verl.evaluation.model_files import check_model_files
-from eaft_verl.files import read_json
+from eaft_verl.files import new_folder, read_json
 from eaft_verl.runs import Run, step_name
 
 CARD = """---
@@ -58,11 +58,9 @@ def export(run: Run, step: int | None, out: Path | None, push: str | None, *, pu
     if out is not None:
         if out.exists():
             raise RunError(f"{out} exists and is never overwritten; give another --out")
-        partial = out.with_name(f".{out.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(folder, partial)  # under another name until it is whole
-        (partial / "README.md").write_text(card, encoding="utf-8")
-        partial.rename(out)
+        with new_folder(out) as partial:
+            shutil.copytree(folder, partial, dirs_exist_ok=True)
+            (partial / "README.md").write_text(card, encoding="utf-8")
     return _pushed(folder, card, push, public=public) if push else str(out or folder)
 
 

@@ -46,7 +46,7 @@ def kuberay_job(wanted: Launch, config: Config, name: str) -> tuple[str, str, li
     pod = cluster["headGroupSpec"]["template"]["spec"]["containers"][0]
     pod["image"] = os.environ.get("EAFT_IMAGE", IMAGE)
     limits = pod["resources"]["limits"]
-    limits["cpu"] = max(limits["cpu"], demand.cpus + 2)  # the driver and its data need some of their own
+    limits["cpu"] = max(limits["cpu"], demand.cpus + demand.beside(1) + 2)  # the driver and its data need some, too
     if demand.gpus:
         limits["nvidia.com/gpu"] = demand.gpus
     else:

@@ -5,7 +5,6 @@ Source: Wortsman et al., Robust fine-tuning of zero-shot models (WiSE-FT), arXiv
 """
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from eaft_verl.errors import RunError
 from eaft_verl.evaluation.model_files import write_checksums
+from eaft_verl.files import new_folder
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 SIZES = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "tie_word_embeddings")
@@ -33,21 +33,18 @@ def average_weights(tuned: Path, other: Path, weight: float, target: Path) -> No
     """
     ours, theirs = _tensors(tuned), _tensors(other)
     check_averageable(tuned, other)
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(tuned, partial)
-    for name, place in ours.items():
-        value = mean(place.read(name), theirs[name].read(name), weight)
-        if value.is_floating_point() and not value.isfinite().all():
-            raise RunError(f"{name} is not finite in {tuned}, in {other} or in their average, which is not made")
-        written = place._replace(file=partial / place.file.name)
-        written.write(value)
-        if not _bits(written.read(name)).equal(_bits(value)):
-            raise RunError(f"{written.file}: {name} was not written as it was")
-    write_checksums(partial)
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(partial, target)
+    with new_folder(target) as partial:
+        shutil.copytree(tuned, partial, dirs_exist_ok=True)
+        for name, place in ours.items():
+            value = mean(place.read(name), theirs[name].read(name), weight)
+            if value.is_floating_point() and not value.isfinite().all():
+                raise RunError(f"{name} is not finite in {tuned}, in {other} or in their average, which is not made")
+            written = place._replace(file=partial / place.file.name)
+            written.write(value)
+            if not _bits(written.read(name)).equal(_bits(value)):
+                raise RunError(f"{written.file}: {name} was not written as it was")
+        write_checksums(partial)
+        shutil.rmtree(target, ignore_errors=True)
 
 
 def mean(tuned: Tensor, other: Tensor, weight: float) -> Tensor:

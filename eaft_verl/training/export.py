@@ -1,8 +1,6 @@
 """A trained model as a Hugging Face folder: safetensors, config, generation config, tokenizer."""
 
 import copy
-import os
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,6 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from eaft_verl.errors import ConfigError, RunError
 from eaft_verl.evaluation.model_files import write_checksums
+from eaft_verl.files import new_folder
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -47,14 +46,11 @@ def export_weights(
         return
     if bad := [name for name, weight in state.items() if not weight.isfinite().all()]:
         raise RunError(f"{folder.name} is not exported: {len(bad)} weights are not finite in {dtype}, first {bad[0]}")
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_torch_state_dict(state, partial, metadata={"format": "pt"})
-    write_companions(partial, base_model, dtype, ends)
-    _read_back(partial, state)
-    write_checksums(partial)
-    os.replace(partial, folder)
+    with new_folder(folder) as partial:
+        save_torch_state_dict(state, partial, metadata={"format": "pt"})
+        write_companions(partial, base_model, dtype, ends)
+        _read_back(partial, state)
+        write_checksums(partial)
 
 
 def stored_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:

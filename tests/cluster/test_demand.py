@@ -15,6 +15,7 @@ def nodes(*offers: tuple[float, float]) -> list[Offer]:
 
 CPU = Demand(nodes=2, devices=1, device="cpu", cpus_per_worker=1)
 GPU = Demand(nodes=2, devices=8, device="cuda", cpus_per_worker=3)
+GRPO = Demand(nodes=2, devices=8, device="cuda", cpus_per_worker=3, stores=8)
 
 
 @pytest.mark.parametrize(
@@ -31,6 +32,13 @@ GPU = Demand(nodes=2, devices=8, device="cuda", cpus_per_worker=3)
         (GPU, nodes((96, 4), (96, 4), (96, 4), (96, 4)), False),  # 16 GPUs, but no node holds a whole group
         (GPU, nodes((48, 16)), True),
         (GPU, [], False),
+        (GRPO, nodes((29, 8), (29, 8)), True),  # beside 24: four stores, and the controller on either
+        (GRPO, nodes((28, 8), (29, 8)), False),
+        (GRPO, nodes((58, 16)), True),  # beside 48: eight stores, the controller, one free to start actors on
+        (GRPO, nodes((57, 16)), False),
+        (GRPO, nodes((28, 8), (28, 8), (0, 0)), False),  # a head without CPUs takes no store
+        (GRPO, nodes((28, 8), (28, 8), (28, 8)), True),  # three stores, two on one of them
+        (GRPO, nodes((27, 8), (28, 8), (27, 8)), False),
     ],
 )
 def test_shortage(demand: Demand, offers: list[Offer], fits: bool) -> None:
@@ -40,6 +48,9 @@ def test_shortage(demand: Demand, offers: list[Offer], fits: bool) -> None:
 def test_a_shortage_says_what_was_asked_for_and_what_is_there() -> None:
     text = GPU.shortage(nodes((96, 8), (96, 4)))
     assert text == ("needs 2 node(s) with 24 CPUs and 8 GPUs; 1 of 2 found (n0: 96 CPUs, 8 GPUs, n1: 96 CPUs, 4 GPUs)")
+    assert (GRPO.shortage(nodes((96, 8), (28, 8))) or "").startswith(
+        "needs 2 node(s) with 24 CPUs and 8 GPUs, and 5 more CPUs on every node for verl's own actors; 1 of 2 found"
+    )
     assert CPU.shortage([]) == "needs 2 node(s) with 1 CPUs; 0 of 2 found (no node)"
 
 
@@ -51,4 +62,6 @@ def test_the_demand_of_an_arm(tmp_path: Path) -> None:
     on_cpu = demand_of(config(recipe, "sft", "device=cpu", "verl.trainer.n_gpus_per_node=2"))
     assert (on_cpu.cpus, on_cpu.gpus, on_cpu.bundle) == (2, 0, {"CPU": 1})
     grpo = demand_of(config(recipe, "grpo"))
-    assert (grpo.cpus, grpo.gpus, grpo.bundle) == (24, 8, {"CPU": 3, "GPU": 1})
+    assert (grpo.cpus, grpo.gpus, grpo.bundle, grpo.stores) == (24, 8, {"CPU": 3, "GPU": 1}, 8)
+    on_cpu = demand_of(config(recipe, "grpo", "device=cpu", "verl.trainer.n_gpus_per_node=2"))
+    assert (on_cpu.cpus, on_cpu.bundle, on_cpu.stores, on_cpu.beside(1)) == (6, {"CPU": 3}, 1, 3)

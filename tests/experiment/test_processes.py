@@ -93,6 +93,56 @@ def test_the_second_one_of_either_kind_ends_it_at_once(tmp_path: Path, second: i
     assert "told to stop twice" in started.stdout.read() and not living(tmp_path)
 
 
+# a command with a process of its own that takes `argv[2]` seconds to clean up after what interrupts it
+COMMAND = """
+import subprocess, sys, time
+from eaft_verl import cli
+def verb(options):
+    try:
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        open(sys.argv[1] + "/ready", "w").close()
+        time.sleep(60)
+    finally:
+        time.sleep(float(sys.argv[2]))
+        open(sys.argv[1] + "/clean", "w").close()
+cli.VERBS["tasks"] = verb
+sys.exit(cli.main(["tasks"]))
+"""
+
+
+@pytest.mark.parametrize("ignored", [False, True])  # Ctrl-C, as in the background jobs of a script
+def test_sigterm_lets_a_command_clean_up(tmp_path: Path, ignored: bool) -> None:
+    started = command(tmp_path, 0.2, ignored=ignored)
+    started.send_signal(signal.SIGTERM)
+    assert started.wait(20) == 143 and (tmp_path / "clean").exists()
+    assert (
+        started.stdout.read() == "eaft: SIGTERM: ended; what was finished before is kept; run the same command again\n"
+    )
+
+
+def test_the_second_sigterm_does_not_wait_for_that(tmp_path: Path) -> None:
+    started = command(tmp_path, 60)
+    started.send_signal(signal.SIGTERM)
+    started.send_signal(signal.SIGTERM)  # sent again within moments: the same one
+    time.sleep(0.7)
+    assert started.poll() is None and living(tmp_path)
+    begun = time.monotonic()
+    started.send_signal(signal.SIGTERM)
+    assert started.wait(10) == 143 and time.monotonic() - begun < 3
+    assert "told to stop twice" in started.stdout.read() and not living(tmp_path)
+
+
+def command(folder: Path, seconds: float, *, ignored: bool = False) -> subprocess.Popen[str]:
+    words = [sys.executable, "-c", COMMAND, str(folder), str(seconds)]
+    ignoring = functools.partial(signal.signal, signal.SIGINT, signal.SIG_IGN) if ignored else None
+    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    started = subprocess.Popen(words, start_new_session=True, preexec_fn=ignoring, **piped)
+    while not (folder / "ready").exists():
+        assert started.poll() is None
+        time.sleep(0.01)
+    return started
+
+
 def test_a_killed_parent_takes_its_stage_with_it(tmp_path: Path) -> None:
     """The command line's own stages, which ask the kernel for it."""
     code = "import sys, time; from eaft_verl.experiment.processes import begin_stage; begin_stage(); "

@@ -1,24 +1,29 @@
-"""All rows, the slow ones too, and the table: fault, expected, seen, lost steps, seconds.
+"""All rows, the slow ones too, and the table: fault, expected, seen, lost steps, seconds, seconds of CPU.
 
 python -m tests.faults                           every row
 python -m tests.faults -k "two commands at once" rows whose fault has these words
+python -m tests.faults -k stops                  the rows of stops.py
 python -m tests.faults -k "grpo and not lora"    pytest's own expressions, and all else that pytest takes
 """
 
 import argparse
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from .matrix import FAULTS
 from .test_faults import ROWS
 
 HERE = Path(__file__).parent
 
 
 def rows_with(words: str) -> set[str] | None:
-    """Faults that have the text in them, else all of its words; None for an expression of pytest's."""
+    """Faults of the module so named, else that have the text in them, else all of its words; None: pytest's own."""
+    if found := {str(row.name) for row in FAULTS if row.drive.__module__.endswith(f".{words}")}:
+        return found
     names = {str(row.id) for row in ROWS}
     if found := {name for name in names if words.lower() in name.lower()}:
         return found
@@ -27,12 +32,24 @@ def rows_with(words: str) -> set[str] | None:
     return {name for name in names if all(word in name.lower() for word in words.lower().split())}
 
 
+def line(row: dict[str, str]) -> str:
+    """A row of the table in Markdown."""
+    return f"| {' | '.join(row.get(name, '?') for name in ('fault', 'expected', 'seen', 'lost', 'seconds', 'cpu'))} |"
+
+
 class Table:
-    """Collects what each row reported."""
+    """Collects what each row reported, and writes it at once: all rows take half an hour."""
 
     def __init__(self, chosen: set[str] | None) -> None:
         self.chosen = chosen
         self.rows: list[dict[str, str]] = []
+        self.write: Callable[[str], object] = print
+
+    def pytest_sessionstart(self, session: pytest.Session) -> None:
+        """Past what pytest captures."""
+        reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+        assert reporter is not None
+        self.write = reporter.write_line
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Function]) -> None:
         """Only the rows that were asked for."""
@@ -47,15 +64,15 @@ class Table:
         if report.when == "call" and row:
             seen = {} if report.passed else {"seen": report.outcome if report.skipped else "NOT AS EXPECTED"}
             self.rows.append(row | seen | {"seconds": f"{report.duration:.0f}"})
+            self.write(f"\n{line(self.rows[-1])}")
 
-    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+    def pytest_terminal_summary(self) -> None:
         """The table in Markdown."""
-        write, names = terminalreporter.write_line, ("fault", "expected", "seen", "lost", "seconds")
-        write("| fault | expected | seen | lost steps | s |\n|---|---|---|---|---|")
+        self.write("| fault | expected | seen | lost steps | s | CPU s |\n|---|---|---|---|---|---|")
         for row in self.rows:
-            write(f"| {' | '.join(row.get(name, '?') for name in names)} |")
+            self.write(line(row))
         wrong = sum(row.get("seen") == "NOT AS EXPECTED" for row in self.rows)
-        write(f"{len(self.rows)} faults, {wrong} not as expected")
+        self.write(f"{len(self.rows)} faults, {wrong} not as expected")
 
 
 parser = argparse.ArgumentParser(add_help=False)

@@ -1,6 +1,7 @@
 """Every row of the matrix."""
 
 import importlib
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,10 +15,18 @@ for path in sorted(Path(__file__).parent.glob("[a-z]*.py")):
 ROWS = [pytest.param(row, id=row.name, marks=[pytest.mark.slow] * row.slow) for row in FAULTS]
 
 
+def cpu_seconds() -> float:
+    """Of this process and all that it has waited for; what a killed driver of Ray's leaves is not among it."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
+
+
 @pytest.mark.parametrize("row", ROWS)
 def test_fault(row: Fault, lab: Lab, record_property: Callable[[str, object], None]) -> None:
     record_property("fault", row.name)
     record_property("expected", row.expected)
+    before = cpu_seconds()
     outcome = row.drive(lab)
+    record_property("cpu", f"{cpu_seconds() - before:.0f}")
     record_property("seen", outcome.seen)
     record_property("lost", "-" if outcome.lost is None else outcome.lost)

@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from eaft_verl.cluster.demand import STORES
 from eaft_verl.recipe.config import Config
 from eaft_verl.recipe.verl_keys import PPO_TREE, compose_verl, lay
 from eaft_verl.recipe.views import world_size
@@ -91,8 +92,8 @@ def ppo_config(
     tree.trainer.v1.trainer_mode = TRAINER
     tree.trainer.v1.sampler.update(_sampler(config, files, stop_ids))
     tree.critic.enable = False  # what group advantages imply; left null, verl warns that it infers it
-    if config.device == "cpu":
-        tree.transfer_queue.backend.SimpleStorage.num_data_storage_units = 1
+    stores = {"num_data_storage_units": STORES["grpo", config.device], "required_node_resource": "CPU"}
+    OmegaConf.update(tree, "transfer_queue.backend.SimpleStorage", stores, force_add=True)  # no store on a bare head
     resolved: Any = OmegaConf.to_container(tree, resolve=True)
     return OmegaConf.create(resolved)
 
