@@ -5,6 +5,7 @@ forward pass of transformers. Packing must change nothing: attention that overlo
 is carried over, trains every row on what stood before it, and no loss would show it.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from eaft_verl.data.parquet import Example, lengths_of
-from eaft_verl.errors import RunError
+from eaft_verl.errors import Diverged, RunError
 from eaft_verl.recipe.config import Config
 from eaft_verl.training.sft.batches import make_batch
 from eaft_verl.training.sft.loss import BATCH_FLAGS
@@ -99,13 +100,19 @@ def self_check(config: Config, group: Any, examples: Sequence[Example], model: s
 
 
 def check_export(config: Config, group: Any, examples: Sequence[Example], folder: str, dtype: str) -> None:
-    """RunError where an exported folder, loaded again, is not the model in the engine, as far as memory lets us see."""
+    """RunError where an exported folder, loaded again, is not the model in the engine, as far as memory lets us see;
+    Diverged where that model has no finite loss on its own data."""
     rows = chosen(examples)[:2]
     plain, _ = group.plain_nll(folder, [list(row.input_ids) for row in rows], SHARE, adapter=False)[0]
     if not plain:
         return
     copies, allowed = _ranks(config, group), max(tolerance(_precision(config)), tolerance(dtype))
     single = engine_nll(group, rows, 1, copies)
+    if not math.isfinite(mean_of(single)):
+        raise Diverged(
+            f"the trained model's NLL of its own data is {mean_of(single)}: nothing is exported. Choose a lower "
+            "verl.optim.lr, and choose another output="
+        )
     if not (difference := apart(single, plain * copies)) <= allowed:
         raise RunError(
             f"{folder} is not the model that was trained: NLL {mean_of(plain):.5f} loaded again, {mean_of(single):.5f} "

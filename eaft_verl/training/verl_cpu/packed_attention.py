@@ -30,27 +30,20 @@ def packed_sdpa(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """As `sdpa_attention_forward`, [B, T, H, D]: the same sums, rounded less."""
-    wide = [part.float() for part in (query_BHTD, key_BHTD, value_BHTD)]
-    with torch.autocast("cpu", enabled=False):  # it would make them bfloat16 again
-        return _row_by_row(module, wide, attention_mask, options).to(query_BHTD.dtype), None
+    query, key, value = (part.float() for part in (query_BHTD, key_BHTD, value_BHTD))
 
+    def attend(rows: slice, mask: Tensor | None) -> Tensor:
+        parts = (query[:, :, rows], key[:, :, rows], value[:, :, rows])
+        return sdpa_attention_forward(module, parts[0], parts[1], parts[2], mask, **options)[0]
 
-def _row_by_row(
-    module: torch.nn.Module, wide: list[Tensor], attention_mask: Tensor | None, options: dict[str, Any]
-) -> Tensor:
     ends = _ends(attention_mask) if attention_mask is not None else []
-    if len(ends) < 3 or attention_mask is None:  # one row
-        return sdpa_attention_forward(module, *wide, attention_mask, **options)[0]
-    rows = [
-        sdpa_attention_forward(
-            module,
-            *(part[:, :, start:end] for part in wide),
-            attention_mask[:, :, start:end, start:end],
-            **options,
-        )[0]
-        for start, end in pairwise(ends)
-    ]
-    return torch.cat(rows, dim=1)
+    with torch.autocast("cpu", enabled=False):  # it would make them bfloat16 again
+        if len(ends) < 3 or attention_mask is None:  # one row
+            found = attend(slice(None), attention_mask)
+        else:
+            places = [slice(*pair) for pair in pairwise(ends)]
+            found = torch.cat([attend(rows, attention_mask[:, :, rows, rows]) for rows in places], dim=1)
+    return found.to(query_BHTD.dtype), None
 
 
 def _ends(mask: Tensor) -> list[int]:
