@@ -38,7 +38,7 @@ PAIRS = (  # the prediction, what forgets less, than what, by it
     (6, "sft_low", "sft"),
     (6, "sft_low", "eaft"),
 )
-ARMS = "| arm | seeds | held-out NLL |"  # how the tables begin
+ARMS = "| arm | seeds | updates | held-out NLL |"  # how the tables begin
 VERDICTS = "| prediction | KL to base | at half of the gain |"
 
 
@@ -72,11 +72,13 @@ def _finished(output: Path) -> list[Path]:
 
 
 def _ends(board: Board, arm: Arm) -> Row:
-    """{seeds, measure: [score, low, high]} where the arm's runs end."""
-    found: Row = {"seeds": len(arm.runs)}
+    """{seeds, step, measure: [score, low, high]} where the arm's runs end; at what the meter kept, where it did."""
+    kept = [(run.info.get("meter") or {}).get("kept") for run in arm.runs]
+    point = tuple(one["step"] if one else run.step for one, run in zip(kept, arm.runs, strict=True))
+    found: Row = {"seeds": len(arm.runs), "step": sum(point) / len(point)}
     for name in COLUMNS:
-        if name in board.measures and board.has(name, arm, arm.end):
-            score = board.interval(name, arm, arm.end)
+        if name in board.measures and board.has(name, arm, point):
+            score = board.interval(name, arm, point)
             found[name] = [score.delta, *score.bounds]
     return found
 
@@ -150,10 +152,11 @@ def _has(board: Board, run: RunData) -> bool:
 def tables(found: Row) -> dict[str, str]:
     """{how it begins: the table}, for study.md."""
     head = f"{ARMS} two-shot sums | general mean | KL to base | KL, task's prompts |"
-    rows = [head, "|" + " --- |" * 7]
+    rows = [head, "|" + " --- |" * 8]
     for name, ends in found["arms"].items():
         cells = [_score(ends.get(column), column) for column in COLUMNS]
-        rows.append(f"| {_name(name)} | {'' if name == BASE else ends['seeds']} | {' | '.join(cells)} |")
+        counted = " | " if name == BASE else f"{ends['seeds']} | {ends['step']:g}"
+        rows.append(f"| {_name(name)} | {counted} | {' | '.join(cells)} |")
     verdicts = [f"{VERDICTS} at all of it | verdict |", "|" + " --- |" * 5]
     for pair in found["pairs"]:
         words = f"`{pair['less']}` less `{pair['than']}`" + (", gain in sums" if pair["axis"] != "heldout" else "")

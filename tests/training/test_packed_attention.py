@@ -43,13 +43,13 @@ def both(function: Any, parts: list[Tensor], mask: Tensor | None) -> list[Tensor
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many tokens transformers' function was given, call by call."""
-    seen: list[int] = []
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
+    """How many tokens transformers' function was given, and whether a mask, call by call."""
+    seen: list[tuple[int, bool]] = []
 
-    def counted(module: Any, query: Tensor, *rest: Any, **options: Any) -> Any:
-        seen.append(query.shape[2])
-        return sdpa_attention_forward(module, query, *rest, **options)
+    def counted(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
+        seen.append((query.shape[2], mask is not None))
+        return sdpa_attention_forward(module, query, key, value, mask, **options)
 
     monkeypatch.setattr(packed_attention, "sdpa_attention_forward", counted)
     return seen
@@ -58,11 +58,14 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("window", [10**6, 3], ids=["causal", "window"])
 @pytest.mark.parametrize("lengths", [[7, 1, 12, 2], [5, 5], [9]], ids=str)
-def test_rows_are_what_the_mask_says(lengths: list[int], window: int, dtype: torch.dtype, calls: list[int]) -> None:
+def test_rows_are_what_the_mask_says(
+    lengths: list[int], window: int, dtype: torch.dtype, calls: list[tuple[int, bool]]
+) -> None:
     mask, parts = mask_of(lengths, window), inputs(sum(lengths), dtype)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):  # as verl's engine runs a model
         ours = both(packed_sdpa, parts, mask)
-    assert calls == lengths
+    assert [tokens for tokens, _ in calls] == lengths
+    assert all(masked == (window == 3) for _, masked in calls)  # no mask is needed where a row sees all before it
     exact = [part.detach().double().requires_grad_() for part in parts]
     for one, truth in zip(ours, both(sdpa_attention_forward, exact, mask), strict=True):
         assert one.dtype == dtype
@@ -86,16 +89,16 @@ def seen_by_the_next() -> Tensor:
     ],
     ids=["rows that see each other", "numbers", "a batch", "none"],
 )
-def test_other_masks_are_left_to_transformers(mask: Tensor | None, batch: int, calls: list[int]) -> None:
+def test_other_masks_are_left_to_transformers(mask: Tensor | None, batch: int, calls: list[tuple[int, bool]]) -> None:
     parts = inputs(10, torch.float32, batch)
     ours = both(packed_sdpa, parts, mask)
-    assert calls == [10]
+    assert calls == [(10, mask is not None)]
     for one, truth in zip(ours, both(sdpa_attention_forward, parts, mask), strict=True):
         torch.testing.assert_close(one, truth)
 
 
-def test_another_mask_of_the_same_size_is_looked_at_again(calls: list[int]) -> None:
+def test_another_mask_of_the_same_size_is_looked_at_again(calls: list[tuple[int, bool]]) -> None:
     parts = inputs(10, torch.float32)
     for lengths in ([4, 6], [7, 3], [4, 6]):
         packed_sdpa(Layer(), *parts, mask_of(lengths), scaling=0.3)
-    assert calls == [4, 6, 7, 3, 4, 6]
+    assert [tokens for tokens, _ in calls] == [4, 6, 7, 3, 4, 6]
