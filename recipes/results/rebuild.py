@@ -244,7 +244,7 @@ def _of_h100(found: Row) -> list[Row]:
 
 def tables() -> dict[str, str]:
     """{how it begins: the table} that are written whole: the quickstart's and the study's."""
-    return {TABLE: table(quickstart()), **study.tables(json.loads(study.FILE.read_text(encoding="utf-8")))}
+    return {TABLE: table(quickstart()), **study.tables(study.sums())}
 
 
 def blocks(text: str) -> list[tuple[int, int, str]]:
@@ -291,6 +291,7 @@ def draw(folder: Path) -> None:
     drawn = plots.draw({**quickstart(), "general": {}, "pareto": {}, "curves": [], "choice": undecided})
     (folder / "quickstart_paths.png").write_bytes(drawn["path_heldout"])
     (folder / "study_paths.png").write_bytes(_study_figure(h100()["study"]["runs"]))
+    (folder / "study_sums_paths.png").write_bytes(study.figure(study.sums()))
 
 
 def _study_figure(runs: Row) -> bytes:

@@ -21,7 +21,7 @@ from scipy.stats import spearmanr  # noqa: E402
 
 from eaft_verl.reporting.collect import BASE, Arm, RunData, load  # noqa: E402
 from eaft_verl.reporting.measures import Board, build_board  # noqa: E402
-from eaft_verl.reporting.paths import COST, equal_gain  # noqa: E402
+from eaft_verl.reporting.paths import COST, equal_gain, paths  # noqa: E402
 from eaft_verl.reporting.results import bounds  # noqa: E402
 
 Row = dict[str, Any]
@@ -58,6 +58,7 @@ def study(output: Path) -> Row:
         "pairs": pairs,
         "least": _least(board, named),
         "razor": _razor(board),
+        "paths": _paths(board),
     }
 
 
@@ -109,7 +110,7 @@ def _least(board: Board, named: dict[str, Arm]) -> list[Row]:
     able = [
         arm
         for arm in board.arms
-        if arm is not rl and not arm.average and board.interval("target_mean", arm, arm.end).delta >= gained
+        if arm is not rl and not _extra(arm) and board.interval("target_mean", arm, arm.end).delta >= gained
     ]
     seeds = {arm.name: len(set(arm.seeds) & set(rl.seeds)) for arm in able}
     return [
@@ -117,6 +118,11 @@ def _least(board: Board, named: dict[str, Arm]) -> list[Row]:
         for arm in able
         if seeds[arm.name]
     ]
+
+
+def _extra(arm: Arm) -> bool:
+    """An average, or an arm that ends as another one does and whose result is what a meter kept."""
+    return arm.average is not None or bool((arm.runs[0].info.get("meter") or {}).get("kept"))
 
 
 def _razor(board: Board) -> Row:
@@ -128,7 +134,7 @@ def _razor(board: Board) -> Row:
     base = board.base.runs[0]
     lost, far, owner = [], [], []
     for number, arm in enumerate(board.arms):
-        for run in (run for run in arm.runs if not arm.average and _has(board, run)):
+        for run in (run for run in arm.runs if not _extra(arm) and _has(board, run)):
             key = (run.label, run.step)
             lost.append(board.resampled("general_mean", (base.label, base.step)) - board.resampled("general_mean", key))
             far.append(board.resampled("drift_task.kl", key))
@@ -145,8 +151,40 @@ def _razor(board: Board) -> Row:
     return {"runs": len(owner), "delta": rho, "low": float(low), "high": float(high)}
 
 
+def _paths(board: Board) -> dict[str, list[list[float]]]:
+    """{arm: [[held-out NLL, KL to base] at every evaluation]}, means over the seeds."""
+    found = paths(board, "heldout")
+    return {name: [[point["x"], point["kl"]] for point in points] for name, points in found.items()}
+
+
+def figure(found: Row) -> bytes:
+    """PNG of the paths, KL to the base on a logarithmic axis: the base, at zero, is its left edge."""
+    import matplotlib
+    import matplotlib.pyplot as plt
+
+    from eaft_verl.pages.canvas import STYLE, png
+
+    with matplotlib.rc_context(STYLE):
+        drawn, axes = plt.subplots(figsize=(7.2, 4.8))
+        markers = "os^Dv"
+        for number, (arm, points) in enumerate(found["paths"].items()):
+            x, y = zip(*((nll, kl) for nll, kl in points if kl > 0), strict=True)
+            axes.plot(x, y, marker=markers[number // 10], markersize=4, color=f"C{number % 10}", label=arm)
+        axes.set(yscale="log", xlabel="held-out NLL, nats per token (right: learnt more)")
+        axes.set(ylabel="KL to base, nats per token", ylim=(1e-5, None))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.invert_xaxis()
+        axes.legend(frameon=False, fontsize=8, ncols=2)
+        return png(drawn)
+
+
 def _has(board: Board, run: RunData) -> bool:
     return all((run.label, run.step) in board.measures[name].scores for name in ("general_mean", "drift_task.kl"))
+
+
+def sums() -> Row:
+    """study_sums.json."""
+    return json.loads(FILE.read_text(encoding="utf-8"))
 
 
 def tables(found: Row) -> dict[str, str]:
@@ -158,17 +196,23 @@ def tables(found: Row) -> dict[str, str]:
         counted = " | " if name == BASE else f"{ends['seeds']} | {ends['step']:g}"
         rows.append(f"| {_name(name)} | {counted} | {' | '.join(cells)} |")
     verdicts = [f"{VERDICTS} at all of it | verdict |", "|" + " --- |" * 5]
-    for pair in found["pairs"]:
-        words = f"`{pair['less']}` less `{pair['than']}`" + (", gain in sums" if pair["axis"] != "heldout" else "")
-        parts = [_change(pair.get(part)) for part in ("0.5", "1.0")]
-        verdicts.append(f"| {pair['prediction']} | {words} | {' | '.join(parts)} | {_verdict(pair.get('1.0'))} |")
-    for row in found["least"]:
-        cells = f"`grpo` less `{row['arm']}`, at the end | | {_change(_negative(row))}"
-        verdicts.append(f"| 4 | {cells} | {_verdict(_negative(row))} |")
+    found_rows = [_pair_row(pair) for pair in found["pairs"]] + [_least_row(row) for row in found["least"]]
     razor = found["razor"]
     words = f"rank correlation over {razor['runs']} runs"
-    verdicts.append(f"| 5 | {words} | | {_change(razor, 2)} | {_verdict(_negative(razor))} |")
+    found_rows.append(f"| 5 | {words} | | {_change(razor, 2)} | {_verdict(_negative(razor))} |")
+    verdicts += sorted(found_rows, key=lambda row: row[:4])
     return {ARMS: "\n".join(rows) + "\n", VERDICTS: "\n".join(verdicts) + "\n"}
+
+
+def _pair_row(pair: Row) -> str:
+    words = f"`{pair['less']}` less `{pair['than']}`" + (", gain in sums" if pair["axis"] != "heldout" else "")
+    parts = [_change(pair.get(part)) for part in ("0.5", "1.0")]
+    return f"| {pair['prediction']} | {words} | {' | '.join(parts)} | {_verdict(pair.get('1.0'))} |"
+
+
+def _least_row(row: Row) -> str:
+    less = _negative(row)
+    return f"| 4 | `grpo` less `{row['arm']}`, at the end | | {_change(less)} | {_verdict(less)} |"
 
 
 def _name(arm: str) -> str:
@@ -185,7 +229,7 @@ def _score(cell: list[float | None] | None, column: str) -> str:
     return "0" if not score else f"{score:{digits}}{' %' if percent else ''}{bracket}"
 
 
-def _change(row: Row | None, digits: int = 4) -> str:
+def _change(row: Row | None, digits: int = 5) -> str:
     if not row or row["low"] is None:
         return "not known"
     return f"{row['delta']:+.{digits}f} [{row['low']:+.{digits}f}, {row['high']:+.{digits}f}]"

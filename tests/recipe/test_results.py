@@ -128,6 +128,7 @@ def test_the_figures_are_those_of_the_result_files(tmp_path: Path) -> None:
         *sorted(path.stem for path in rebuild.HERE.glob("landscape_*.json")),
         "quickstart_paths",
         "study_paths",
+        "study_sums_paths",
     ]
     for file in drawn:
         new, old = (
