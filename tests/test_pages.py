@@ -53,6 +53,7 @@ NOT_RUN = {  # what stands in a page and is not run here, and where it is
     "eaft analyze chats.yaml": "imports verl: the slow test below",
     "eaft train --arm rl_eaft": "of a recipe that the page sketches: tests/experiment/test_chain.py",
     "eaft launch": "asks what a cluster has: tests/launch",
+    "eaft report runs/chats": "reads evaluations of a model beside arms: tests/reporting/test_models_beside.py",
 }
 FRAGMENTS = ("eaft launch --on ray --env EAFT_DATA", "eaft prepare --column")  # options named in a sentence
 TRAINS = ("compare", "train", "launch")  # with --dry-run here; README's commands as they are in the slow test below

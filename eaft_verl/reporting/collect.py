@@ -28,7 +28,9 @@ class RunData:
     @property
     def arm(self) -> str:
         """Name of the arm; 'base' for the base run, the folder's of a model that was not trained here."""
-        return {BASE: BASE, MODEL: self.run.path.name}.get(self.info["kind"]) or str(self.info["arm"])
+        if self.info["kind"] == MODEL:
+            return self.run.path.name
+        return BASE if self.info["kind"] == BASE else str(self.info["arm"])
 
     @property
     def label(self) -> str:

@@ -97,7 +97,8 @@ def test_another_model_has_nothing_subtracted(tmp_path: Path) -> None:
 def test_a_benchmark_by_any_of_its_names(ids: list[str], column: str, chosen: str) -> None:
     columns = [{"id": one, "percent": True, "members": []} for one in ids]
     cell = {"score": 0.5, "low": 0.4, "high": 0.6}
-    result = {"columns": columns, "model": QWEN, "results": {"eaft": dict.fromkeys(ids, cell)}}
+    scores = {"base": {}, "eaft": dict.fromkeys(ids, cell)}
+    result = {"arms": ["eaft"], "columns": columns, "model": QWEN, "results": scores}
     name = next(key for key, table in published()["tables"].items() if column in table["target"] + table["general"])
     ours = [row["ours"][column] for row in beside(result, name)["rows"] if column in row["ours"]]
     assert ours == [{"score": 50.0, "low": 40.0, "high": 60.0}]
