@@ -225,3 +225,9 @@ def test_no_bare_except_and_no_silent_default(path: Path) -> None:
             assert node.type is not None, node.lineno
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr":
             assert len(node.args) == 2, node.lineno
+
+
+def test_no_two_files_of_tests_have_one_name() -> None:
+    """pytest takes the second for the first: it is an error, or never run."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))

@@ -73,10 +73,10 @@ def _finished(output: Path) -> list[Path]:
 
 
 def _ends(board: Board, arm: Arm) -> Row:
-    """{seeds, step, measure: [score, low, high]} where the arm's runs end; at what the meter kept, where it did."""
+    """{seeds, step (None of an average), measure: [score, low, high]} where the arm's runs end; at what the meter kept, where it did."""
     kept = [(run.info.get("meter") or {}).get("kept") for run in arm.runs]
     point = tuple(one["step"] if one else run.step for one, run in zip(kept, arm.runs, strict=True))
-    found: Row = {"seeds": len(arm.runs), "step": sum(point) / len(point)}
+    found: Row = {"seeds": len(arm.runs), "step": None if arm.average else sum(point) / len(point)}
     for name in COLUMNS:
         if name in board.measures and board.has(name, arm, point):
             score = board.interval(name, arm, point)
@@ -193,13 +193,14 @@ def tables(found: Row) -> dict[str, str]:
     rows = [head, "|" + " --- |" * 8]
     for name, ends in found["arms"].items():
         cells = [_score(ends.get(column), column) for column in COLUMNS]
-        counted = " | " if name == BASE else f"{ends['seeds']} | {ends['step']:g}"
+        trained = "" if ends["step"] is None else f"{ends['step']:g}"
+        counted = " | " if name == BASE else f"{ends['seeds']} | {trained}"
         rows.append(f"| {_name(name)} | {counted} | {' | '.join(cells)} |")
     verdicts = [f"{VERDICTS} at all of it | verdict |", "|" + " --- |" * 5]
     found_rows = [_pair_row(pair) for pair in found["pairs"]] + [_least_row(row) for row in found["least"]]
     razor = found["razor"]
     words = f"rank correlation over {razor['runs']} runs"
-    found_rows.append(f"| 5 | {words} | | {_change(razor, 2)} | {_verdict(_negative(razor))} |")
+    found_rows.append(f"| 5 | {words} | | {_change(razor)} | {_verdict(_negative(razor))} |")
     verdicts += sorted(found_rows, key=lambda row: row[:4])
     return {ARMS: "\n".join(rows) + "\n", VERDICTS: "\n".join(verdicts) + "\n"}
 
@@ -229,10 +230,10 @@ def _score(cell: list[float | None] | None, column: str) -> str:
     return "0" if not score else f"{score:{digits}}{' %' if percent else ''}{bracket}"
 
 
-def _change(row: Row | None, digits: int = 5) -> str:
+def _change(row: Row | None) -> str:
     if not row or row["low"] is None:
         return "not known"
-    return f"{row['delta']:+.{digits}f} [{row['low']:+.{digits}f}, {row['high']:+.{digits}f}]"
+    return f"{row['delta']:+.2g} [{row['low']:+.2g}, {row['high']:+.2g}]"
 
 
 def _negative(row: Row) -> Row:
