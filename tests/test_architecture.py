@@ -229,5 +229,5 @@ def test_no_bare_except_and_no_silent_default(path: Path) -> None:
 
 def test_no_two_files_of_tests_have_one_name() -> None:
     """pytest takes the second for the first: it is an error, or never run."""
-    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
     assert sorted(names) == sorted(set(names))

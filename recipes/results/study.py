@@ -73,7 +73,7 @@ def _finished(output: Path) -> list[Path]:
 
 
 def _ends(board: Board, arm: Arm) -> Row:
-    """{seeds, step (None of an average), measure: [score, low, high]} where the arm's runs end; at what the meter kept, where it did."""
+    """{seeds, step (None of an average), measure: [score, low, high]}: at the runs' ends, or at what a meter kept."""
     kept = [(run.info.get("meter") or {}).get("kept") for run in arm.runs]
     point = tuple(one["step"] if one else run.step for one, run in zip(kept, arm.runs, strict=True))
     found: Row = {"seeds": len(arm.runs), "step": None if arm.average else sum(point) / len(point)}
