@@ -20,6 +20,7 @@ from typing import Any
 TOP = {"kind": "forward_kl_topk", "coef": 0.5}
 
 os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
+OUTSIDE = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.update(VERL_PLATFORM="cpu", VERL_ENGINE_DEVICE="cuda", RANK="0", WORLD_SIZE="1")
 os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29561")
@@ -79,17 +80,21 @@ class Clock:
         return time.perf_counter() - self.started[0], time.process_time() - self.started[1]
 
 
+def labels(row: Any) -> list[int]:
+    """Ids of the trained tokens, -100 elsewhere."""
+    return [token if trained else -100 for token, trained in zip(row.input_ids, row.loss_mask, strict=True)]
+
+
 class Trl:
     """TRL's trainer in a process of its own; asked for one update at a time, it sleeps in between."""
 
     def __init__(self, python: str, model: str, dtype: str, rows: Any) -> None:
         with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as stream:
-            json.dump([{"input_ids": row.input_ids, "completion_mask": row.loss_mask} for row in rows], stream)
+            json.dump([{"input_ids": row.input_ids, "labels": labels(row)} for row in rows], stream)
         script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "trl_step.py")
         words = [python, script, model, stream.name, dtype]
-        clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RANK", "WORLD_SIZE")}
         self.process = subprocess.Popen(
-            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=clean
+            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=OUTSIDE
         )
 
     def __call__(self) -> tuple[float, float]:

@@ -1,6 +1,6 @@
 """TRL's SFTTrainer, one update for every line on stdin: what step_time.py runs beside the others, in TRL's environment.
 
-python trl_step.py MODEL ROWS.json DTYPE: rows as {"input_ids", "completion_mask"}, all in every update. Prints a
+python trl_step.py MODEL ROWS.json DTYPE: rows as {"input_ids", "labels"}, all in every update. Prints a
 JSON line {seconds, cpu_seconds} for each.
 """
 
@@ -43,7 +43,6 @@ def main(model: str, rows: str, dtype: str) -> None:
         use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=False,
         dataset_kwargs={"skip_prepare_dataset": True},
-        completion_only_loss=True,
         max_length=None,
         logging_steps=10**6,
         save_strategy="no",
