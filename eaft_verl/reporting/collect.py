@@ -113,7 +113,7 @@ def load(paths: Sequence[Path]) -> tuple[Arm, list[Arm]]:
 
     Raises RunError unless there is exactly one base run, at least one arm run, and each (arm, seed) once.
     """
-    runs = [run for run in map(_read, map(Path, paths)) if run.info["kind"] != MODEL]
+    runs = [_read(path) for path in paths if not _is_model(path)]
     bases = [run for run in runs if run.arm == BASE]
     if len(bases) != 1:
         raise RunError(
@@ -140,11 +140,16 @@ def load_models(paths: Sequence[Path], taken: Sequence[str]) -> list[Arm]:
 
     RunError for one whose folder has the name of another, of an arm or of the base (`taken`).
     """
-    runs = [run for run in map(_read, map(Path, paths)) if run.info["kind"] == MODEL]
+    runs = [_read(path) for path in paths if _is_model(path)]
     names = [*taken, *(run.arm for run in runs)]
     if twice := [run for run in runs if names.count(run.arm) > 1]:
         raise RunError(f"{twice[0].run.path}: {twice[0].arm!r} is already a row of this report; rename the folder")
     return [Arm(run.arm, (run,)) for run in runs]
+
+
+def _is_model(path: Path) -> bool:
+    """By run.json alone: the evaluations of a run are read once."""
+    return bool(Run(path).info.get("kind") == MODEL)
 
 
 def _again(run: Run, step: int) -> str:

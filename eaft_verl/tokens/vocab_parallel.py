@@ -36,9 +36,10 @@ def vocab_parallel_statistics(
     `sum_p2`, `full_entropy`. nll_T carries the whole gradient to hidden, and to weight and bias that of the slice.
     Raises ValueError where the slices are not of one size (pad the vocabulary), on every rank.
     """
-    sizes = [0] * group.size()
-    dist.all_gather_object(sizes, len(head.weight_VD), group=group)
-    if len(set(sizes)) > 1:
+    own = torch.tensor([len(head.weight_VD)], device=hidden_TD.device)
+    parts = [torch.empty_like(own) for _ in range(group.size())]
+    dist.all_gather(parts, own, group=group)
+    if len(set(sizes := torch.cat(parts).tolist())) > 1:
         raise ValueError(f"slices of the vocabulary have {sizes} rows; pad it so that all have as many")
     first = group.rank() * sizes[0]
     kernels = RowKernels(

@@ -12,7 +12,6 @@ import json
 import os
 import statistics
 import subprocess
-import tempfile
 import time
 from functools import partial
 from typing import Any
@@ -89,18 +88,22 @@ class Trl:
     """TRL's trainer in a process of its own; asked for one update at a time, it sleeps in between."""
 
     def __init__(self, python: str, model: str, dtype: str, rows: Any) -> None:
-        with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as stream:
-            json.dump([{"input_ids": row.input_ids, "labels": labels(row)} for row in rows], stream)
         script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "trl_step.py")
-        words = [python, script, model, stream.name, dtype]
+        words = [python, script, model, dtype]
         self.process = subprocess.Popen(
             words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=OUTSIDE
         )
 
-    def __call__(self) -> tuple[float, float]:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write("\n")
+        self._say(json.dumps([{"input_ids": row.input_ids, "labels": labels(row)} for row in rows]))
+
+    def _say(self, line: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{line}\n")
         self.process.stdin.flush()
+
+    def __call__(self) -> tuple[float, float]:
+        assert self.process.stdout is not None
+        self._say("")
         if not (line := self.process.stdout.readline()):
             raise SystemExit(f"TRL ended with code {self.process.wait()}; run it by hand: {self.process.args}")
         told = json.loads(line)

@@ -1,18 +1,17 @@
 """TRL's SFTTrainer, one update for every line on stdin: what step_time.py runs beside the others, in TRL's environment.
 
-python trl_step.py MODEL ROWS.json DTYPE: rows as {"input_ids", "labels"}, all in every update. Prints a
-JSON line {seconds, cpu_seconds} for each.
+python trl_step.py MODEL DTYPE: the first line are the rows, [{"input_ids", "labels"}], all in every update. Prints
+{seconds, cpu_seconds} for each line after that.
 """
 
 import json
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 
-def main(model: str, rows: str, dtype: str) -> None:
+def main(model: str, dtype: str) -> None:
     """Train until stdin ends."""
     import torch
     from datasets import Dataset
@@ -32,7 +31,7 @@ def main(model: str, rows: str, dtype: str) -> None:
             print(json.dumps({"seconds": wall, "cpu_seconds": cpu}), file=told, flush=True)
 
     told, sys.stdout = sys.stdout, sys.stderr  # the trainer prints too
-    data = Dataset.from_list(json.loads(Path(rows).read_text(encoding="utf-8")))
+    data = Dataset.from_list(json.loads(sys.stdin.readline()))
     args = SFTConfig(
         tempfile.mkdtemp(),
         per_device_train_batch_size=len(data),
