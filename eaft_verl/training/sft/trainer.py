@@ -278,9 +278,6 @@ class Trainer:
                 if not self.exported:
                     check_export(self.config, self.group, self.examples, str(folder), dtype)
                 self.exported = True
-            except Diverged:  # nothing to go on from: the next attempt begins with an older state
-                shutil.rmtree(folder, ignore_errors=True)
-                raise
             except Exception:  # whatever it is, what has been learned is kept: the next attempt begins with this export
                 shutil.rmtree(folder, ignore_errors=True)
                 self.saver.save(step, self.state)
