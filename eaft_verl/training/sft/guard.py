@@ -76,7 +76,7 @@ def _entropy(logits_V: Tensor, k: int) -> Tensor:
     """Eq. 2 of arXiv 2601.02151 as it is written: -sum q ln q over the K largest logits, renormalised; float64."""
     best_K = logits_V.sort(descending=True).values[:k]
     q_K = (best_K - best_K.max()).exp()
-    q_K = q_K[q_K > 0] / q_K.sum()
+    q_K = q_K[q_K != 0] / q_K.sum()  # NaN stays, and with it no definition to compare with
     return -(q_K * q_K.log()).sum()
 
 

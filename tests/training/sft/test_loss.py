@@ -16,7 +16,7 @@ from eaft_verl.recipe.objective import build_objective
 from eaft_verl.tokens.logits import logit_stats
 from eaft_verl.training.sft import loss
 from eaft_verl.training.sft.batches import make_batch
-from eaft_verl.training.sft.guard import FORMULAS, check_weight
+from eaft_verl.training.sft.guard import FORMULAS, check_statistics, check_weight
 from eaft_verl.training.sft.loss import BATCH_FLAGS, TokenLoss, shifted
 from eaft_verl.training.sft.order import PADDING
 
@@ -166,3 +166,16 @@ def test_rows_are_weighted_whatever_the_objective(name: str) -> None:
         parts.append(both_calls(TokenLoss(build_objective(name)), one, part).item())
         start += len(row.input_ids)
     assert whole.item() == pytest.approx(2.0 * parts[0] + 0.5 * parts[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf], ids=str)
+def test_the_guard_does_not_blame_the_objective_for_a_diverged_model(odd: float) -> None:
+    """One row of the logits is not finite: that row has no definition, the others have theirs."""
+    logits, labels, mask = torch.randn(3, 40), torch.tensor([1, 2, 3]), torch.ones(3, dtype=torch.bool)
+    logits[1, 5] = odd
+    stats = logit_stats(logits.clone(), labels, mask)
+    assert not stats.entropy_T[1].isfinite()
+    check_statistics(stats, logits, labels, mask, Sft())
+    wrong = stats._replace(entropy_T=stats.entropy_T + torch.tensor([0.0, 0.0, 0.1]))
+    with pytest.raises(RuntimeError, match="entropy_T differs"):
+        check_statistics(wrong, logits, labels, mask, Sft())
