@@ -122,7 +122,7 @@ OURS_INSTEAD = {
 
 @functools.cache  # a quarter of a second, for every arm and seed
 def compose_verl(name: str) -> DictConfig:
-    """The tree of verl's `trainer/config/NAME.yaml`, references not yet resolved; read-only, as all callers share it."""
+    """The tree of verl's `trainer/config/NAME.yaml`, references not yet resolved; read-only: all share it."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
