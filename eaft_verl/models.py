@@ -92,7 +92,7 @@ def without_sklearn() -> None:
     be installed: they are for assisted generation, which nothing here uses."""
     import transformers.utils
 
-    transformers.utils.is_sklearn_available = lambda: False  # read once, by transformers.generation
+    transformers.utils.is_sklearn_available = functools.cache(lambda: False)  # read once, by transformers.generation
 
 
 def check_no_code(model: Path | str) -> None:
