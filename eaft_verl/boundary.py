@@ -73,13 +73,16 @@ def masked(value: Any) -> Any:
     A recipe written like that still means the same. Secret is what a variable holds whose name looks like it, from
     eight characters on, and the user:password of a URL. Lists and mappings are gone through, keys as well.
     """
-    if isinstance(value, str):
-        return _masked_text(value, _secrets())
-    if isinstance(value, dict):
-        return {masked(key): masked(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [masked(item) for item in value]
-    return value
+    secrets = _secrets()  # once: the whole environment is gone through
+
+    def mask(inner: Any) -> Any:
+        if isinstance(inner, str):
+            return _masked_text(inner, secrets)
+        if isinstance(inner, dict):
+            return {mask(key): mask(item) for key, item in inner.items()}
+        return [mask(item) for item in inner] if isinstance(inner, list | tuple) else inner
+
+    return mask(value)
 
 
 def _secrets() -> tuple[tuple[str, str], ...]:
