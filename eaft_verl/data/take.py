@@ -87,7 +87,7 @@ class Outcome:
 
 
 def _only(batch: pa.RecordBatch, chosen_E: NDArray[np.bool_]) -> pa.RecordBatch:
-    """The chosen examples. Nearly all are: runs of them are copied whole, in a fraction of the time that filter takes."""
+    """The chosen examples. Nearly all are: runs of them are copied whole, in a fraction of the time of `filter`."""
     if chosen_E.all():
         return batch
     borders = np.flatnonzero(np.diff(chosen_E, prepend=False, append=False)).reshape(-1, 2).tolist()
