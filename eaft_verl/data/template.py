@@ -125,7 +125,8 @@ class ChatTemplate:
 
 def _is_ordinary(tokenizer: Any) -> bool:
     """Whether its apply_chat_template is that of transformers."""
-    return getattr(tokenizer.apply_chat_template, "__func__", None) is _library()[0]
+    asked = tokenizer.apply_chat_template
+    return hasattr(asked, "__func__") and asked.__func__ is _library()[0]
 
 
 @functools.cache
