@@ -5,7 +5,6 @@ text's own bytes, as with every byte-level tokenizer, running sums of their leng
 have been met before: their ids are kept, and the tokenizer is asked for the others (pieces.py says why it may be).
 """
 
-import itertools
 from array import array
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -54,8 +53,7 @@ class _Speller:
 
     def _learn(self, backend: Any, pieces_of: list[list[str]]) -> list[str]:
         """The pieces that were not known yet; now they are."""
-        known = self.ids_of.__contains__
-        new = list({piece for pieces in pieces_of for piece in itertools.filterfalse(known, pieces)})
+        new = list(set[str]().union(*pieces_of).difference(self.ids_of))
         for piece, found in zip(new, backend.encode_batch_fast(new, add_special_tokens=False), strict=True):
             self.ids_of[piece] = array("i", found.ids).tobytes()
             if b"".join(map(self.bytes_V.__getitem__, found.ids)) != piece.encode():

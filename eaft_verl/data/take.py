@@ -79,11 +79,19 @@ class Outcome:
     def batches(self) -> Iterator[pa.RecordBatch]:
         """The examples of the mixture, read from the spill."""
         chosen_E, start = self.chosen_E, 0
-        with pa.memory_map(str(self.spill)) as stream:
+        with pa.OSFile(str(self.spill)) as stream:  # the pages of a map would be this process's memory, all of them
             for batch in ipc.open_stream(stream):
                 mask = chosen_E[start : start + len(batch)]
                 start += len(batch)
-                yield batch if mask.all() else batch.filter(pa.array(mask))
+                yield _only(batch, mask)
+
+
+def _only(batch: pa.RecordBatch, chosen_E: NDArray[np.bool_]) -> pa.RecordBatch:
+    """The chosen examples. Nearly all are: runs of them are copied whole, in a fraction of the time of `filter`."""
+    if chosen_E.all():
+        return batch
+    borders = np.flatnonzero(np.diff(chosen_E, prepend=False, append=False)).reshape(-1, 2).tolist()
+    return pa.concat_batches([batch.slice(start, end - start) for start, end in borders] or [batch.slice(0, 0)])
 
 
 @contextmanager
@@ -137,7 +145,7 @@ class _Merge:
         self.outcome.unused.update(chunk.unused)
         if not names:
             return
-        batch = chunk.batch if all(keep) else chunk.batch.filter(pa.array(keep))
+        batch = _only(chunk.batch, np.array(keep))
         self.lines.append(np.array(lines, _LINE))
         lengths = np.diff(np.asarray(batch.column("input_ids").offsets))
         self.tokens.append(np.stack([lengths, trained_tokens(batch)], axis=1).astype(np.int32))

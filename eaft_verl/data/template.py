@@ -1,6 +1,7 @@
 """A tokenizer's chat template, called with everything that a row says of it."""
 
 import datetime
+import functools
 import json
 import re
 import weakref
@@ -108,8 +109,11 @@ class ChatTemplate:
 
         source = _source(self.tokenizer)
         try:
+            said = spoken(source, link_results(messages), self.text_arguments)
+            if self.tools is None and not self.kwargs and _is_ordinary(self.tokenizer):
+                return _render_alone(self.tokenizer, said, generate)
             return self.tokenizer.apply_chat_template(
-                spoken(source, link_results(messages), self.text_arguments),
+                said,
                 tools=self.tools,
                 tokenize=False,
                 add_generation_prompt=generate,
@@ -117,6 +121,31 @@ class ChatTemplate:
             )
         except (TemplateError, TypeError, AttributeError, KeyError, ValueError) as error:
             raise RowError("template_refuses", f"the chat template refuses this conversation: {error}") from None
+
+
+def _is_ordinary(tokenizer: Any) -> bool:
+    """Whether its apply_chat_template is that of transformers."""
+    asked = tokenizer.apply_chat_template
+    return hasattr(asked, "__func__") and asked.__func__ is _library()[0]
+
+
+@functools.cache
+def _library() -> tuple[Callable[..., Any], Callable[[str], Any]]:
+    from transformers import PreTrainedTokenizerBase
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    return PreTrainedTokenizerBase.apply_chat_template, _compile_jinja_template
+
+
+def _render_alone(tokenizer: Any, messages: list[Message], generate: bool) -> str:
+    """apply_chat_template of messages without tools and arguments: the same variables into the same compiled template.
+
+    In half the time, which goes into checks of the call and into jinja's joining of global and given names.
+    """
+    compiled = _library()[1](tokenizer.get_chat_template())
+    names = {**compiled.environment.globals, **tokenizer.special_tokens_map, **template_arguments(None)}
+    names |= {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": generate}
+    return "".join(compiled.root_render_func(compiled.new_context(names, shared=True)))
 
 
 def template_arguments(kwargs: Mapping[str, Any] | None) -> dict[str, Any]:

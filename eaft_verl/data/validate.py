@@ -79,9 +79,9 @@ def _pattern(tokens: tuple[str, ...]) -> re.Pattern[str]:
 
 @functools.cache
 def _borders(tokens: tuple[str, ...]) -> tuple[frozenset[str], frozenset[str]]:
-    """Characters with which beginnings of tokens end, and ends begin."""
+    """Two characters with which beginnings of tokens end, and ends begin."""
     begins, ends, _ = _parts(tokens)
-    return frozenset(part[-1] for part in begins), frozenset(part[0] for part in ends)
+    return frozenset(part[-2:] for part in begins), frozenset(part[:2] for part in ends)
 
 
 @functools.cache
@@ -97,8 +97,8 @@ def _halves(tokens: tuple[str, ...], texts: list[str]) -> tuple[str, ...]:
     template that writes the two side by side would complete them."""
     begins, ends, lengths = _parts(tokens)
     last, first = _borders(tokens)
-    tails = {text[-size:] for text in texts if text[-1:] in last for size in lengths} & begins
-    heads = {text[:size] for text in texts if text[:1] in first for size in lengths} & ends
+    tails = {text[-size:] for text in texts if text[-2:] in last for size in lengths} & begins
+    heads = {text[:size] for text in texts if text[:2] in first for size in lengths} & ends
     if not tails and not heads:
         return ()
     likely = [(left, right) for left, right in _cuts(tokens) if left in tails or right in heads]
