@@ -72,9 +72,7 @@ class TokenStore:
             schema = self.meta["schema"]
         except (KeyError, ValueError, TypeError):
             raise DataError(f"{file} was not written by `eaft analyze`: it names no model; give another") from None
-        wrong = [field.name for field in COLUMNS if field not in list(found)]
-        wrong += [name for name, kind in KNOWN.items() if not isinstance(self.meta.get(name), kind)]
-        wrong += [name for name in ("k", "vocab") if name not in wrong and self.meta[name] < 2]  # no entropy is known
+        wrong = self._wrong(found)
         if schema != SCHEMA or found.names != COLUMNS.names or wrong:
             raise DataError(
                 f"{file} has schema {schema!r} with columns {', '.join(found.names)}; this version reads {SCHEMA} with "
@@ -83,6 +81,12 @@ class TokenStore:
             )
         if self.meta["tokens"] != self._footer.num_rows:
             raise DataError(f"{file} is not whole: {self._footer.num_rows} of {self.meta['tokens']} tokens; delete it")
+
+    def _wrong(self, found: pa.Schema) -> list[str]:
+        """Columns and entries of `meta` that are missing, too small or of another type."""
+        wrong = [field.name for field in COLUMNS if field not in list(found)]
+        wrong += [name for name, kind in KNOWN.items() if not isinstance(self.meta.get(name), kind)]
+        return wrong + [name for name in ("k", "vocab") if name not in wrong and self.meta[name] < 2]  # no entropy
 
     def batches(self, columns: Sequence[str] | None = None, size: int = BATCH) -> Iterator[pa.RecordBatch]:
         """All rows in order, at most `size` at a time; memory does not grow with the store."""

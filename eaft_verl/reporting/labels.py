@@ -1,15 +1,22 @@
-"""Where to write labels beside points so that they cover neither points, lines nor each other.
+"""Names in a figure: beside points, so that they cover neither points, lines nor each other, or above in a legend.
 
 Not adjustText: with six arms it takes seconds a figure, and its labels end on markers and on each other.
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-LABELLED = 6  # arms whose names and steps find room beside their paths; more are told apart by a legend
+from eaft_verl.pages.colors import marker, palette
+from eaft_verl.reporting.wording import arm_name
+
+Row = dict[str, Any]
+
 _DIRECTIONS = [(np.cos(angle), np.sin(angle)) for angle in np.arange(0, 2 * np.pi, np.pi / 8)]
 _DISTANCES = (1.0, 1.6, 2.4, 3.4)
 _WIDTH, _HEIGHT = 0.68, 1.25  # of a character and a line, in font sizes
@@ -60,3 +67,23 @@ def _cost(center: np.ndarray, half: np.ndarray, obstacles: np.ndarray, taken: li
     covered = sum(low[0] < box[2] and high[0] > box[0] and low[1] < box[3] and high[1] > box[1] for box in taken)
     outside = low[0] < frame.x0 or low[1] < frame.y0 or high[0] > frame.x1 or high[1] > frame.y1
     return float(inside) + 40.0 * covered + 1e4 * outside  # what is cut off cannot be read at all
+
+
+def legend(figure: Figure, report: Row, *, lines: bool) -> float:
+    """Arm names in their colours above the axes; returns the height it takes, inches."""
+    colors = palette(report["arms"])
+    handles = []
+    for index, arm in enumerate(report["arms"]):
+        style: Row = {"marker": marker(index), "markersize": 7, "linestyle": ""}
+        style = {"linestyle": line_style(report, arm), "linewidth": 2.4} if lines else style
+        handles.append(Line2D([], [], color=colors[arm], label=arm_name(arm), **style))
+    look: Row = {"frameon": False, "labelcolor": "linecolor", "prop": {"weight": "bold", "size": 11}}
+    width = 0.5 + 0.105 * max(len(arm_name(arm)) for arm in report["arms"])  # of a bold name behind its line, inches
+    columns = max(1, min(int(figure.get_figwidth() / width), len(handles)))
+    figure.legend(handles=handles, loc="outside upper left", ncols=columns, **look)
+    return 0.25 * math.ceil(len(handles) / columns)
+
+
+def line_style(report: Row, arm: str) -> str:
+    """Controls are dashed."""
+    return "--" if any(item["arm"] == arm for item in report["controls"]) else "-"

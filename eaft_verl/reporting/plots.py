@@ -1,41 +1,19 @@
-"""Figures of the report as PNG bytes: pure functions of the data in report.json. The only matplotlib import."""
+"""Figures of the report as PNG bytes: pure functions of the data in report.json."""
 
-import math
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from eaft_verl.pages.canvas import INK, STYLE, canvas, png
 from eaft_verl.pages.colors import marker, palette
-from eaft_verl.reporting.history import AXES, BAND, STATISTICS
-from eaft_verl.reporting.labels import LABELLED, Label, place
-from eaft_verl.reporting.wording import arm_name
+from eaft_verl.reporting.curves import curves, logged
+from eaft_verl.reporting.history import AXES
+from eaft_verl.reporting.labels import Label, legend, line_style, place
+from eaft_verl.reporting.wording import LABELLED, arm_name
 
 Row = dict[str, Any]
-PANEL_TITLES = {
-    "loss": "loss (weighted: do not compare)",
-    "nll": "nll, nats",
-    "val_nll": "validation nll, nats",
-    "token_accuracy": "token accuracy",
-    "entropy": "entropy, nats",
-    "weight_mean": "gate weight: mean, p10\u2013p90",
-    "ess": "effective sample size",
-    "conflict_share": "confident conflicts, share",
-    "nll_low_entropy": "nll where entropy is low",
-    "nll_high_entropy": "nll where entropy is high",
-    "grad_norm": "gradient norm",
-    "lr": "learning rate",
-    "reward": "reward, mean",
-    "groups_equal_share": "groups with equal rewards, share",
-    "generated_tokens": "generated tokens, so far",
-    "generation_share": "generation, share of the step",
-}
-AXIS_TITLES = {"step": "step", "tokens": "tokens, trained and generated", "seconds": "training seconds"}
 NAMES = (
     "deltas",
     "path_heldout",
@@ -65,7 +43,7 @@ def draw(report: Row) -> dict[str, bytes]:
             found["pareto"] = png(_pareto(report))
         for axis in AXES:
             if panels := logged(report, axis):
-                found[f"curves_{axis}"] = png(_curves(report, axis, panels))
+                found[f"curves_{axis}"] = png(curves(report, axis, panels))
     return found
 
 
@@ -115,23 +93,8 @@ def _deltas(report: Row, rows: list[Row]) -> Figure:
     axes.set_yticks(range(len(rows)), [row["name"] for row in rows], color=INK)
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("change against the base, percentage points")
-    _legend(figure, report, lines=False)
+    legend(figure, report, lines=False)
     return figure
-
-
-def _legend(figure: Figure, report: Row, *, lines: bool) -> float:
-    """Arm names in their colours above the axes; returns the height it takes, inches."""
-    colors = palette(report["arms"])
-    handles = []
-    for index, arm in enumerate(report["arms"]):
-        style: Row = {"marker": marker(index), "markersize": 7, "linestyle": ""}
-        style = {"linestyle": _line(report, arm), "linewidth": 2.4} if lines else style
-        handles.append(Line2D([], [], color=colors[arm], label=arm_name(arm), **style))
-    look: Row = {"frameon": False, "labelcolor": "linecolor", "prop": {"weight": "bold", "size": 11}}
-    width = 0.5 + 0.105 * max(len(arm_name(arm)) for arm in report["arms"])  # of a bold name behind its line, inches
-    columns = max(1, min(int(figure.get_figwidth() / width), len(handles)))
-    figure.legend(handles=handles, loc="outside upper left", ncols=columns, **look)
-    return 0.25 * math.ceil(len(handles) / columns)
 
 
 def _path(report: Row, axis: str) -> Figure:
@@ -144,7 +107,7 @@ def _path(report: Row, axis: str) -> Figure:
         color, shape = colors[arm], marker(report["arms"].index(arm))
         line = [(point["x"] * _scale(column), point["kl"]) for point in points]
         taken.append(line)
-        axes.plot(*zip(*line, strict=True), color=color, linewidth=2, linestyle=_line(report, arm))
+        axes.plot(*zip(*line, strict=True), color=color, linewidth=2, linestyle=line_style(report, arm))
         axes.plot(*zip(*line[1:], strict=True), shape, color=color, markersize=6.5, markeredgecolor="white")
         end = points[-1]
         xerr = _bars(end["x"], end["x_low"], end["x_high"], _scale(column))
@@ -196,7 +159,7 @@ def _general(report: Row, across: str) -> Figure:
         color, shape = colors[arm], marker(report["arms"].index(arm))
         line = [(point[across], point["x"] * _scale(column)) for point in points]
         taken.append(line)
-        axes.plot(*zip(*line, strict=True), color=color, linewidth=2, linestyle=_line(report, arm))
+        axes.plot(*zip(*line, strict=True), color=color, linewidth=2, linestyle=line_style(report, arm))
         axes.plot(*zip(*line[1:], strict=True), shape, color=color, markersize=6.5, markeredgecolor="white")
         end = points[-1]
         wide = _bars(end["kl"], end["kl_low"], end["kl_high"]) if across == "kl" else None
@@ -208,11 +171,6 @@ def _general(report: Row, across: str) -> Figure:
     axes.set_xlabel("step" if across == "step" else "KL to base, nats per token")
     axes.set_ylabel(f"{column['name']}{', %' if column['percent'] else ''}  (better \u2192)")
     return _labelled(figure, axes, labels, taken, report)
-
-
-def _line(report: Row, arm: str) -> str:
-    """Controls are dashed."""
-    return "--" if any(item["arm"] == arm for item in report["controls"]) else "-"
 
 
 def _cross(
@@ -229,7 +187,7 @@ def _cross(
 def _labelled(figure: Figure, axes: Axes, labels: list[Label], taken: list[list[Point]], report: Row) -> Figure:
     """The figure with its labels beside those lines, in the layout it then keeps; end points choose first."""
     if len(report["arms"]) > LABELLED:
-        figure.set_figheight(figure.get_figheight() + _legend(figure, report, lines=False))
+        figure.set_figheight(figure.get_figheight() + legend(figure, report, lines=False))
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     place(axes, sorted(labels, key=lambda label: label.weight != "bold"), taken)
@@ -256,54 +214,3 @@ def _pareto(report: Row) -> Figure:
     for column, put in ((horizontal, axes.set_xlabel), (vertical, axes.set_ylabel)):
         put(f"{column['name']}{', %' if column['percent'] else ''}  (better \u2192)")
     return _labelled(figure, axes, labels, taken, report)
-
-
-def _series(curve: Row, axis: str, name: str) -> tuple[list[float], list[float]]:
-    rows = curve["val"] if name == "val_nll" else curve["train"]
-    pairs = [(x, math.nan if y is None else y) for x, y in zip(rows[axis], rows[name], strict=True) if x is not None]
-    return [x for x, _ in pairs], [y for _, y in pairs]
-
-
-def logged(report: Row, axis: str) -> list[str]:
-    """The statistics that at least one arm logged, on this axis."""
-    return [
-        name
-        for name in STATISTICS
-        if any(any(math.isfinite(y) for y in _series(curve, axis, name)[1]) for curve in report["curves"])
-    ]
-
-
-def _curves(report: Row, axis: str, panels: list[str]) -> Figure:
-    """One panel per logged statistic, all arms and seeds on a common x axis."""
-    lines = math.ceil(len(panels) / 3)
-    figure = Figure(
-        figsize=(11.6, 0.55 + 2.45 * lines), dpi=135, layout=ConstrainedLayoutEngine(hspace=0.08, wspace=0.05)
-    )
-    grid = figure.subplots(lines, 3, squeeze=False)
-    for index, axes in enumerate(grid.flat):
-        if index >= len(panels):
-            axes.remove()
-            continue
-        _panel(axes, report, axis, panels[index])
-        if index + 3 >= len(panels):
-            axes.set_xlabel(AXIS_TITLES[axis])
-    _legend(figure, report, lines=True)
-    return figure
-
-
-def _panel(axes: Axes, report: Row, axis: str, name: str) -> None:
-    for curve in report["curves"]:
-        color, (x, y) = palette(report["arms"])[curve["arm"]], _series(curve, axis, name)
-        dots = "o" if sum(map(math.isfinite, y)) < 9 else None
-        style: Row = {"linewidth": 1.7, "linestyle": _line(report, curve["arm"]), "marker": dots, "markersize": 3.5}
-        axes.plot(x, y, color=color, **style)
-        if name == "weight_mean":
-            low, high = (_series(curve, axis, band)[1] for band in BAND)
-            axes.fill_between(x, low, high, color=color, alpha=0.13 / len(report["seeds"][curve["arm"]]), linewidth=0)
-    axes.set_title(PANEL_TITLES[name])
-    axes.tick_params(labelsize=9)
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.10g}"))
-    axes.yaxis.set_major_locator(MaxNLocator(5))
-    if name == "lr":
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))

@@ -6,6 +6,7 @@ from typing import Any
 from eaft_verl.pages.numbers import DASH, number, percent
 
 Row = dict[str, Any]
+LABELLED = 6  # arms whose names and steps find room beside their paths; more are told apart by a legend
 AXES_IN_WORDS = {"heldout": "held-out NLL", "target_mean": "target mean"}
 UNMARKED = {
     "interval": "no interval",

@@ -162,9 +162,9 @@ def test_controls_are_dashed_in_the_figures_and_do_not_lower_the_common_gain(eve
     found, _, runs = everything
     without = measured([run for run in runs if run.name != "stopped"], tmp_path)
     assert found["equal_gain"]["heldout"]["common_gain"] == without["equal_gain"]["heldout"]["common_gain"]
-    from eaft_verl.reporting.plots import _line
+    from eaft_verl.reporting.labels import line_style
 
-    assert [_line(found, arm) for arm in ("sft", "eaft", "slow", "stopped")] == ["-", "-", "--", "--"]
+    assert [line_style(found, arm) for arm in ("sft", "eaft", "slow", "stopped")] == ["-", "-", "--", "--"]
 
 
 def test_a_control_that_was_never_reached_is_a_caveat(tmp_path):
@@ -297,7 +297,7 @@ def test_an_arm_without_weights_and_nll_breaks_nothing(everything):
 
 
 def test_generation_has_its_own_panels_and_column_only_where_it_happened(everything, tmp_path):
-    from eaft_verl.reporting.plots import logged
+    from eaft_verl.reporting.curves import logged
 
     own = {"reward", "groups_equal_share", "generated_tokens", "generation_share"}
     assert own <= set(logged(everything[0], "step"))
