@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+import jinja2
 import lm_eval.models.huggingface
 import numpy as np
 import torch
@@ -35,12 +36,19 @@ from eaft_verl.evaluation.records import Fit, Sample, convert
 from eaft_verl.evaluation.responses import STOPS
 from eaft_verl.evaluation.settings import EvaluateSettings
 from eaft_verl.grading.answers import marks_thinking
-from eaft_verl.models import hub_arguments
+from eaft_verl.models import hub_arguments, load_tokenizer
 
 SEED = 1234
 BATCH_SIZE = 32
 SMALL = 10**9  # weights of a model that is evaluated in float32 on any device
 _OF_THE_HARNESS = ("batch_size", "max_batch_size", "max_gen_toks", "think_end_token", "add_bos_token")
+PLAIN_CHAT = (  # see `plain_chat`
+    r"{% for message in messages %}{% set text = message['content'] | trim %}"
+    r"{% if message['role'] == 'assistant' %}{{ ' ' + text }}{% else %}{{ '' if loop.first else '\n\n' }}"
+    r"{% if message['role'] == 'system' or text.endswith((':', '\uff1a')) %}{{ text }}"
+    r"{% else %}{{ 'Question: ' + text + '\nAnswer:' }}{% endif %}{% endif %}{% endfor %}"
+)
+_PLAIN_CHAT = jinja2.Template(PLAIN_CHAT)
 MIN_ANSWER = 64  # tokens that a prompt must leave for a longer answer
 
 
@@ -129,24 +137,26 @@ def _engine_arguments(path: Path | str, settings: EvaluateSettings) -> dict[str,
 
 
 def server(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: EvaluateSettings
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: EvaluateSettings, new_tokens: int
 ) -> contextlib.AbstractContextManager[Endpoint]:
     """A loaded model behind an OpenAI-compatible address; no progress bar of one answer each."""
     language = language_model(model, tokenizer, settings)
     vars(language)["generate_until"] = functools.partial(language.generate_until, disable_tqdm=True)
-    return serve_loaded(language)
+    return serve_loaded(language, new_tokens)
 
 
 def vllm_server(
-    path: Path | str, served: str, settings: EvaluateSettings, log: Path
+    path: Path | str, served: str, settings: EvaluateSettings, new_tokens: int, log: Path
 ) -> contextlib.AbstractContextManager[Endpoint]:
-    """vLLM's server on a checkpoint, with the arguments of `vllm_model` and the recipe's `chat_template_kwargs`."""
+    """vLLM's server on a checkpoint, with the arguments of `vllm_model`; its turns are rendered as `_speak` has it."""
     arguments = _engine_arguments(path, settings)
     for name in _OF_THE_HARNESS:
         arguments.pop(name, None)
     if settings.chat_template_kwargs:
         arguments["default_chat_template_kwargs"] = dict(settings.chat_template_kwargs)
-    return serve_vllm(arguments.pop("pretrained"), served, arguments, log)
+    if not load_tokenizer(path).chat_template:
+        arguments["chat_template"] = PLAIN_CHAT
+    return serve_vllm(arguments.pop("pretrained"), served, arguments, new_tokens, log)
 
 
 def _speak(language: Any, settings: EvaluateSettings) -> LM:
@@ -190,16 +200,7 @@ def plain_chat(history: list[dict[str, str]], add_generation_prompt: bool = True
 
     A question that asks for its answer itself, at its end, is left as it is.
     """
-    turns: list[str] = []
-    for message in history:
-        text = message["content"].strip()
-        if message["role"] == "assistant":
-            turns[-1] += f" {text}"
-        elif message["role"] == "system" or text.endswith((":", "\uff1a")):
-            turns.append(text)
-        else:
-            turns.append(f"Question: {text}\nAnswer:")
-    return "\n\n".join(turns)
+    return _PLAIN_CHAT.render(messages=history)
 
 
 def release() -> None:
