@@ -99,8 +99,8 @@ def read_scores(folder: Path, endpoint: Endpoint) -> tuple[dict[str, Any], list[
 
     A question's score is 1 unless its category's score file lists it among the failures, or it did not fit the context
     and so was not asked: to bfcl-eval that is a call not made, which is right for `irrelevance`. `accuracy` is the mean
-    over all questions; `overall`, where every category was asked, the mean of the groups: of multi-turn and non-live that of
-    their categories, the three `simple_` counting as one; of live that of its questions.
+    over all questions; `overall`, where every category was asked, the mean of the groups: of multi-turn and non-live
+    that of their categories, the three `simple_` counting as one; of live that of its questions.
     """
     results, failed = _lines(folder / "result", "result"), _lines(folder / "score", "score")
     if absent := sorted(set(results) ^ set(failed)):
