@@ -3,12 +3,14 @@
 Functions with a `doc` have lm-evaluation-harness's signatures and take the fields of the data sets' usual copies.
 """
 
+import re
 import string
 from typing import Any
 
 from eaft_verl.errors import DataError
 from eaft_verl.grading.answers import final_number, only_number, said
 from eaft_verl.grading.graders import absent_package, choice, number
+from eaft_verl.grading.letters import letter_of
 from eaft_verl.grading.process import GradingProcess
 
 LETTERS = string.ascii_uppercase
@@ -17,6 +19,8 @@ _BOXED_LETTER = 'Answer with the option\'s letter from the given choices and put
 _OPTION = str | int | float | None
 _VERDICTS = ("yes", "no", "maybe")
 _CLUEWSC = {"true": "A", "false": "B"}
+_CLUEWSC_WORDS = {"是": "A", "是的": "A", "否": "B", "不是": "B"}
+_CLUEWSC_WORD = re.compile(rf"\W*({'|'.join(_CLUEWSC_WORDS)})(?!\w)")
 _MATH = GradingProcess("math_verify")  # starts with the first answer that is no number
 
 
@@ -161,11 +165,11 @@ def cluewsc_target(doc: dict[str, Any]) -> str:
 
 
 def cluewsc_scores(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """{accuracy, answered} as `choice_scores`; an answer without a letter counts by its 是 or 否."""
-    right = cluewsc_target(doc)
-    word = {"A": "是", "B": "否"}[right]
-    settled = choice(results[0], right) or float(said(results[0]).strip().strip("。.“”") == word)
-    return {"accuracy": settled, "answered": _answered(results[0])}
+    """{accuracy, answered} as `choice_scores`; an answer without a letter counts by the 是 or 否 it begins with."""
+    text = said(results[0])
+    word = _CLUEWSC_WORD.match(text)
+    letter = letter_of(text) or (word and _CLUEWSC_WORDS[word[1]])
+    return {"accuracy": float(letter == cluewsc_target(doc)), "answered": _answered(results[0])}
 
 
 def boxed_text(doc: dict[str, Any]) -> str:

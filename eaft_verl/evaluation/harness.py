@@ -30,7 +30,7 @@ from eaft_verl.data.template import template_arguments
 from eaft_verl.errors import DataError
 from eaft_verl.evaluation.benchmarks import Benchmark
 from eaft_verl.evaluation.endpoint import Endpoint, serve_loaded, serve_vllm
-from eaft_verl.evaluation.model_files import check_checksums, require_all
+from eaft_verl.evaluation.model_files import check_checksums, positions_of, require_all
 from eaft_verl.evaluation.quiet import quiet
 from eaft_verl.evaluation.records import Fit, Sample, convert
 from eaft_verl.evaluation.responses import STOPS
@@ -113,11 +113,14 @@ def language_model(
     settings: EvaluateSettings,
     batch_size: int | str | None = None,
 ) -> LM:
-    """The harness's view of a loaded model. It sorts requests by length and text: their order does not matter."""
+    """The harness's view of a loaded model. It sorts requests by length and text: their order does not matter.
+
+    It takes `max_length` tokens, or as many as the model knows positions: beyond these a model writes anything.
+    """
     batch_size = batch_size or settings.backend_args.get("batch_size", BATCH_SIZE)
     with quiet():
         language = lm_eval.models.huggingface.HFLM(
-            pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=settings.max_length
+            pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=_length(model.config, settings)
         )
     return _speak(language, settings)
 
@@ -133,7 +136,12 @@ def _engine_arguments(path: Path | str, settings: EvaluateSettings) -> dict[str,
     source = hub_arguments(path)
     arguments = {"pretrained": source.pop("pretrained_model_name_or_path"), **source, "dtype": "bfloat16", "seed": SEED}
     arguments["generation_config"] = "vllm"  # its server would sample as the model's file says, penalties and all
-    return arguments | {"max_model_len": settings.max_length, **settings.backend_args}
+    length = _length(AutoConfig.from_pretrained(**hub_arguments(path)), settings)
+    return arguments | {"max_model_len": length, **settings.backend_args}
+
+
+def _length(model: Any, settings: EvaluateSettings) -> int:
+    return min(settings.max_length, positions_of(model) or settings.max_length)
 
 
 def server(

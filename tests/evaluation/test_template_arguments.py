@@ -45,3 +45,15 @@ def test_a_rows_own_arguments_come_on_top(tmp_path: Path) -> None:
     file.write_text(file.read_text(encoding="utf-8").splitlines()[1] + "\n", encoding="utf-8")
     (own,) = prompts_of(DriftSettings(str(file), rows=1), {"enable_thinking": False, "style": "x"})
     assert own["chat_template_kwargs"] == {"enable_thinking": True, "style": "x"}
+
+
+@pytest.mark.parametrize(("asked", "taken"), [(64, 64), (100_000, 512)])
+def test_a_model_takes_no_more_than_it_knows_positions(tmp_path: Path, asked: int, taken: int) -> None:
+    from eaft_verl.evaluation.harness import _engine_arguments, language_model, load_model
+
+    settings = EvaluateSettings(target=["sums"], max_length=asked)
+    folder = tiny.tiny_model(tmp_path)
+    model, tokenizer = load_model(folder, settings)
+    assert model.config.max_position_embeddings == 512
+    assert vars(language_model(model, tokenizer, settings))["_max_length"] == taken
+    assert _engine_arguments(folder, settings)["max_model_len"] == taken
