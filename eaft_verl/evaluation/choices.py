@@ -72,7 +72,7 @@ def list_of(doc: dict[str, Any], name: str, kind: Any) -> list[Any]:
     """doc[name], a list of values of this type; else DataError: the letters of a text are none."""
     value = doc[name]
     if not isinstance(value, list | tuple) or not all(isinstance(one, kind) for one in value):
-        wanted = getattr(kind, "__name__", kind)
+        wanted = kind.__name__ if isinstance(kind, type) else kind
         raise DataError(f"{name!r} is {str(value)[:60]!r} ({type(value).__name__}); expected a list of {wanted}")
     return list(value)
 
