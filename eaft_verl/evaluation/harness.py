@@ -101,6 +101,7 @@ def _widen_head(model: PreTrainedModel) -> None:
     head = model.get_output_embeddings()
     if not isinstance(head, torch.nn.Linear) or head.weight.dtype == torch.float32:
         return
+    model.config.get_text_config().tie_word_embeddings = False  # the harness ties the weights of what it is given
     head.weight = torch.nn.Parameter(head.weight.float(), requires_grad=False)
     if head.bias is not None:
         head.bias = torch.nn.Parameter(head.bias.float(), requires_grad=False)
