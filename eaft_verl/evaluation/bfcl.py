@@ -52,7 +52,8 @@ def measure_bfcl(
         free()
         serving, threads = harness.vllm_server(path, MODEL, settings, most, folder / "server.log"), THREADS
     else:
-        serving, threads = harness.server(*load(path), settings, most), 1
+        model, tokenizer = load(path)
+        serving, threads = harness.server(model, tokenizer, settings, most), 1
     stop = [] if load_tokenizer(path).chat_template else harness.STOPS
     with serving as endpoint:
         return run_bfcl(endpoint, folder, entry.limit, threads, stop)
