@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from .matrix import FAULTS
+from .matrix import FAULTS, Lab
 from .test_faults import ROWS
 
 HERE = Path(__file__).parent
@@ -80,4 +80,5 @@ parser.add_argument("-k", default="")
 known, others = parser.parse_known_args()
 chosen = rows_with(known.k) if known.k else None
 expression = ["-k", known.k] if known.k and chosen is None else []
+Lab.fork = False  # a start of its own for each command, whose CPU is counted
 sys.exit(pytest.main([str(HERE), "-q", "-m", "", *expression, *others], plugins=[Table(chosen)]))
