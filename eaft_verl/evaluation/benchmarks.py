@@ -86,6 +86,8 @@ def load_benchmark(entry: Entry) -> Benchmark:
         version = ", ".join(sorted({str(task.VERSION) for task in tasks.values()}))
     if _NLTK_TASKS in entry.task:
         _check_nltk(entry.task)
+    if entry.own and entry.own.checked == "instructions":
+        _check_instructions(tasks[entry.task], str(entry.data))
     for task in tasks.values():
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
@@ -168,3 +170,23 @@ def _check_nltk(name: str) -> None:
             f"task {name!r} needs NLTK's punkt_tab, which is not found; run 'python -m nltk.downloader punkt_tab', or "
             "set NLTK_DATA to a folder that holds tokenizers/punkt_tab"
         ) from None
+
+
+def _check_instructions(task: Task, source: str) -> None:
+    """DataError naming the row whose instructions IFEval's scorer does not know, or would make up the arguments of."""
+    from lm_eval.tasks.ifeval.instructions_registry import INSTRUCTION_DICT
+
+    for number, row in enumerate(task.eval_docs, 1):
+        for name, kwargs in zip(row["instruction_id_list"], row["kwargs"], strict=True):
+            given = {key: value for key, value in kwargs.items() if value is not None}
+            if name not in INSTRUCTION_DICT:
+                known = ", ".join(difflib.get_close_matches(name, INSTRUCTION_DICT, n=1) or INSTRUCTION_DICT)
+                raise DataError(f"{source} row {number}: unknown instruction {name!r}; IFEval has {known}")
+            instruction = INSTRUCTION_DICT[name](name)
+            try:
+                instruction.build_description(**given)
+                missing = set(instruction.get_instruction_args_keys()) - set(given)
+            except (TypeError, ValueError, AttributeError) as error:
+                raise DataError(f"{source} row {number}: the kwargs of {name!r} are not its own ({error})") from None
+            if missing:
+                raise DataError(f"{source} row {number}: the kwargs of {name!r} lack {', '.join(sorted(missing))}")

@@ -4,17 +4,19 @@ bfcl-eval's releases call their files v4; v3's categories among them are those o
 """
 
 import json
+import operator
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from eaft_verl.errors import RunError
 from eaft_verl.evaluation.endpoint import Endpoint
-from eaft_verl.evaluation.records import Sample, digest, mean_and_stderr, metric_entry
+from eaft_verl.evaluation.records import Sample, digest, mean_and_stderr, metric_entry, truncations
 from eaft_verl.evaluation.settings import EvaluateSettings
-from eaft_verl.evaluation.tasks import BFCL, bfcl_python
+from eaft_verl.evaluation.tasks import BFCL, BFCL_NEW_TOKENS, bfcl_python
+from eaft_verl.models import load_tokenizer
 
 GROUPS = {
     "non_live": (
@@ -31,7 +33,7 @@ CATEGORIES = tuple(category for group in GROUPS.values() for category in group)
 MODEL = "eaft"
 THREADS = 32  # questions asked of vLLM at a time
 _FAILED = "Error during inference:"
-_ASKED_TOO_MUCH = "Error code: 400"  # a prompt that is longer than the model's context is an answer that is wrong
+_NO_ROOM = "context length"  # in any endpoint's words for a prompt that leaves no room
 
 
 def measure_bfcl(
@@ -45,14 +47,16 @@ def measure_bfcl(
     from eaft_verl.evaluation import harness
 
     (entry,) = (entry for side in ("target", "general") for entry in settings.entries(side) if entry.task == BFCL)
+    most = entry.new_tokens or BFCL_NEW_TOKENS
     if settings.backend == "vllm":
         free()
-        serving = harness.vllm_server(path, MODEL, settings, folder / "server.log")
+        serving, threads = harness.vllm_server(path, MODEL, settings, most, folder / "server.log"), THREADS
     else:
         model, tokenizer = load(path)
-        serving = harness.server(model, tokenizer, settings)
+        serving, threads = harness.server(model, tokenizer, settings, most), 1
+    stop = [] if load_tokenizer(path).chat_template else harness.STOPS
     with serving as endpoint:
-        return run_bfcl(endpoint, folder, entry.limit, THREADS if settings.backend == "vllm" else 1)
+        return run_bfcl(endpoint, folder, entry.limit, threads, stop)
 
 
 def counts_of(limit: int | None) -> dict[str, int | None]:
@@ -64,16 +68,19 @@ def counts_of(limit: int | None) -> dict[str, int | None]:
     return {category: count for category, count in counts.items() if count}
 
 
-def run_bfcl(endpoint: Endpoint, folder: Path, limit: int | None, threads: int) -> tuple[Any, list[Sample]]:
+def run_bfcl(
+    endpoint: Endpoint, folder: Path, limit: int | None, threads: int, stop: Sequence[str] = ()
+) -> tuple[Any, list[Sample]]:
     """(record fields, samples): the model behind the endpoint asked and scored; answers in `folder` are kept.
 
-    threads: questions asked at a time; 1 where the endpoint answers one at a time, or the others would time out.
+    threads: questions asked at a time; 1 where the endpoint answers one at a time, or the others would time out. stop:
+    texts that end an answer.
     Raises RunError where bfcl-eval ends with an error, or answers are missing because the endpoint failed.
     """
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     _drop_failed(folder)
-    request = {"model": MODEL, "counts": counts_of(limit), "threads": threads}
+    request = {"model": MODEL, "counts": counts_of(limit), "threads": threads, "stop": list(stop)}
     (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
     package = str(Path(__file__).parents[2])
     given = {"OPENAI_BASE_URL": endpoint.url, "OPENAI_API_KEY": endpoint.key, "PYTHONPATH": package}
@@ -85,15 +92,16 @@ def run_bfcl(endpoint: Endpoint, folder: Path, limit: int | None, threads: int) 
     if code:
         last = (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no word"])[-1]
         raise RunError(f"bfcl-eval ended with code {code} ({last[:200]}); its output: {log}")
-    return read_scores(folder)
+    return read_scores(folder, endpoint)
 
 
-def read_scores(folder: Path) -> tuple[dict[str, Any], list[Sample]]:
+def read_scores(folder: Path, endpoint: Endpoint) -> tuple[dict[str, Any], list[Sample]]:
     """(record fields, samples) from bfcl-eval's result and score files below `folder`.
 
-    A question's score is 1 unless its category's score file lists it among the failures. `accuracy` is the mean over
-    all questions; `overall`, where every category was asked, the mean of the groups: of multi-turn and non-live that of
-    their categories, the three `simple_` counting as one; of live that of its questions.
+    A question's score is 1 unless its category's score file lists it among the failures, or it did not fit the context
+    and so was not asked: to bfcl-eval that is a call not made, which is right for `irrelevance`. `accuracy` is the mean
+    over all questions; `overall`, where every category was asked, the mean of the groups: of multi-turn and non-live
+    that of their categories, the three `simple_` counting as one; of live that of its questions.
     """
     results, failed = _lines(folder / "result", "result"), _lines(folder / "score", "score")
     if absent := sorted(set(results) ^ set(failed)):
@@ -107,7 +115,8 @@ def read_scores(folder: Path) -> tuple[dict[str, Any], list[Sample]]:
             answer = row["result"] if isinstance(row["result"], str) else json.dumps(row["result"], ensure_ascii=False)
             shown = json.dumps(asked[row["id"]], ensure_ascii=False)
             sample = {"id": row["id"], "prompt": shown, "response": answer, "target": "", "category": category}
-            samples.append({**sample, "scores": {"accuracy": float(row["id"] not in wrong)}})
+            right = row["id"] not in wrong and not _not_asked(row)
+            samples.append({**sample, "scores": {"accuracy": float(right)}, **_cut(row, endpoint)})
     version = folder / "version.txt"
     harness = f"bfcl-eval {version.read_text(encoding='utf-8') if version.is_file() else 'of unknown version'}"
     return {**_record(samples), "task_version": BFCL, "harness": harness}, samples
@@ -128,6 +137,7 @@ def _record(samples: list[Sample]) -> dict[str, Any]:
         "categories": {name: {"right": int(sum(scores)), "n": len(scores)} for name, scores in by_category.items()},
         "prompt_hash": digest(sample["prompt"] for sample in samples),
         "data_hash": digest([sample["id"], sample["prompt"]] for sample in samples),
+        **truncations(samples),
     }
 
 
@@ -164,7 +174,29 @@ def _check(category: str, rows: list[Any], scores: list[Any], wrong: set[str], f
 
 
 def _unanswered(row: dict[str, Any]) -> bool:
-    return isinstance(row["result"], str) and row["result"].startswith(_FAILED) and _ASKED_TOO_MUCH not in row["result"]
+    return _failed(row) and _NO_ROOM not in row["result"]
+
+
+def _not_asked(row: dict[str, Any]) -> bool:
+    return _failed(row) and _NO_ROOM in row["result"]
+
+
+def _failed(row: dict[str, Any]) -> bool:
+    return isinstance(row["result"], str) and row["result"].startswith(_FAILED)
+
+
+def _cut(row: dict[str, Any], endpoint: Endpoint) -> dict[str, str]:
+    """{truncated: answer} if an answer to it is as long as it might be, {truncated: prompt} if it was not asked."""
+    if _failed(row):
+        return {"truncated": "prompt"}
+    asked, written = _flat(row.get("input_token_count", 0)), _flat(row.get("output_token_count", 0))
+    most = [min(endpoint.new_tokens, endpoint.max_length - tokens) for tokens in asked]
+    return {"truncated": "answer"} if any(map(operator.ge, written, most)) else {}
+
+
+def _flat(counts: Any) -> list[int]:
+    """Of one answer, or of those of several turns of several steps."""
+    return [number for count in counts for number in _flat(count)] if isinstance(counts, list) else [int(counts)]
 
 
 def _drop_failed(folder: Path) -> None:

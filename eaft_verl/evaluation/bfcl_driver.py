@@ -1,8 +1,9 @@
 """Started by `bfcl` with the Python of bfcl-eval's own environment: questions, answers and scores of chosen categories.
 
 The endpoint is in OPENAI_BASE_URL, the folder for everything in BFCL_PROJECT_ROOT, which holds request.json:
-{model, counts: {category: first questions of it, or null for all}, threads}. Every model is asked by the same handler,
-bfcl-eval's for chat completions, with the functions in the prompt; what a model thinks aloud is left out.
+{model, counts: {category: first questions of it, or null for all}, threads, stop: texts that end an answer}. Every
+model is asked by the same handler, bfcl-eval's for chat completions, with the functions in the prompt; what a model
+thinks aloud is left out.
 """
 
 import ast
@@ -13,7 +14,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 from bfcl_eval import _llm_response_generation as generation
 from bfcl_eval import utils
@@ -39,6 +40,11 @@ _OPERATORS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
 
 class _Handler(OpenAICompletionsHandler):
     """Answers without their thinking, in the score and in the next turn's history."""
+
+    stop: ClassVar[list[str]] = []
+
+    def generate_with_backoff(self, **kwargs: Any) -> Any:
+        return super().generate_with_backoff(**kwargs, **({"stop": self.stop} if self.stop else {}))
 
     def _build_client_kwargs(self) -> dict[str, Any]:
         return {**super()._build_client_kwargs(), "timeout": _PATIENCE}
@@ -87,7 +93,7 @@ def main() -> None:
     vars(multi_turn_utils)["eval"] = called
     folder = Path(os.environ["BFCL_PROJECT_ROOT"])
     request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
-    name = request["model"]
+    name, _Handler.stop = request["model"], request["stop"]
     about = {"display_name": name, "url": "", "org": "", "license": "", "is_fc_model": False}
     MODEL_CONFIG_MAPPING[name] = ModelConfig(model_name=name, model_handler=_Handler, **about)
     rows = {

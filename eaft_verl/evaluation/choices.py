@@ -3,19 +3,24 @@
 Functions with a `doc` have lm-evaluation-harness's signatures and take the fields of the data sets' usual copies.
 """
 
+import re
 import string
 from typing import Any
 
 from eaft_verl.errors import DataError
 from eaft_verl.grading.answers import final_number, only_number, said
 from eaft_verl.grading.graders import absent_package, choice, number
+from eaft_verl.grading.letters import letter_of
 from eaft_verl.grading.process import GradingProcess
 
 LETTERS = string.ascii_uppercase
 _INSTRUCTION = "Answer with the letter of the right option, as the last line: Answer: X"
 _BOXED_LETTER = 'Answer with the option\'s letter from the given choices and put the letter in one "\\boxed{}".'
+_OPTION = str | int | float | None
 _VERDICTS = ("yes", "no", "maybe")
 _CLUEWSC = {"true": "A", "false": "B"}
+_CLUEWSC_WORDS = {"是": "A", "是的": "A", "否": "B", "不是": "B"}
+_CLUEWSC_WORD = re.compile(rf"\W*({'|'.join(_CLUEWSC_WORDS)})(?!\w)")
 _MATH = GradingProcess("math_verify")  # starts with the first answer that is no number
 
 
@@ -27,10 +32,11 @@ def options_of(doc: dict[str, Any]) -> tuple[str, list[str], int]:
     QUESTION with CONTEXTS and final_decision (PubMedQA). The right one is an index from 0 or a letter.
     Raises DataError naming the fields found in any other row, and for a right option that is none of the options.
     """
+    doc = {name: value for name, value in doc.items() if value is not None}
     if "options" in doc and "answer_idx" in doc:
         return _lettered(doc)
     if "choices" in doc:
-        return _checked(doc["question"], list(doc["choices"]), doc["answer"])
+        return _checked(doc["question"], list_of(doc, "choices", _OPTION), doc["answer"])
     if "opa" in doc:
         return _checked(doc["question"], [doc[f"op{letter}"] for letter in "abcd"], doc["cop"])
     if "ending0" in doc:
@@ -38,7 +44,7 @@ def options_of(doc: dict[str, Any]) -> tuple[str, list[str], int]:
         question = " ".join(filter(None, (doc["sent1"], doc.get("sent2"))))
         return _checked(question, [doc[key] for key in endings if doc[key] is not None], doc["label"])
     if "final_decision" in doc:
-        verdict, abstract = str(doc["final_decision"]).lower(), "\n".join(doc["CONTEXTS"])
+        verdict, abstract = str(doc["final_decision"]).lower(), "\n".join(list_of(doc, "CONTEXTS", str))
         if verdict not in _VERDICTS:
             raise DataError(f"final_decision is {doc['final_decision']!r}; allowed: {', '.join(_VERDICTS)}")
         return f"{abstract}\n\n{doc['QUESTION']}", list(_VERDICTS), _VERDICTS.index(verdict)
@@ -47,7 +53,7 @@ def options_of(doc: dict[str, Any]) -> tuple[str, list[str], int]:
 
 def _lettered(doc: dict[str, Any]) -> tuple[str, list[str], int]:
     if isinstance(doc["options"], list):
-        return _checked(doc["question"], doc["options"], doc["answer_idx"])
+        return _checked(doc["question"], list_of(doc, "options", _OPTION), doc["answer_idx"])
     named = {letter: option for letter, option in sorted(doc["options"].items()) if option is not None}
     if doc["answer_idx"] not in named:
         raise DataError(f"answer_idx is {doc['answer_idx']!r}; allowed: {', '.join(named)}")
@@ -57,9 +63,18 @@ def _lettered(doc: dict[str, Any]) -> tuple[str, list[str], int]:
 def _checked(question: str, options: list[str], right: object) -> tuple[str, list[str], int]:
     if not 2 <= len(options) <= len(LETTERS):
         raise DataError(f"question {question[:60]!r} has {len(options)} options; 2 to {len(LETTERS)} can be asked")
-    if any(str(option).strip() in ("", "None") for option in options):
+    if any(option is None or not str(option).strip() for option in options):
         raise DataError(f"question {question[:60]!r} has an empty option; give every option a text")
     return question, options, right_index(right, len(options))
+
+
+def list_of(doc: dict[str, Any], name: str, kind: Any) -> list[Any]:
+    """doc[name], a list of values of this type; else DataError: the letters of a text are none."""
+    value = doc[name]
+    if not isinstance(value, list | tuple) or not all(isinstance(one, kind) for one in value):
+        wanted = kind.__name__ if isinstance(kind, type) else kind
+        raise DataError(f"{name!r} is {str(value)[:60]!r} ({type(value).__name__}); expected a list of {wanted}")
+    return list(value)
 
 
 def right_index(right: object, count: int) -> int:
@@ -150,11 +165,11 @@ def cluewsc_target(doc: dict[str, Any]) -> str:
 
 
 def cluewsc_scores(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """{accuracy, answered} as `choice_scores`; an answer without a letter counts by its 是 or 否."""
-    right = cluewsc_target(doc)
-    word = {"A": "是", "B": "否"}[right]
-    settled = choice(results[0], right) or float(said(results[0]).strip().strip("。.“”") == word)
-    return {"accuracy": settled, "answered": _answered(results[0])}
+    """{accuracy, answered} as `choice_scores`; an answer without a letter counts by the 是 or 否 it begins with."""
+    text = said(results[0])
+    word = _CLUEWSC_WORD.match(text)
+    letter = letter_of(text) or (word and _CLUEWSC_WORDS[word[1]])
+    return {"accuracy": float(letter == cluewsc_target(doc)), "answered": _answered(results[0])}
 
 
 def boxed_text(doc: dict[str, Any]) -> str:

@@ -29,14 +29,19 @@ _MOST = 64 * 2**20  # bytes of a request
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where the model answers: base address, ending in /v1, and key."""
+    """Where the model answers: base address, ending in /v1, and key.
+
+    max_length: tokens of prompt and answer together; new_tokens: of an answer, where a request does not ask for fewer.
+    """
 
     url: str
     key: str
+    max_length: int
+    new_tokens: int
 
 
 @contextlib.contextmanager
-def serve_loaded(language: Any) -> Iterator[Endpoint]:
+def serve_loaded(language: Any, new_tokens: int) -> Iterator[Endpoint]:
     """The harness's view of a loaded transformers model, one greedy answer at a time; no tools, no streaming."""
     key, lock = secrets.token_hex(16), threading.Lock()
 
@@ -52,7 +57,7 @@ def serve_loaded(language: Any) -> Iterator[Endpoint]:
                 return self._reply(400, {"error": {"message": f"no chat completion request: {error}"}})
             try:
                 with lock:
-                    code, answer = _complete(language, turns, asked)
+                    code, answer = _complete(language, turns, {"max_tokens": new_tokens, **asked})
             except Exception as error:  # whatever a model raises: the client must not take it for an answer
                 code, answer = 500, {"error": {"message": f"{type(error).__name__}: {error}"}}
             self._reply(code, answer)
@@ -72,7 +77,7 @@ def serve_loaded(language: Any) -> Iterator[Endpoint]:
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        yield Endpoint(f"http://127.0.0.1:{server.server_port}/v1", key)
+        yield Endpoint(f"http://127.0.0.1:{server.server_port}/v1", key, language.max_length, new_tokens)
     finally:
         server.shutdown()
         server.server_close()
@@ -89,8 +94,8 @@ def _complete(language: Any, turns: list[dict[str, str]], asked: dict[str, Any])
         return 400, {
             "error": {"message": f"the maximum context length is {language.max_length}; the prompt has {used}"}
         }
-    most = min(room, asked.get("max_tokens") or asked.get("max_completion_tokens") or room)
-    settings = {"until": [], "do_sample": False, "max_gen_toks": most}
+    most = min(room, *(asked[name] for name in ("max_tokens", "max_completion_tokens") if asked.get(name)))
+    settings = {"until": asked.get("stop") or [], "do_sample": False, "max_gen_toks": most}
     (text,) = language.generate_until([Instance("generate_until", {}, (prompt, settings), 0)])
     written = len(language.tok_encode(text, add_special_tokens=False))
     choice = {"index": 0, "finish_reason": "length" if written >= most else "stop"}
@@ -101,8 +106,12 @@ def _complete(language: Any, turns: list[dict[str, str]], asked: dict[str, Any])
 
 
 @contextlib.contextmanager
-def serve_vllm(path: Path | str, served: str, arguments: dict[str, Any], log: Path) -> Iterator[Endpoint]:
+def serve_vllm(
+    path: Path | str, served: str, arguments: dict[str, Any], new_tokens: int, log: Path
+) -> Iterator[Endpoint]:
     """vLLM's own server in a process of its own, whose end gives the GPUs back. arguments: of its engine.
+
+    new_tokens: see `Endpoint`; a request that names a limit itself would be refused where its prompt leaves less.
 
     Raises RunError naming the log where it does not come up.
     """
@@ -110,6 +119,8 @@ def serve_vllm(path: Path | str, served: str, arguments: dict[str, Any], log: Pa
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    generation = {**arguments.get("override_generation_config", {}), "max_new_tokens": new_tokens}
+    arguments = {**arguments, "override_generation_config": generation}
     options = [_option(name, value) for name, value in arguments.items() if value is not None]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", f"--model={path}", "--host=127.0.0.1"]
     command += [f"--port={port}", f"--served-model-name={served}", *options]
@@ -121,7 +132,7 @@ def serve_vllm(path: Path | str, served: str, arguments: dict[str, Any], log: Pa
         )
         try:
             _await(process, f"http://127.0.0.1:{port}/health", log)
-            yield Endpoint(f"http://127.0.0.1:{port}/v1", key)
+            yield Endpoint(f"http://127.0.0.1:{port}/v1", key, int(arguments["max_model_len"]), new_tokens)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGTERM)

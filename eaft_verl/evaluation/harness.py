@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+import jinja2
 import lm_eval.models.huggingface
 import numpy as np
 import torch
@@ -29,18 +30,25 @@ from eaft_verl.data.template import template_arguments
 from eaft_verl.errors import DataError
 from eaft_verl.evaluation.benchmarks import Benchmark
 from eaft_verl.evaluation.endpoint import Endpoint, serve_loaded, serve_vllm
-from eaft_verl.evaluation.model_files import check_checksums, require_all
+from eaft_verl.evaluation.model_files import check_checksums, positions_of, require_all
 from eaft_verl.evaluation.quiet import quiet
 from eaft_verl.evaluation.records import Fit, Sample, convert
 from eaft_verl.evaluation.responses import STOPS
 from eaft_verl.evaluation.settings import EvaluateSettings
 from eaft_verl.grading.answers import marks_thinking
-from eaft_verl.models import hub_arguments
+from eaft_verl.models import hub_arguments, load_tokenizer
 
 SEED = 1234
 BATCH_SIZE = 32
 SMALL = 10**9  # weights of a model that is evaluated in float32 on any device
 _OF_THE_HARNESS = ("batch_size", "max_batch_size", "max_gen_toks", "think_end_token", "add_bos_token")
+PLAIN_CHAT = (  # see `plain_chat`
+    r"{% for message in messages %}{% set text = message['content'] | trim %}"
+    r"{% if message['role'] == 'assistant' %}{{ ' ' + text }}{% else %}{{ '' if loop.first else '\n\n' }}"
+    r"{% if message['role'] == 'system' or text.endswith((':', '\uff1a')) %}{{ text }}"
+    r"{% else %}{{ 'Question: ' + text + '\nAnswer:' }}{% endif %}{% endif %}{% endfor %}"
+)
+_PLAIN_CHAT = jinja2.Template(PLAIN_CHAT)
 MIN_ANSWER = 64  # tokens that a prompt must leave for a longer answer
 
 
@@ -93,6 +101,7 @@ def _widen_head(model: PreTrainedModel) -> None:
     head = model.get_output_embeddings()
     if not isinstance(head, torch.nn.Linear) or head.weight.dtype == torch.float32:
         return
+    model.config.get_text_config().tie_word_embeddings = False  # the harness ties the weights of what it is given
     head.weight = torch.nn.Parameter(head.weight.float(), requires_grad=False)
     if head.bias is not None:
         head.bias = torch.nn.Parameter(head.bias.float(), requires_grad=False)
@@ -105,11 +114,14 @@ def language_model(
     settings: EvaluateSettings,
     batch_size: int | str | None = None,
 ) -> LM:
-    """The harness's view of a loaded model. It sorts requests by length and text: their order does not matter."""
+    """The harness's view of a loaded model. It sorts requests by length and text: their order does not matter.
+
+    It takes `max_length` tokens, or as many as the model knows positions: beyond these a model writes anything.
+    """
     batch_size = batch_size or settings.backend_args.get("batch_size", BATCH_SIZE)
     with quiet():
         language = lm_eval.models.huggingface.HFLM(
-            pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=settings.max_length
+            pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=_length(model.config, settings)
         )
     return _speak(language, settings)
 
@@ -125,28 +137,35 @@ def _engine_arguments(path: Path | str, settings: EvaluateSettings) -> dict[str,
     source = hub_arguments(path)
     arguments = {"pretrained": source.pop("pretrained_model_name_or_path"), **source, "dtype": "bfloat16", "seed": SEED}
     arguments["generation_config"] = "vllm"  # its server would sample as the model's file says, penalties and all
-    return arguments | {"max_model_len": settings.max_length, **settings.backend_args}
+    length = _length(AutoConfig.from_pretrained(**hub_arguments(path)), settings)
+    return arguments | {"max_model_len": length, **settings.backend_args}
+
+
+def _length(model: Any, settings: EvaluateSettings) -> int:
+    return min(settings.max_length, positions_of(model) or settings.max_length)
 
 
 def server(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: EvaluateSettings
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: EvaluateSettings, new_tokens: int
 ) -> contextlib.AbstractContextManager[Endpoint]:
     """A loaded model behind an OpenAI-compatible address; no progress bar of one answer each."""
     language = language_model(model, tokenizer, settings)
     vars(language)["generate_until"] = functools.partial(language.generate_until, disable_tqdm=True)
-    return serve_loaded(language)
+    return serve_loaded(language, new_tokens)
 
 
 def vllm_server(
-    path: Path | str, served: str, settings: EvaluateSettings, log: Path
+    path: Path | str, served: str, settings: EvaluateSettings, new_tokens: int, log: Path
 ) -> contextlib.AbstractContextManager[Endpoint]:
-    """vLLM's server on a checkpoint, with the arguments of `vllm_model` and the recipe's `chat_template_kwargs`."""
+    """vLLM's server on a checkpoint, with the arguments of `vllm_model`; its turns are rendered as `_speak` has it."""
     arguments = _engine_arguments(path, settings)
     for name in _OF_THE_HARNESS:
         arguments.pop(name, None)
     if settings.chat_template_kwargs:
         arguments["default_chat_template_kwargs"] = dict(settings.chat_template_kwargs)
-    return serve_vllm(arguments.pop("pretrained"), served, arguments, log)
+    if not load_tokenizer(path).chat_template:
+        arguments["chat_template"] = PLAIN_CHAT
+    return serve_vllm(arguments.pop("pretrained"), served, arguments, new_tokens, log)
 
 
 def _speak(language: Any, settings: EvaluateSettings) -> LM:
@@ -190,16 +209,7 @@ def plain_chat(history: list[dict[str, str]], add_generation_prompt: bool = True
 
     A question that asks for its answer itself, at its end, is left as it is.
     """
-    turns: list[str] = []
-    for message in history:
-        text = message["content"].strip()
-        if message["role"] == "assistant":
-            turns[-1] += f" {text}"
-        elif message["role"] == "system" or text.endswith((":", "\uff1a")):
-            turns.append(text)
-        else:
-            turns.append(f"Question: {text}\nAnswer:")
-    return "\n\n".join(turns)
+    return _PLAIN_CHAT.render(messages=history)
 
 
 def release() -> None:

@@ -20,6 +20,22 @@ CHECKSUMS = "checksums.json"  # in an export: {file: xxh3 of its bytes}
 SHOWN = 3
 
 
+def told(described: Any, name: str) -> Any:
+    """What a configuration or a class of transformers says under a name that not all of them have, else None."""
+    return getattr(described, name) if hasattr(described, name) else None
+
+
+def positions_of(model: Any) -> int | None:
+    """Positions that the model knows, what its rope scaling adds included; None where it counts none."""
+    text = model.get_text_config()
+    known = told(text, "max_position_embeddings")
+    rope = told(text, "rope_parameters") or {}
+    factor, original = rope.get("factor"), rope.get("original_max_position_embeddings")
+    if known and factor and original:
+        return max(known, int(factor * original))
+    return known
+
+
 def write_checksums(folder: Path) -> None:
     """Describe every file of an export that is about to get its name."""
     (folder / CHECKSUMS).unlink(missing_ok=True)

@@ -84,12 +84,12 @@ def convert(results: dict[str, Any], name: str, primary: str | None, fit: Fit) -
         "n": len(samples),
         "prompt_hash": digest(row["arguments"] for row in rows),
         "data_hash": digest(row["doc"] for row in rows),
-        **_truncations(samples),
+        **truncations(samples),
     }
     return record, samples
 
 
-def _truncations(samples: list[Sample]) -> dict[str, Any]:
+def truncations(samples: list[Sample]) -> dict[str, Any]:
     """How many prompts and answers were cut, and the share of all answers; `answers`: how many, if more than samples.
 
     Of weighed choices, which are no answers, the share of the samples.

@@ -51,19 +51,22 @@ class _Spoken(Filter):
 
 
 def prepare_responses(task: Task, entry: Entry) -> None:
-    """Let `task` score what is said, and draw and score as many responses as `entry` asks for.
+    """Let `task` score what is said, and draw and score as many responses as `entry` asks for, as long as it allows.
 
-    Raises ConfigError where several are asked of a task that weighs given answers.
+    Raises ConfigError where any of this is asked of a task that weighs given answers.
     """
     if task.OUTPUT_TYPE != "generate_until":
-        if entry.sampling:
+        if entry.sampling or entry.new_tokens:
             raise ConfigError(
-                f"task {entry.task!r} weighs given answers and writes none: leave out samples, temperature and top_p"
+                f"task {entry.task!r} weighs given answers and writes none: leave out samples, temperature, top_p "
+                "and new_tokens"
             )
         return
     for ensemble in vars(task).get("_filters", []):
         kept = [build for build in ensemble.filters if entry.samples == 1 or not _takes_first(build)]
         ensemble.filters = [functools.partial(_Spoken, task), *kept]
+    if entry.new_tokens:
+        task.set_config(key="generation_kwargs", value={"max_gen_toks": entry.new_tokens}, update=True)
     if entry.sampling:
         task.set_config(key="generation_kwargs", value=entry.sampling | {"do_sample": True}, update=True)
     if entry.samples > 1:

@@ -45,6 +45,15 @@ def gsm8k(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
     }
 
 
+def aime(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """{exact_match}: the harness's, which compares texts, on the reference as AIME prints it, 073, and on 73."""
+    from lm_eval.tasks.aime.utils import process_results
+
+    whole = str(_reference(doc).value)
+    forms = ({"answer": whole}, {"answer": whole.zfill(3)})
+    return {"exact_match": float(any(process_results(form, results)["exact_match"] for form in forms))}
+
+
 def choice(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, float]:
     """{acc, choice_logprob} of a multiple-choice question whose right choice is doc['answer'], an index or a letter.
 

@@ -151,7 +151,8 @@ def _all_entries(settings: EvaluateSettings) -> list[Entry]:
 def _entry_key(entry: Entry) -> dict[str, Any]:
     text = task_text(entry.own.file) if entry.own else None
     drawn = {"samples": entry.samples, **entry.sampling} if entry.sampling else {}
-    return {"task": entry.task, "limit": entry.limit, "metric": entry.metric, "file": text, **drawn}
+    cut = {"new_tokens": entry.new_tokens} if entry.new_tokens else {}
+    return {"task": entry.task, "limit": entry.limit, "metric": entry.metric, "file": text, **cut, **drawn}
 
 
 def _source_key(source: str | None) -> str | None:

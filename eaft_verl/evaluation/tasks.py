@@ -17,7 +17,7 @@ TASK_FILES = Path(__file__).with_name("task_files")
 RESERVED = {"heldout": "evaluate.heldout", "drift": "evaluate.drift", "drift_task": "evaluate.drift"}
 _SAMPLING = ("temperature", "top_p")
 _HARNESS_NAME = re.compile(r"^[A-Za-z0-9_.-]+$")
-_ENTRY_KEYS = ("task", "data", "limit", "metric", "samples", "temperature", "top_p")
+_ENTRY_KEYS = ("task", "data", "limit", "metric", "new_tokens", "samples", "temperature", "top_p")
 _CLOSE = 0.8  # no built-in task is this close to one of ours, so such a name is a slip of the pen
 
 
@@ -42,6 +42,7 @@ class OwnTask:
 class Entry:
     """One benchmark asked for. `data`, `limit`, `metric`: None means the task's own. `file`: the user's task file.
 
+    new_tokens: tokens of an answer at most; None: as many as the task file says.
     samples: responses drawn to every question, at `temperature` and `top_p`; without these, one greedy response.
     """
 
@@ -50,6 +51,7 @@ class Entry:
     limit: int | None = None
     metric: str | None = None
     file: Path | None = None
+    new_tokens: int | None = None
     samples: int = 1
     temperature: float | None = None
     top_p: float | None = None
@@ -110,6 +112,7 @@ OWN_TASKS = {name: task for name, task in _SHIPPED.items() if not task.built_in}
 LOCAL_VARIANTS = {name: task for name, task in _SHIPPED.items() if task.built_in}
 BFCL = "bfcl_v3"  # has a runner of its own, see `bfcl`
 BFCL_VARIABLE = "EAFT_BFCL_PYTHON"
+BFCL_NEW_TOKENS = 4096  # of an answer at most, as bfcl-eval's handler of local models has it
 
 
 def bfcl_python() -> Path:
@@ -143,9 +146,14 @@ def _parse(entry: Any, key: str) -> Entry:
     for name in ("task", "data", "metric"):
         if entry.get(name) is not None and not isinstance(entry[name], str):
             raise ConfigError(f"{key}.{name} is {entry[name]!r}; expected text")
-    limit = entry.get("limit")
-    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
-        raise ConfigError(f"{key}.limit is {limit!r}; expected a positive number of examples, or leave it out for all")
+    for name, counted, otherwise in (("limit", "examples", "all"), ("new_tokens", "tokens", "the task's own")):
+        value = entry.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ConfigError(
+                f"{key}.{name} is {value!r}; expected a positive number of {counted}, or leave it out for {otherwise}"
+            )
+    if entry["task"] == BFCL and entry.get("new_tokens") is None:
+        entry = {**entry, "new_tokens": BFCL_NEW_TOKENS}
     _check_sampling(entry, key)
     parsed = _of_file(entry, key) if Path(entry["task"]).suffix in (".yaml", ".yml") else Entry(**entry)
     if parsed.file is None:
@@ -206,7 +214,9 @@ def unknown_task(name: str, key: str, close: list[str]) -> str:
 def _check_data(entry: Entry, key: str) -> None:
     own = entry.own
     if entry.task == BFCL and (given := [name for name in ("data", *_SAMPLING) if getattr(entry, name)]):
-        raise ConfigError(f"{key}: {given[0]} is given, but {BFCL} is asked as bfcl-eval asks; only limit may be set")
+        raise ConfigError(
+            f"{key}: {given[0]} is given, but {BFCL} is asked as bfcl-eval asks; only limit and new_tokens may be set"
+        )
     if entry.data is None:
         if own and own.data is None:
             fields = f" with {', '.join(own.fields).replace('|', ' or ')} in every row" * bool(own.fields)

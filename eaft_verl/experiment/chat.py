@@ -9,10 +9,10 @@ from typing import Any
 
 from eaft_verl.data.template import render
 from eaft_verl.errors import ConfigError, DataError, RunError
+from eaft_verl.evaluation.model_files import positions_of
 from eaft_verl.evaluation.settings import EvaluateSettings
 from eaft_verl.experiment.use import last_export
 from eaft_verl.models import load_config, resolve_model
-from eaft_verl.recipe.model_fit import positions_of
 from eaft_verl.reporting.summary import runs_of
 from eaft_verl.runs import Run, is_run
 

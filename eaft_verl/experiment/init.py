@@ -18,6 +18,7 @@ from eaft_verl.data.profile import LOOKED_AT, Profile, profile
 from eaft_verl.data.sources import iter_rows
 from eaft_verl.data.spec import Columns, RowError
 from eaft_verl.errors import ConfigError, DataError
+from eaft_verl.evaluation.model_files import positions_of
 from eaft_verl.files import new_file, write_text
 from eaft_verl.models import load_config, load_tokenizer, resolve_model
 from eaft_verl.planning.arm_plan import ArmPlan, plan_arm
@@ -26,7 +27,7 @@ from eaft_verl.planning.remedies import remedies
 from eaft_verl.planning.text import duration, gib
 from eaft_verl.recipe.checks import check
 from eaft_verl.recipe.config import Config
-from eaft_verl.recipe.model_fit import modules_of, positions_of
+from eaft_verl.recipe.model_fit import modules_of
 from eaft_verl.recipe.resolve import check_name, load_recipe, resolve
 
 USUAL_REJECTED = 0.1  # data.max_rejected's default

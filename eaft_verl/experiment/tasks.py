@@ -15,7 +15,8 @@ def tasks_listing() -> list[str]:
     return [
         *lines,
         "",
-        "An entry is a name or {task, data, limit, metric, samples, temperature, top_p}.",
+        "An entry is a name or {task, data, limit, metric, new_tokens, samples, temperature, top_p}.",
+        "new_tokens: 256 ends every answer there; how many were cut is in the record's truncation_rate.",
         "samples: 8 scores the mean of eight answers to every question, and pass@2, pass@4, pass@8.",
         "Any other task of lm-evaluation-harness may be named too, or a task file of yours by its path.",
     ]

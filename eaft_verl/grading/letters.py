@@ -17,7 +17,7 @@ _OPTION = (
     r"(?i:(?:option|choice|opción|letter|选项|選項)\s?)?"
 )
 _STATED = re.compile(
-    r"(?:\b[Aa]ns\.|(?i:\b(?:answers?|ans|option|choice|solution|antwort|lösung|réponse|respuesta|resposta|risposta)\b|\b\u043e\u0442\u0432\u0435\u0442|答案|答え|"
+    r"(?:\b[Aa]ns\.|(?i:\b(?:answers?|ans|option|choice|solution|antwort|lösung|réponse|respuesta|resposta|risposta)\b|\b\u043e\u0442\u0432\u0435\u0442|答案|答(?=\s?:)|答え|"
     r"正解|选项|選項|정답)[^.\n:=]{0,40}?(?i:\b(?:is|are|be|ist|lautet|est|es)\b|[:=是为為は은]|\s-\s|\b[èé]\b))[\s:*]{0,8}"
 )
 _FIRST = re.compile(rf"{_OPEN}{_OPTION}{_OPEN}([A-Z]){_ENDS}")
@@ -46,7 +46,7 @@ _DISMISSED = re.compile(r"\W*[A-Z]\W{1,3}(?:is|are|was)(?:n['\u2019]t|\s(?:also\
 _ANOTHER = re.compile(
     rf"[)\].*]{{0,3}}\s?(?:,|/|&|\b(?:and|or|und|oder|et|ou|y|o)\b|[和或、])\s?[(\[*]{{0,3}}{_LETTER}"
 )
-_MARKED = re.compile(rf"{_OPEN}{_OPTION}:?{_OPEN}([A-Za-z])(?:[)\].,:$*]|\s?\(|\s?-\s|\s*$)", re.IGNORECASE)
+_MARKED = re.compile(rf"{_OPEN}{_OPTION}:?{_OPEN}([A-Za-z])(?:[)\].,:$*\"\u201d]|\s?\(|\s?-\s|\s*$)", re.IGNORECASE)
 _SEVERAL = re.compile(r"\(?[A-Z]\)?(?:(?:\s?(?:,|/|&|and|or)\s?|\s)\(?[A-Z]\)?){1,9}\W{0,3}$|[A-J]{2,6}$")
 
 
@@ -101,7 +101,7 @@ def _with_others(statement: str, found: re.Match[str]) -> str:
 def _line_letter(text: str) -> str:
     """The letter that the last or the first line is or begins with; '' where lines list several options."""
     lines = [line for line in text.strip().split("\n") if line.strip() and not _DISMISSED.match(line)]
-    named = [(marked_letters(line), len(line.strip(" $*`()[].:")) == 1) for line in lines]
+    named = [(marked_letters(line), len(line.strip(' $*`()[].:"\u201c\u201d')) == 1) for line in lines]
     for letters, alone in named[-1:] + named[:1]:
         if len(letters) == 1 and alone:
             return letters

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from eaft_verl.errors import ConfigError, require
+from eaft_verl.evaluation.model_files import positions_of, told
 from eaft_verl.models import at_hand, load_config, load_tokenizer, resolve_model
 from eaft_verl.recipe.config import Config
 from eaft_verl.recipe.views import objective_of
@@ -55,11 +56,6 @@ def notes_at_hand(config: Config) -> list[str]:
     return check_model_fits(config) if at_hand(config.model) else []
 
 
-def told(described: Any, name: str) -> Any:
-    """What a configuration or a class of transformers says under a name that not all of them have, else None."""
-    return getattr(described, name) if hasattr(described, name) else None
-
-
 def _check_kind(config: Config, model: Any) -> None:
     """verl builds the class that config.json names; anything but a decoder it would build and train on something."""
     name = f"model={config.model!r}"
@@ -98,17 +94,6 @@ def _check_vocabulary(config: Config, model: Any, tokenizer: Any, largest_id: in
         raise ConfigError(f"{found}, and the data use id {largest_id}: {remedy}")
     used = "the data use none of these" if largest_id is not None else "refused if the data use one of these"
     return [f"{found}; {used}"]
-
-
-def positions_of(model: Any) -> int | None:
-    """Positions that the model knows, what its rope scaling adds included; None where it counts none."""
-    text = model.get_text_config()
-    known = told(text, "max_position_embeddings")
-    rope = told(text, "rope_parameters") or {}
-    factor, original = rope.get("factor"), rope.get("original_max_position_embeddings")
-    if known and factor and original:
-        return max(known, int(factor * original))
-    return known
 
 
 def _check_positions(config: Config, model: Any, longest: int) -> list[str]:

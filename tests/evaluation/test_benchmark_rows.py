@@ -18,6 +18,9 @@ MMLU = {"subject": "law", "question": "Q?", "choices": ["a", "b", "c", "d"]}
 SUM = {"question": "Q?"}
 PUBMED = {"QUESTION": "Does it?", "CONTEXTS": ["One."]}
 SCHEMA = {"text": "T", "target": {"span1_text": "a", "span2_text": "b"}}
+ENDED = {"ctx_a": "A", "ctx_b": "b", "activity_label": "L", "label": 0}
+BLANK = {"sentence": "A _ b.", "option1": "x", "option2": "y", "answer": 1}
+TRUE = {"choices": ["a", "b"], "labels": [1, 1]}
 ASKED = {"key": 1, "prompt": "P", "instruction_id_list": ["punctuation:no_comma"]}
 
 
@@ -38,6 +41,14 @@ def read(task: str, tmp_path: Path, *rows: dict[str, Any]) -> list[dict[str, Any
             "row 2: answer 'seven' cannot be graded: it is",
         ),
         ("gsm8k", [{**SUM, "answer": "3 or 4"}], "row 1: answer '3 or 4'"),
+        ("gsm8k", [{**SUM, "answer": True}], "row 1: 'answer' is True .bool.; expected text or a number"),
+        ("gsm8k", [{**SUM, "answer": [7]}], "'answer' is .7. .list."),
+        ("gsm8k", [{**SUM, "answer": "7"}, {**SUM, "answer": 7}], "values of 'answer' are not of one type"),
+        ("gsm8k", [{**SUM, "answer": "7", "x": 10**30}], "values of 'x' are not of one type .* too large"),
+        ("gsm8k", [{"question": ["Q?"], "answer": "7"}], "row 1: 'question' is .*list.; expected text"),
+        ("gsm8k", [{"question": " ", "answer": "7"}], "row 1: 'question' is ' ' .str.; expected text, and not empty"),
+        ("aime25_boxed", [{"problem": "P", "answer": True}], "'answer' is True"),
+        ("aime24", [{"problem": "P", "answer": 7.5}], "answer '7.5' cannot be graded: it is no whole number"),
         ("gcd", [{**SUM, "answer": "3x"}], "row 1: answer '3x'"),
         ("aime24", [{"problem": "P", "answer": "\\sqrt{2}"}], "row 1: answer"),
         ("gsm8k", [{**SUM, "answer": "1", "id": "a"}] * 2, "rows with the same id 'a'"),
@@ -60,6 +71,15 @@ def read(task: str, tmp_path: Path, *rows: dict[str, Any]) -> list[dict[str, Any
         ("mmlu_chat", [{**MMLU, "answer": "Paris"}], "the right option is 'Paris'"),
         ("mmlu_chat", [{**MMLU, "choices": list(map(str, range(27))), "answer": 0}], "has 27 options; 2 to 26 can"),
         ("mmlu_chat", [{**MMLU, "choices": ["a"], "answer": 0}], "has 1 options"),
+        ("mmlu_chat", [{**MMLU, "choices": "abcd", "answer": 0}], "'choices' is 'abcd' .str.; expected a list of str"),
+        ("mmlu", [{**MMLU, "choices": {"text": list("abcd")}, "answer": 0}], "'choices' is .* .dict."),
+        ("mmlu", [{**MMLU, "subject": 3, "answer": 0}], "'subject' is '3' .int.; expected text"),
+        ("medqa_chat", [{**SUM, "options": [{"A": "a"}, {"B": "b"}], "answer_idx": "B"}], "'options' is .* of str"),
+        ("medmcqa_chat", [{**MED, "cop": [4]}], r"cop is \[4\]: it must be 0 to 3"),
+        ("pubmedqa", [{**PUBMED, "CONTEXTS": "One.", "final_decision": "yes"}], "'CONTEXTS' is 'One.' .str."),
+        ("hellaswag", [{**ENDED, "endings": "wxyz"}], "'endings' is 'wxyz'"),
+        ("winogrande", [{**BLANK, "option1": 1}], "'option1' is '1' .int."),
+        ("truthfulqa", [{**SUM, "mc1_targets": TRUE, "mc2_targets": TRUE}], "mc1_targets has several true choices"),
         ("mmlu", [{**MMLU, "choices": list("abcde"), "answer": 0}], "row 1: it has 5 choices; .* 4 are needed"),
         ("medqa_chat", [{"question": "Q?", "options": {"A": "a", "B": None}, "answer_idx": "B"}], "answer_idx is 'B'"),
         ("medqa_chat", [{"question": "Q?"}], "is no multiple-choice question known here"),
@@ -68,7 +88,8 @@ def read(task: str, tmp_path: Path, *rows: dict[str, Any]) -> list[dict[str, Any
         ("cluewsc_chat", [{**SCHEMA, "label": 1}], "label is 1; allowed"),
         ("cluewsc", [{**SCHEMA, "label": "true", "target": {}}], "target has no 'span1_text'"),
         ("ifeval", [{**ASKED, "kwargs": []}], "must be lists of one length"),
-        ("ifeval", [{**ASKED, "kwargs": 3}], "row 1: it cannot be read .TypeError"),
+        ("ifeval", [{**ASKED, "kwargs": 3}], "row 1: 'kwargs' is '3' .int.; expected a list of dict"),
+        ("ifeval", [{**ASKED, "instruction_id_list": "a:b", "kwargs": [{}] * 3}], "'instruction_id_list' is 'a:b'"),
     ],
 )
 def test_rows_that_are_refused(task: str, rows: list[dict[str, Any]], message: str, tmp_path: Path):
@@ -87,6 +108,41 @@ def test_mmlu_takes_letters_and_digits(tmp_path: Path):
     rows = read("mmlu", tmp_path, *({**MMLU, "answer": answer} for answer in ("C", 2, "2", "c")))
     assert [row["answer"] for row in rows] == [2, 2, 2, 2]
     assert [choices.choice_target(row) for row in read("mmlu_chat", tmp_path, {**MMLU, "answer": "C"})] == ["C"]
+
+
+def test_a_letter_for_hellaswag_and_no_arguments_for_ifeval(tmp_path: Path):
+    labels = [read("hellaswag", tmp_path, {**ENDED, "endings": ["w", "x"], "label": one})[0]["label"] for one in "B1"]
+    assert labels == ["1", "1"]
+    assert read("ifeval", tmp_path, {**ASKED, "kwargs": [None]})[0]["kwargs"] == [{}]
+
+
+def test_rows_of_several_shapes_keep_all_their_fields(tmp_path: Path):
+    """A table takes its columns from its first row."""
+    shapes = [{"question": "Q", "options": {"A": "a", "B": "b"}, "answer_idx": "B"}, {**MMLU, "answer": 2, "id": "x"}]
+    first, second = read("medqa_chat", tmp_path, *shapes, {**MED, "cop": 0})[:2]
+    assert set(first) == {*shapes[0], *shapes[1], *MED, "cop"} and first["id"] is None and second["id"] == "x"
+    assert [choices.choice_target(row) for row in (first, second)] == ["B", "C"]
+    assert choices.choice_text(second).startswith("Q?\nA. a\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "message"),
+    [
+        ("keywords:existense", {}, "row 2: unknown instruction 'keywords:existense'; IFEval has keywords:existence"),
+        ("keywords:existence", {"words": ["a"]}, "row 2: the kwargs of 'keywords:existence' are not its own"),
+        ("keywords:existence", {}, "row 2: the kwargs of 'keywords:existence' lack keywords"),
+    ],
+)
+def test_instructions_that_the_scorer_does_not_know(name: str, kwargs: dict[str, Any], message: str):
+    """It would fail after the answers are written, or draw words of its own."""
+    import types
+
+    from eaft_verl.evaluation.benchmarks import _check_instructions
+
+    good = {"instruction_id_list": ["keywords:existence"], "kwargs": [{"keywords": ["a"], "num_words": None}]}
+    task: Any = types.SimpleNamespace(eval_docs=[good, {"instruction_id_list": [name], "kwargs": [kwargs]}])
+    with pytest.raises(DataError, match=message):
+        _check_instructions(task, "rows.jsonl")
 
 
 def test_more_than_ten_options_in_their_order(tmp_path: Path):

@@ -14,6 +14,8 @@ from eaft_verl.evaluation import bfcl
 from eaft_verl.evaluation.endpoint import Endpoint
 from eaft_verl.evaluation.settings import EvaluateSettings
 
+NOWHERE = Endpoint("http://127.0.0.1:9/v1", "key", max_length=100, new_tokens=20)
+
 
 def test_a_limit_goes_around_the_categories():
     assert bfcl.counts_of(None) == dict.fromkeys(bfcl.CATEGORIES)
@@ -42,7 +44,7 @@ def left(folder: Path, category: str, answers: dict[str, str], wrong: list[str])
 def test_scores_are_those_of_its_files(tmp_path: Path):
     left(tmp_path, "simple_python", {"simple_python_0": "[f(a=1)]", "simple_python_1": "no"}, ["simple_python_1"])
     left(tmp_path, "irrelevance", {"irrelevance_0": "I cannot."}, [])
-    record, samples = bfcl.read_scores(tmp_path)
+    record, samples = bfcl.read_scores(tmp_path, NOWHERE)
     assert {sample["id"]: sample["scores"]["accuracy"] for sample in samples} == {
         "simple_python_0": 1.0, "simple_python_1": 0.0, "irrelevance_0": 1.0,
     }  # fmt: skip
@@ -59,7 +61,7 @@ def test_overall_by_hand(tmp_path: Path):
         names = [f"{category}_{number}" for number in range(2)]
         wrong = [] if category in right else names[1:] if category == "live_simple" else names
         left(tmp_path, category, dict.fromkeys(names, "x"), wrong)
-    record, samples = bfcl.read_scores(tmp_path)
+    record, samples = bfcl.read_scores(tmp_path, NOWHERE)
     assert (
         record["metrics"]["overall"]["score"] == pytest.approx((7 / 15 + 1 / 12 + 1 / 4) / 3) == pytest.approx(4 / 15)
     )
@@ -70,17 +72,40 @@ def test_answers_that_never_came_are_no_wrong_answers(tmp_path: Path):
     broken = "Error during inference: Connection error."
     left(tmp_path, "multiple", {"multiple_0": broken, "multiple_1": "x"}, ["multiple_0", "multiple_1"])
     with pytest.raises(RunError, match=r"1 of 2 questions of multiple have no answer \(Error during inference"):
-        bfcl.read_scores(tmp_path)
+        bfcl.read_scores(tmp_path, NOWHERE)
     bfcl._drop_failed(tmp_path)
     (result,) = tmp_path.rglob("*_result.json")
     assert [json.loads(line)["id"] for line in result.read_text().splitlines()] == ["multiple_1"]
-    too_long = "Error during inference: Error code: 400 - {'message': 'maximum context length'}"
-    left(tmp_path, "multiple", {"multiple_0": too_long}, ["multiple_0"])
-    assert bfcl.read_scores(tmp_path)[0]["metrics"]["accuracy"]["score"] == 0.0
+    no_template = "Error during inference: Error code: 400 - {'message': 'no chat template is defined'}"
+    left(tmp_path, "multiple", {"multiple_0": no_template}, ["multiple_0"])
+    with pytest.raises(RunError, match="no chat template"):
+        bfcl.read_scores(tmp_path, NOWHERE)
     left(tmp_path, "multiple", {"multiple_0": "x", "multiple_1": "y"}, ["multiple_0"])
     next(tmp_path.rglob("*_score.json")).write_text('{"correct_count": 2, "total_count": 2}\n{"id": "multiple_0"}\n')
     with pytest.raises(RunError, match="score of multiple counts"):
-        bfcl.read_scores(tmp_path)
+        bfcl.read_scores(tmp_path, NOWHERE)
+
+
+def test_what_was_cut_is_counted_and_a_question_that_did_not_fit_is_wrong(tmp_path: Path):
+    """Of 100 tokens and 20 of an answer: 20 written is cut, 5 behind a prompt of 95 too, 19 and 20 of 21 not.
+
+    bfcl-eval finds no call in an endpoint's refusal, which is what `irrelevance` wants.
+    """
+    refused = "Error during inference: Error code: 400 - {'message': 'maximum context length is 100'}"
+    counts = {"whole": (10, 19), "cut": (10, 20), "full": (95, 5), "turns": ([[9, 30], [95]], [[19, 1], [5]])}
+    left(tmp_path, "irrelevance", {"refused": refused, **dict.fromkeys(counts, "no")}, [])
+    (result,) = tmp_path.rglob("*_result.json")
+    rows = [json.loads(line) for line in result.read_text().splitlines()]
+    for row in rows[1:]:
+        row["input_token_count"], row["output_token_count"] = counts[row["id"]]
+    result.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    record, samples = bfcl.read_scores(tmp_path, NOWHERE)
+    found = {sample["id"]: (sample["scores"]["accuracy"], sample.get("truncated")) for sample in samples}
+    assert found == {
+        "refused": (0.0, "prompt"), "whole": (1.0, None), "cut": (1.0, "answer"), "full": (1.0, "answer"),
+        "turns": (1.0, "answer"),
+    }  # fmt: skip
+    assert record["truncated"] == {"prompts": 1, "answers": 3} and record["truncation_rate"] == 4 / 5
 
 
 def test_without_its_environment_the_command_to_make_it_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -110,8 +135,11 @@ RIGHT = {"simple_python_0": 1, "simple_python_1": 1, "simple_python_2": 0, "simp
 
 
 class _Stub(BaseHTTPRequestHandler):
+    stop: Any = None
+
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        _Stub.stop = asked.get("stop")
         text = next((a for q, a in ANSWERS.items() if q in asked["messages"][-1]["content"]), "I cannot do that.")
         message = {"role": "assistant", "content": text}
         usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
@@ -137,9 +165,9 @@ def test_known_answers_get_known_scores(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(bfcl, "counts_of", lambda limit: counts)
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Stub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    endpoint = Endpoint(f"http://127.0.0.1:{server.server_port}/v1", "key")
+    endpoint = Endpoint(f"http://127.0.0.1:{server.server_port}/v1", "key", max_length=4096, new_tokens=256)
     try:
-        record, samples = bfcl.run_bfcl(endpoint, tmp_path / "bfcl", None, threads=2)
+        record, samples = bfcl.run_bfcl(endpoint, tmp_path / "bfcl", None, threads=2, stop=["\nQuestion:"])
     finally:
         server.shutdown()
         server.server_close()
@@ -147,6 +175,7 @@ def test_known_answers_get_known_scores(tmp_path: Path, monkeypatch: pytest.Monk
     assert scores == RIGHT | {
         "irrelevance_0": 1, "irrelevance_1": 1, "multi_turn_base_0": 1, "multi_turn_base_1": 0,
     }  # fmt: skip
+    assert _Stub.stop == ["\nQuestion:"] and record["truncation_rate"] == 0
     assert record["categories"]["simple_python"] == {"right": 2, "n": 5}
     assert record["harness"].startswith("bfcl-eval 20")
     monkeypatch.setattr(bfcl, "counts_of", lambda limit: {"irrelevance": 1})

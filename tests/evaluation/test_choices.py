@@ -53,7 +53,13 @@ def test_what_is_said_after_thinking_counts(response, accuracy, answered):
     assert choices.choice_scores(ROWS[0], [response]) == {"accuracy": accuracy, "answered": answered}
 
 
-@pytest.mark.parametrize(("response", "accuracy"), [("B", 1.0), ("否", 1.0), ("“否”。", 1.0), ("A", 0.0), ("是", 0.0)])
+@pytest.mark.parametrize(
+    ("response", "accuracy"),
+    [
+        *((text, 1.0) for text in ("B", "否", "“否”。", "不是。", "否，“他”指代别人。", "答：B")),  # noqa: RUF001
+        *((text, 0.0) for text in ("A", "是", "是的", "否定词不算", "")),
+    ],
+)
 def test_cluewsc_by_letter_or_word(response, accuracy):
     assert choices.cluewsc_scores(WINOGRAD, [response])["accuracy"] == accuracy
     assert "“他”是否指代“苏小姐“？" in choices.cluewsc_text(WINOGRAD)  # noqa: RUF001

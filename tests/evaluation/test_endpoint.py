@@ -27,15 +27,19 @@ def test_it_answers_as_the_chat_template_asks():
         lambda prompt, number: "Four." if prompt.endswith("2 + 2?<|im_end|>\n<|im_start|>assistant\n") else "?"
     )
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2?"}]
-    with serve_loaded(language) as endpoint:
+    with serve_loaded(language, new_tokens=40) as endpoint:
+        assert (endpoint.max_length, endpoint.new_tokens) == (language.max_length, 40)
         assert endpoint.url.startswith("http://127.0.0.1:")
         code, answer = post(endpoint, {"model": "m", "messages": turns, "temperature": 0.0})
         assert code == 200 and answer["choices"][0]["finish_reason"] == "stop"
         assert answer["choices"][0]["message"] == {"role": "assistant", "content": "Four."}
         assert answer["usage"]["prompt_tokens"] == len(language.tok_encode(language.apply_chat_template(turns)))
+        assert (language.settings[-1]["max_gen_toks"], language.settings[-1]["until"]) == (40, [])
         assert post(endpoint, {"messages": turns}, key="guessed")[0] == 401
         assert post(endpoint, {"messages": turns, "max_tokens": 2})[1]["choices"][0]["finish_reason"] == "length"
         assert language.settings[-1]["max_gen_toks"] == 2
+        post(endpoint, {"messages": turns, "max_completion_tokens": 3, "stop": ["\n"]})
+        assert (language.settings[-1]["max_gen_toks"], language.settings[-1]["until"]) == (3, ["\n"])
         language.max_length = 10
         code, answer = post(endpoint, {"messages": turns})
         assert code == 400 and "maximum context length is 10" in answer["error"]["message"]
@@ -47,9 +51,15 @@ def test_it_answers_as_the_chat_template_asks():
 
 
 def test_a_vllm_server_that_does_not_come_up_is_named_with_its_log(tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.executable", "/bin/false")
+    """Its command line: `echo` stands in for Python and leaves it in the log."""
+    monkeypatch.setattr("sys.executable", "/bin/echo")
+    log = tmp_path / "server.log"
+    arguments = {"dtype": "float32", "enforce_eager": True, "revision": None, "max_model_len": 64}
     with (
-        pytest.raises(RunError, match=r"ended with code 1 before it answered; see .*server.log"),
-        serve_vllm("m", "eaft", {"dtype": "float32", "enforce_eager": True, "revision": None}, tmp_path / "server.log"),
+        pytest.raises(RunError, match=r"ended with code 0 before it answered; see .*server.log"),
+        serve_vllm("m", "eaft", arguments, 40, log),
     ):
         pass
+    said = log.read_text()
+    assert "--dtype=float32 --enforce-eager --max-model-len=64" in said and "revision" not in said
+    assert """--override-generation-config={"max_new_tokens": 40}""" in said

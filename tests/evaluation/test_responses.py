@@ -289,6 +289,9 @@ def test_a_model_without_a_template_is_asked_in_plain_text(tmp_path: Path):
     shots = [("user", "1 + 1?"), ("assistant", "2"), ("user", "Question: 3?\nAnswer:")]
     history = [{"role": role, "content": text} for role, text in shots]
     assert harness.plain_chat(history) == "Question: 1 + 1?\nAnswer: 2\n\nQuestion: 3?\nAnswer:"
+    turns = [("system", " Be brief.\n"), ("user", "{{ 1 }}是？"), ("assistant", "a\n\nb"), ("user", "答：")]  # noqa: RUF001
+    history = [{"role": role, "content": text} for role, text in turns]
+    assert harness.plain_chat(history) == "Be brief.\n\nQuestion: {{ 1 }}是？\nAnswer: a\n\nb\n\n答："  # noqa: RUF001
     data = rows_file(tmp_path, [{"question": "2 + 2?", "answer": "4"}])
     language = Scripted(lambda prompt, number: " It is 4." if prompt.endswith("\nAnswer:") else "?", template=False)
     vars(language)["apply_chat_template"] = harness.plain_chat
@@ -309,6 +312,10 @@ def test_a_model_without_a_template_is_asked_in_plain_text(tmp_path: Path):
         ({"task": "sums", "samples": 0}, "samples is 0"),
         ({"task": "sums", "samples": 4}, "samples without a temperature"),
         ({"task": "sums", "top_p": 0.9}, "top_p without a temperature"),
+        ({"task": "sums", "new_tokens": 0}, "new_tokens is 0; expected a positive number of tokens"),
+        ({"task": "sums", "new_tokens": True}, "new_tokens is True"),
+        ({"task": "sums", "new_tokens": 64.0}, "new_tokens is 64.0"),
+        ({"task": "sums", "limit": 0}, "limit is 0; expected a positive number of examples"),
         ({"task": "sums", "temperature": 0}, "temperature is 0; expected a number above 0"),
         ({"task": "sums", "temperature": 0.6, "top_p": 1.5}, "top_p is 1.5"),
         ({"task": "bfcl_v3", "temperature": 0.6}, "asked as bfcl-eval asks"),
@@ -336,6 +343,19 @@ def test_what_a_model_writes_is_never_run(tmp_path: Path):
 
 def test_likelihoods_are_not_sampled(tmp_path: Path):
     data = rows_file(tmp_path, [TRUTHFUL])
-    (entry,) = parse_entries([{"task": "truthfulqa", "data": data, "samples": 2, "temperature": 1.0}])
-    with pytest.raises(ConfigError, match="writes none: leave out samples"):
-        load_benchmark(entry)
+    for given in ({"samples": 2, "temperature": 1.0}, {"new_tokens": 20}):
+        (entry,) = parse_entries([{"task": "truthfulqa", "data": data, **given}])
+        with pytest.raises(ConfigError, match="writes none: leave out samples"):
+            load_benchmark(entry)
+
+
+def test_an_answer_may_be_no_longer_than_asked_or_than_its_prompt_leaves(tmp_path: Path):
+    """Of gsm8k's 512 tokens: 30 where 30 are asked, all but the prompt where the model takes no more."""
+    data = rows_file(tmp_path, [{"question": "2 + 2?", "answer": "4"}])
+    for asked, most in ((30, 30), (400, None), (None, None)):
+        language = Scripted(lambda prompt, number: "No, " * 200)
+        language.max_length = 200
+        record, (sample,) = run(language, {"task": "gsm8k", "data": data, "new_tokens": asked})
+        room = language.max_length - len(language.tok_encode(sample["prompt"]))
+        assert language.settings[0]["max_gen_toks"] == (most or room)
+        assert sample["truncated"] == "answer" and record["truncation_rate"] == 1

@@ -120,3 +120,9 @@ def test_choice_normalises_over_the_choices():
 @pytest.mark.parametrize(("label", "expected"), [("true", 1.0), ("false", 0.0), (True, 1.0), (False, 0.0)])
 def test_cluewsc_choice_a_is_yes(label: object, expected: float):
     assert scorers.cluewsc({"label": label}, [(-1.0, True), (-2.0, False)])["acc"] == expected
+
+
+@pytest.mark.parametrize("answer", ["073", "73", 73, 73.0, "\\boxed{73}", "73^\\circ"])
+def test_aime_answers_with_and_without_their_leading_zeros(answer: object):
+    for response, score in [("so $\\boxed{73}$", 1.0), ("so \\boxed{073}", 1.0), ("\\boxed{74}", 0.0)]:
+        assert scorers.aime({"answer": answer}, [response]) == {"exact_match": score}

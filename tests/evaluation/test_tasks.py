@@ -139,6 +139,9 @@ def test_evaluation_key_covers_settings_and_data_but_not_the_place_of_the_data(t
     assert keys[0] == keys[1] != keys[2]
     assert evaluation_key(EvaluateSettings()) != evaluation_key(EvaluateSettings(drift={}))
     assert evaluation_key(EvaluateSettings(drift={})) == evaluation_key(EvaluateSettings(drift={"rows": 48}))
+    cut = [EvaluateSettings(target=[{"task": "sums", "new_tokens": most}]) for most in (None, 8, 9)]
+    assert len({evaluation_key(settings) for settings in cut}) == 3
+    assert evaluation_key(cut[0]) == evaluation_key(EvaluateSettings(target=["sums"]))
     assert evaluation_key(EvaluateSettings(limit=3)) != evaluation_key(EvaluateSettings(limit=4))
 
 

@@ -42,6 +42,10 @@ PAYLOADS = [
         ("choice", "Answer: **D**", "D", 1),
         ("choice", r"\boxed{C}", "C", 1),
         ("choice", "Because of this:\nC)", "C", 1),
+        ("choice", '"B"', "B", 1),
+        ("choice", "“B”", "B", 1),
+        ("choice", "答：B", "B", 1),  # noqa: RUF001
+        ("choice", '"A man" walks', "A", 0),
         ("choice", "A man walks", "A", 0),
         ("choice", "A and B", "B", 0),
         ("choice", "", "A", 0),

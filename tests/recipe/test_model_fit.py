@@ -10,8 +10,9 @@ import tiny
 from transformers import AutoConfig
 
 from eaft_verl.errors import ConfigError
+from eaft_verl.evaluation.model_files import positions_of
 from eaft_verl.models import load_config, load_tokenizer, resolve_model
-from eaft_verl.recipe.model_fit import check_model_fits, notes_at_hand, positions_of, unpackable
+from eaft_verl.recipe.model_fit import check_model_fits, notes_at_hand, unpackable
 from eaft_verl.recipe.resolve import load_recipe, resolve
 
 RECIPE = """
