@@ -6,6 +6,7 @@ into a run or handed to a launcher passes `masked`.
 
 import contextlib
 import ctypes
+import errno
 import functools
 import os
 import re
@@ -99,7 +100,10 @@ def _masked_text(text: str, secrets: tuple[tuple[str, str], ...]) -> str:
 
 
 class GuardedStream:
-    """A text stream that writes `inert` and `masked` text, and is the stream it guards in all else."""
+    """A text stream that writes `inert` and `masked` text, and is the stream it guards in all else.
+
+    A terminal that is closed meanwhile ends nothing: what would be written there is written nowhere.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self.guarded = stream
@@ -107,8 +111,23 @@ class GuardedStream:
     def write(self, text: str) -> int:
         """A carriage return at the beginning of a piece stays: progress bars write it there."""
         start = len(text) - len(text.lstrip("\r"))
-        self.guarded.write(text[:start] + inert(masked(text[start:].replace("\r\n", "\n"))))
+        with self._though_closed():
+            self.guarded.write(text[:start] + inert(masked(text[start:].replace("\r\n", "\n"))))
         return len(text)
+
+    def flush(self) -> None:
+        """What is buffered."""
+        with self._though_closed():
+            self.guarded.flush()
+
+    @contextlib.contextmanager
+    def _though_closed(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.guarded.fileno())
 
     def writelines(self, lines: Any) -> None:
         """Each of them by `write`."""
@@ -120,9 +139,12 @@ class GuardedStream:
 
 
 def guard_streams() -> None:
-    """Guard this process's standard output and error until it ends, a traceback at its end included."""
+    """Guard this process's standard output and error until it ends, a traceback at its end included.
+
+    One that whoever started this process has closed is made anew and leads nowhere.
+    """
     for name in ("stdout", "stderr"):
-        stream = vars(sys)[name]
+        stream = vars(sys)[name] or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8")
         if not isinstance(stream, GuardedStream):
             setattr(sys, name, GuardedStream(stream))
 
