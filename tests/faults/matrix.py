@@ -108,17 +108,21 @@ class Lab:
         """`eaft WORDS`."""
         return [sys.executable, "-P", "-m", "eaft_verl.cli", *map(str, words)]
 
-    def eaft(self, *words: str | Path, timeout: float = 240.0, **env: str) -> Seen:
-        """Run a command to its end."""
+    def eaft(self, *words: str | Path, timeout: float = 400.0, **env: str) -> Seen:
+        """Run a command to its end; again, as it says, where a busy machine has not let Ray start within its 30 s."""
         with self.started(*words, **env) as process:
             process.wait(timeout=timeout)
-        return Seen(process.returncode, self.said(process))
+        said = self.said(process)
+        if "error: Ray did not start" in said:
+            again = self.eaft(*words, timeout=timeout, **env)
+            return Seen(again.code, said + again.said)
+        return Seen(process.returncode, said)
 
     def said(self, process: subprocess.Popen[str]) -> str:
         """What a command has printed so far."""
         return (self.folder / f"said-{process.pid}.txt").read_text(encoding="utf-8", errors="replace")
 
-    def train(self, *overrides: str, timeout: float = 240.0, **env: str) -> Seen:
+    def train(self, *overrides: str, timeout: float = 400.0, **env: str) -> Seen:
         """`eaft train` of the recipe's arm."""
         return self.eaft("train", self.recipe, "--arm", ARM, *overrides, timeout=timeout, **env)
 
@@ -160,7 +164,8 @@ class Lab:
         kept = self.snapshots / "whole"
         if not kept.exists():
             aside = self.out.rename(self.folder / "aside") if self.out.exists() else None
-            assert self.train().code == 0
+            seen = self.train()
+            assert seen.code == 0, seen.said
             shutil.copytree(self.out, kept)
             shutil.rmtree(self.out)
             if aside:
@@ -177,7 +182,7 @@ class Lab:
         mine, theirs = ([[row[name] for name in names] for row in rows] for rows in (self.rows(), self.whole()))
         assert mine == theirs and len(mine) == STEPS, "not the uninterrupted run"
 
-    def wait_for_step(self, process: subprocess.Popen[str], step: int, timeout: float = 200.0) -> None:
+    def wait_for_step(self, process: subprocess.Popen[str], step: int, timeout: float = 400.0) -> None:
         """Return as soon as this many steps are logged; the command must still run then."""
         end = time.monotonic() + timeout
         while process.poll() is None and len(self.rows()) < step:

@@ -150,7 +150,7 @@ def _parent_killed(lab: Lab) -> Outcome:
         while orphans(lab.run):
             assert time.monotonic() < end, orphans(lab.run)
             time.sleep(0.2)
-    assert lab.train().code == 0
+    assert (seen := lab.train()).code == 0, seen.said
     lab.assert_exact()
     return Outcome("all ended with it; resumed, every row equal", lost=2)
 
@@ -217,7 +217,7 @@ def _raylet_killed(lab: Lab) -> Outcome:
     line = assert_one_line(said)
     assert "failures/attempt_1.txt" in line and info(lab)["status"] == "failed", line
     assert "the end of" in (lab.run / "failures" / "attempt_1.txt").read_text()
-    assert lab.train().code == 0
+    assert (seen := lab.train()).code == 0, seen.said
     lab.assert_exact()
     return Outcome(f"exit 8: {line[:60]}...; resumed, every row equal", lost=2)
 
@@ -262,6 +262,6 @@ def _before_the_first_step(lab: Lab) -> Outcome:
     assert code == ENDED and not left, (code, said, left)
     assert_one_line(said)
     assert info(lab)["status"] == "interrupted", info(lab)
-    assert lab.train().code == 0
+    assert (seen := lab.train()).code == 0, seen.said
     lab.assert_exact()
     return Outcome("exit 143; the same command trains from the start", lost=0)

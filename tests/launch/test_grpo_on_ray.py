@@ -71,7 +71,8 @@ def _stopped(cluster: Cluster, output: Path) -> int:
     """A job that is told to stop once it has trained two steps: 75, saved; its last step."""
     log, arm = output.with_suffix(".log"), output / "grpo-seed0"
     with log.open("w") as stream:
-        job = subprocess.Popen(launch(cluster, output), env=cluster.environ, cwd=cluster.project, stdout=stream)
+        told = {"stdout": stream, "stderr": subprocess.STDOUT}
+        job = subprocess.Popen(launch(cluster, output), env=cluster.environ, cwd=cluster.project, **told)
     try:
         metrics = arm / "metrics.jsonl"
 
