@@ -36,6 +36,8 @@ _REFUSED_FILES = (
     errno.EEXIST,
     errno.ENAMETOOLONG,
     errno.ELOOP,
+    *(errno.EIO, errno.ESTALE, errno.ENOTCONN),  # a disk or a mount that has gone
+    *(errno.EMFILE, errno.ENFILE),
 )
 _LOOP = "Symlink loop from "  # Path.resolve, before Python 3.13
 
@@ -106,8 +108,9 @@ def refusal(error: OSError | RuntimeError) -> tuple[int, str] | None:
     if not isinstance(error, OSError):
         where, loop, name = str(error).replace("'", "").rpartition(_LOOP)
         return (REFUSED, f"{name}: a link that leads back to itself") if loop and not where else None
-    if error.errno == errno.ENOENT and not error.filename:  # os.getcwd
-        return REFUSED, "the current folder does not exist any more; change to one that does"
+    if error.errno == errno.ENOENT and not error.filename:  # os.getcwd and tempfile name none
+        gone = "the current folder does not exist any more; change to one that does"
+        return REFUSED, f"{error.strerror}: export TMPDIR=FOLDER" if "temporary" in str(error.strerror) else gone
     line = f"{error.filename or 'writing'}: {error.strerror}"
     if error.errno in NO_SPACE:
         return DISK_FULL, line

@@ -108,6 +108,10 @@ class Lab:
         """`eaft WORDS`."""
         return [sys.executable, "-P", "-m", "eaft_verl.cli", *map(str, words)]
 
+    def environ(self, **env: str) -> dict[str, str]:
+        """Variables of a command."""
+        return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **env}
+
     def eaft(self, *words: str | Path, timeout: float = 400.0, **env: str) -> Seen:
         """Run a command to its end; again, as it says, where a busy machine has not let Ray start within its 30 s."""
         with self.started(*words, **env) as process:
@@ -134,7 +138,7 @@ class Lab:
             process = subprocess.Popen(
                 self.command(*words),
                 cwd=self.folder,
-                env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **env},
+                env=self.environ(**env),
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 text=True,

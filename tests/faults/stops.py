@@ -1,7 +1,9 @@
 """Processes that are killed, told to stop, or stand still."""
 
+import contextlib
 import json
 import os
+import pty
 import signal
 import subprocess
 import time
@@ -106,6 +108,31 @@ def _ctrl_c(lab: Lab) -> Outcome:
     assert f"Ctrl-C: {lab.run} is saved at step {step} of {STEPS}" in assert_one_line(seen.said)
     goes_on(lab, step)
     return Outcome(f"130 after {seen.seconds:.1f} s; every row equal", lost=0)
+
+
+@fault(
+    "the terminal is closed at step 10 (SIGHUP; writing fails)", "saved as on SIGTERM, 75; goes on exactly", slow=True
+)
+def _terminal_closed(lab: Lab) -> Outcome:
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(lab.folder)
+        command = lab.command("train", lab.recipe, "--arm", ARM)
+        os.execve(command[0], command, lab.environ(LAB=str(lab.run)))
+    os.set_blocking(terminal, False)
+    end = time.monotonic() + 400
+    while len(lab.rows()) < 10:
+        assert time.monotonic() < end
+        with contextlib.suppress(BlockingIOError):
+            os.read(terminal, 1 << 16)
+        time.sleep(0.01)
+    os.close(terminal)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    left, step = orphans(lab.run), len(lab.rows())
+    assert code == SAVED and not left, (code, left, info(lab))
+    assert info(lab)["status"] == "interrupted" and f"is saved at step {step} of {STEPS}" in info(lab)["error"]
+    goes_on(lab, step)
+    return Outcome("75; every row equal", lost=0)
 
 
 @fault("SIGTERM, then Ctrl-C, while a worker is stopped", "the second ends it at once, nothing is left", slow=True)
