@@ -37,6 +37,7 @@ _REFUSED_FILES = (
     errno.ENAMETOOLONG,
     errno.ELOOP,
     *(errno.EIO, errno.ESTALE, errno.ENOTCONN),  # a disk or a mount that has gone
+    *(errno.ENOLCK, errno.EOPNOTSUPP),  # a mount without locks
     *(errno.EMFILE, errno.ENFILE),
 )
 _LOOP = "Symlink loop from "  # Path.resolve, before Python 3.13

@@ -163,6 +163,9 @@ def locked(path: Path, *, busy: str, wait: bool = False) -> Iterator[None]:
             raise RunError(busy) from None
         print(f"eaft: {busy}; waiting for it", file=sys.stderr, flush=True)
         lock.acquire()
+    except OSError as error:
+        _name(error, path)
+        raise
     try:
         yield
     finally:
