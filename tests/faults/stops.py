@@ -1,6 +1,7 @@
 """Processes that are killed, told to stop, or stand still."""
 
 import contextlib
+import errno
 import json
 import os
 import pty
@@ -120,11 +121,15 @@ def _terminal_closed(lab: Lab) -> Outcome:
         command = lab.command("train", lab.recipe, "--arm", ARM)
         os.execve(command[0], command, lab.environ(LAB=str(lab.run)))
     os.set_blocking(terminal, False)
-    end = time.monotonic() + 400
+    end, said = time.monotonic() + 400, b""
     while len(lab.rows()) < 10:
-        assert time.monotonic() < end
+        assert time.monotonic() < end, said
         with contextlib.suppress(BlockingIOError):
-            os.read(terminal, 1 << 16)
+            try:
+                said += os.read(terminal, 1 << 16)
+            except OSError as error:
+                assert error.errno != errno.EIO, f"it has ended: {said.decode()}"
+                raise
         time.sleep(0.01)
     os.close(terminal)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
