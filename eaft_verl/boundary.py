@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any, TextIO
 
@@ -168,22 +169,32 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-_STOPS = (signal.SIGINT, signal.SIGTERM)
+_STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextlib.contextmanager
 def stops_held() -> Iterator[None]:
-    """Fork within this block: Ctrl-C and SIGTERM come afterwards, to the child when `begin_worker` has run in it."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+    """Fork within this block: Ctrl-C, SIGTERM and SIGHUP come afterwards, to the child when
+    `begin_worker` has run in it."""
+    before, came = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS), list[int]()
+    asked = _STOPS if threading.current_thread() is threading.main_thread() else ()
+    handlers = {one: signal.getsignal(one) or signal.SIG_DFL for one in asked}
+    for one in asked:  # a thread that does not block it may be handed it, and Python then calls the handler here
+        signal.signal(one, lambda number, frame: came.append(number))
     try:
         yield
     finally:
+        for one, handler in handlers.items():
+            signal.signal(one, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if came:
+            signal.raise_signal(came[0])
 
 
 def begin_worker() -> None:
-    """In a process of a pool: leave the terminal's Ctrl-C to the parent, which ends it; die with the parent."""
+    """In a process of a pool: leave what the terminal sends to the parent, which ends it; die with the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # forked, it would have its parent's; a pool ends its processes by it
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
     die_with_parent()
