@@ -75,12 +75,16 @@ def masked(value: Any) -> Any:
     A recipe written like that still means the same. Secret is what a variable holds whose name looks like it, from
     eight characters on, and the user:password of a URL. Lists and mappings are gone through, keys as well.
     """
+    return _masked(value, _secrets())
+
+
+def _masked(value: Any, secrets: tuple[tuple[str, str], ...]) -> Any:
     if isinstance(value, str):
-        return _masked_text(value, _secrets())
+        return _masked_text(value, secrets)
     if isinstance(value, dict):
-        return {masked(key): masked(item) for key, item in value.items()}
+        return {_masked(key, secrets): _masked(item, secrets) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [masked(item) for item in value]
+        return [_masked(item, secrets) for item in value]
     return value
 
 

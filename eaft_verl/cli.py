@@ -150,7 +150,7 @@ def _train(options: argparse.Namespace) -> int:
         folder = Path(config.output) / run_name(config.arm, config.seed)
         return supervised(lambda: run_stage(command), folder, options.max_restarts)
     if options.dry_run:
-        print(as_yaml(config), end="")
+        print(as_yaml(config), end="", flush=True)  # before what is said of it
         warn_of([*notes_at_hand(config), *idle_gpus(config, len(gpus_here()))])
         warn([*pending(config, contents=True), *missing_before(config)])
         return 0

@@ -87,6 +87,14 @@ def hub_arguments(model: Path | str) -> dict[str, Any]:
     return {"pretrained_model_name_or_path": name, "trust_remote_code": False, **pinned}
 
 
+def without_sklearn() -> None:
+    """Keep transformers from importing scikit-learn, scipy and pandas, a fifth of its import, wherever they happen to
+    be installed: they are for assisted generation, which nothing here uses."""
+    import transformers.utils
+
+    transformers.utils.is_sklearn_available = functools.cache(lambda: False)  # read once, by transformers.generation
+
+
 def check_no_code(model: Path | str) -> None:
     """ConfigError for a model whose configuration points to code of its own: verl's reward loop would run it."""
     from transformers.utils import cached_file
@@ -103,6 +111,7 @@ def check_no_code(model: Path | str) -> None:
 
 def load_tokenizer(model: Path | str) -> Any:
     """The tokenizer of a resolved model; ConfigError where it has none or none that can be read."""
+    without_sklearn()
     from transformers import AutoTokenizer
 
     return _loaded(AutoTokenizer, model, "tokenizer (tokenizer.json)")
@@ -110,6 +119,7 @@ def load_tokenizer(model: Path | str) -> Any:
 
 def load_config(model: Path | str) -> Any:
     """The transformers configuration of a resolved model; ConfigError where it cannot be read or is not known."""
+    without_sklearn()
     from transformers import AutoConfig
 
     return _loaded(AutoConfig, model, "configuration (config.json)")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+TESTS = Path(__file__).parent
 _SCRATCH = tempfile.mkdtemp(prefix="eaft")  # short: Ray's socket paths have a limit
 
 os.environ.update(
@@ -22,6 +23,19 @@ os.environ.update(
 os.environ.pop("RAY_ADDRESS", None)
 if not shutil.which("nvidia-smi"):  # Triton asks when it is first imported
     os.environ["TRITON_INTERPRET"] = "1"
+
+LONG = (  # a minute or more each, the longest first
+    *("experiment/test_pipeline.py", "faults/test_faults.py", "training/grpo/test_grpo.py"),
+    *("training/test_every_key.py", "training/sft/test_exactness.py", "test_types.py", "launch/test_ray_cluster.py"),
+    *("training/sft/test_anchor.py", "training/sft/test_matched_arms.py", "experiment/test_analyze.py"),
+    *("reporting/test_page.py", "launch/test_examples.py", "evaluation/test_evaluate.py"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files come first: two processes then end at about the same time, whichever takes which file."""
+    places = {TESTS / name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path, len(LONG)))
 
 
 @pytest.fixture(scope="session")

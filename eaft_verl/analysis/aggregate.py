@@ -1,10 +1,9 @@
 """Everything the page says of a store, as plain data, from two passes over it whose memory does not grow with rows."""
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-from eaft_verl.analysis.blocks import blocks, candidates
+from eaft_verl.analysis.blocks import blocks, candidates, spread
 from eaft_verl.analysis.breakdown import TEXTS, Breakdown
 from eaft_verl.analysis.clouds import frequent
 from eaft_verl.analysis.fidelity import StoredAgreement
@@ -47,12 +46,8 @@ def analyse(
     boxes, plane = Boxes(survey, thresholds or survey), Landscape(tokens, k, vocab)
     parts = Breakdown(survey, words.mask(vocab, "numeric"), words.mask(vocab, "special"))
     agreement, lab = StoredAgreement(k, vocab), Gates(read_gates(gates), survey, k, tokens)
-    with ThreadPoolExecutor(1) as beside:
-        for block in blocks(store, COLUMNS, parts.texts):
-            weighed = beside.submit(lab.add, block)
-            for part in (boxes, plane, parts, agreement):
-                part.add(block)
-            weighed.result()
+    adds = [part.add for part in (lab, boxes, plane, parts, agreement)]
+    spread(blocks(store, COLUMNS, parts.texts), adds)
     found = lab.result()
     fields = {
         row["gate"]: square

@@ -3,8 +3,10 @@
 Dimension letters: T tokens of a block. A block is some hundred thousand rows; nothing here loops over tokens.
 """
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import cached_property
 from typing import Any
 
@@ -19,6 +21,7 @@ from eaft_verl.objectives import normalized_entropy
 from eaft_verl.tokens.stats import CONFLICT_PROB, HIGH_ENTROPY, LOW_ENTROPY, TokenStats
 
 ROWS = 1 << 17
+_HELD = 3  # blocks in memory beside the one being read
 _ROOM = 0.02  # for rounding, of nats and of probabilities
 CONFLICT, SETTLED, BRANCHING, OTHER = range(4)
 REGIMES = ("conflict", "settled", "branching", "other")
@@ -107,6 +110,24 @@ def blocks(store: TokenStore, columns: Sequence[str], texts: dict[str, dict[str,
             place_T = _places(sample_T, position_T, last)
             last = (int(sample_T[-1]), int(position_T[-1]), int(place_T[-1]))
         yield Block(batch, k, texts, place_T)
+
+
+def spread(found: Iterable[Block], adds: Sequence[Callable[[Block], None]]) -> None:
+    """Give every block to each of `adds`, in order, each in a thread of its own: numpy and torch let others run."""
+    with ExitStack() as stack:
+        lanes = [stack.enter_context(ThreadPoolExecutor(1)) for _ in adds]
+        held: deque[list[Future[None]]] = deque()
+        for block in found:
+            held.append([lane.submit(add, block) for lane, add in zip(lanes, adds, strict=True)])
+            if len(held) == _HELD:
+                _wait(held.popleft())
+        for waiting in held:
+            _wait(waiting)
+
+
+def _wait(futures: Sequence[Future[None]]) -> None:
+    for future in futures:
+        future.result()
 
 
 def _allowed(store: TokenStore) -> dict[str, tuple[float, float]]:

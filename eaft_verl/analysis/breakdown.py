@@ -21,7 +21,7 @@ KINDS = ("template", "noise", "habit", "content")
 PLACES = ("1st", "2nd", "3rd-4th", "5th-8th", "9th-16th", "17th-32nd", "33rd-64th", "65th-128th", "later")
 CLOUDS = (BRANCHING, SETTLED, CONFLICT)  # Fig. 7 a, b, c
 TEXTS = ("source", "role")
-_WAITING, _KEPT = 1 << 22, 1 << 20  # conflicts counted at once; pairs kept, the rarest forgotten
+_WAITING, _KEPT = 1 << 20, 1 << 20  # conflicts counted at once; pairs kept, the rarest forgotten
 Row = dict[str, Any]
 
 

@@ -87,15 +87,21 @@ class Boxes:
             hits_G += np.bincount(group_N[inside], minlength=self._groups)
 
     def draws(self, seed: int = 0) -> tuple[Array, Array]:
-        """(share of every box [B], its resamples [R, B])."""
+        """(share of every box [B], its resamples [R, B]); NaN where one sample is all there is."""
         known_G = self._tokens_G > 0
         tokens_G, hits_GB = self._tokens_G[known_G], self._hits_BG[:, known_G].T
+        if len(tokens_G) == 1:  # it has no spread
+            return hits_GB[0] / tokens_G[0], np.full((RESAMPLES, len(self.rows)), np.nan)
         draws_RB = resampled_means(hits_GB / tokens_G[:, None], tokens_G, RESAMPLES, np.random.default_rng(seed))
         return hits_GB.sum(axis=0) / tokens_G.sum(), draws_RB
 
     def result(self) -> list[Row]:
-        """The rows with share, low, high: a 95 % interval that resamples samples, not tokens."""
+        """The rows with share, low, high: a 95 % interval that resamples samples, not tokens.
+
+        low, high: None where resamples know no spread: of one sample, or of samples without a hit.
+        """
         shares_B, draws_RB = self.draws()
+        draws_RB = np.where(np.ptp(draws_RB, axis=0) > 0, draws_RB, np.nan)
         found = [percentile_interval(share, draws_R) for share, draws_R in zip(shares_B, draws_RB.T, strict=True)]
         return [
             row | {"share": one.delta, "low": one.bounds[0], "high": one.bounds[1]}

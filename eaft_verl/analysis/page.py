@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ def draw(found: Row) -> dict[str, tuple[bytes, Any]]:
         drawn["fidelity"] = figures.fidelity(found["fidelity"]["rows"]), found["fidelity"]
     for name, rows in data["clouds"].items():
         if rows:
-            drawn[f"words_{name}"] = clouds.draw(rows, HIGH_ENTROPY), rows[: clouds.WORDS]
+            drawn[f"words_{name}"] = clouds.draw(rows, _highest(data)), rows[: clouds.WORDS]
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", "Glyph .* missing from font"
@@ -174,7 +175,8 @@ def _values(found: Row) -> Row:
     values |= {"visible": visible, "named": NAMED}
     values |= {"low": LOW_ENTROPY, "high": HIGH_ENTROPY, "rare": CONFLICT_PROB, "listed": LISTED}
     values |= {"percent": share, "short": short, "count": count, "interval": interval}
-    return values | {"boxed": clouds.boxed, "size": clouds.size, "ink": ink, "tint": tint}
+    values |= {"highest": (highest := _highest(found["data"])), "ink": partial(clouds.ink, highest=highest)}
+    return values | {"boxed": clouds.boxed, "size": clouds.size, "tint": tint}
 
 
 def interval(row: Row) -> Markup:
@@ -191,9 +193,9 @@ def count(value: float) -> str:
     return f"{value:,.0f}"
 
 
-def ink(entropy: float) -> str:
-    """Colour of a word of that mean entropy, nats."""
-    return matplotlib.colors.to_hex(clouds.ink(min(entropy / HIGH_ENTROPY, 1.0)))
+def _highest(data: Row) -> float:
+    """The highest top-K entropy, nats."""
+    return math.log(max(data["landscape"]["k"], 2))
 
 
 def tint(prob: float, normalized: float) -> str:

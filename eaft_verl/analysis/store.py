@@ -74,11 +74,12 @@ class TokenStore:
             raise DataError(f"{file} was not written by `eaft analyze`: it names no model; give another") from None
         wrong = [field.name for field in COLUMNS if field not in list(found)]
         wrong += [name for name, kind in KNOWN.items() if not isinstance(self.meta.get(name), kind)]
+        wrong += [name for name in ("k", "vocab") if name not in wrong and self.meta[name] < 2]  # no entropy is known
         if schema != SCHEMA or found.names != COLUMNS.names or wrong:
             raise DataError(
                 f"{file} has schema {schema!r} with columns {', '.join(found.names)}; this version reads {SCHEMA} with "
-                f"{', '.join(COLUMNS.names)} (missing or of another type: {', '.join(wrong) or 'none'}): delete it and "
-                "run `eaft analyze` again"
+                f"{', '.join(COLUMNS.names)} (missing, too small or of another type: {', '.join(wrong) or 'none'}): "
+                "delete it and run `eaft analyze` again"
             )
         if self.meta["tokens"] != self._footer.num_rows:
             raise DataError(f"{file} is not whole: {self._footer.num_rows} of {self.meta['tokens']} tokens; delete it")

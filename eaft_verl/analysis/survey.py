@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from eaft_verl.analysis.blocks import Array, Block, blocks
+from eaft_verl.analysis.blocks import Array, Block, blocks, spread
 from eaft_verl.analysis.store import TokenStore
 from eaft_verl.tokens.stats import BaseStats
 
@@ -64,12 +64,13 @@ class Survey:
         self._sums_4S = np.zeros((4, int(store.meta["samples"])))
         self.seen_V = np.zeros(self.vocab, np.int64)  # samples in which the label is a conflict
         self.last_token = -1  # the largest number of a label
-        for block in blocks(store, COLUMNS, {}):
-            self._add(block)
+        spread(blocks(store, COLUMNS, {}), [self._add_quantiles, self._add_samples])
 
-    def _add(self, block: Block) -> None:
+    def _add_quantiles(self, block: Block) -> None:
         self.entropy.add(block.normalized_T)
         self.prob.add(block.prob_T)
+
+    def _add_samples(self, block: Block) -> None:
         sample_T = block["sample"]
         first, last = int(sample_T[0]), int(sample_T[-1])
         if (missing := last + 1 - self._sums_4S.shape[1]) > 0:

@@ -144,14 +144,17 @@ def _too_few(data: Row, apart: Row | None) -> Row | None:
             * bool(data["breakdown"]["samples_implausible"]),
             **{"error": error, "few": FEW, "implausible": data["breakdown"]["samples_implausible"]},
         )
-    if apart is not None and apart["low"] is not None and apart["low"] <= 0:
+    if apart is not None and (apart["low"] is None or apart["low"] <= 0):
+        known = apart["low"] is not None
+        why = "the interval of the difference begins at {low:points}" if known else "a single sample has no interval"
         return _say(
             "remedy",
-            "It is not shown that the data conflicts with the model more than those answers do (the interval of the "
-            "difference begins at {low:points}), so conflicts are no reason for EAFT or for cleaning here; more "
-            "answers make the interval narrower." + _SOME_NOISE * bool(data["breakdown"]["samples_implausible"]),
-            low=apart["low"],
+            f"It is not shown that the data conflicts with the model more than those answers do ({why}), so conflicts "
+            "are no reason for EAFT or for cleaning here; more answers make the interval narrower."
+            + _SOME_NOISE
+            * bool(data["breakdown"]["samples_implausible"]),
             implausible=data["breakdown"]["samples_implausible"],
+            **({"low": apart["low"]} if known else {}),
         )
     return None
 
@@ -166,9 +169,12 @@ def _kinds(data: Row, groups: dict[str, float]) -> list[Row]:
     kinds = {name: row["share"] for name, row in parts["kinds"].items()}
     text = (
         "Of the conflicts {format:%} are format: {template:%} on tokens of the chat template, {habit:%} on openings of "
-        "a turn or labels that recur in many samples. {noise:%} stand in {implausible:,} of {samples:,} samples that "
-        "the model finds implausible as a whole."
+        "a turn or labels that recur in many samples. "
     )
+    if parts["samples_implausible"]:
+        text += "{noise:%} stand in {implausible:,} of {samples:,} samples that the model finds implausible as a whole."
+    else:
+        text += "None is noise: the model finds no sample implausible as a whole."
     numbers = {**kinds, "format": groups["format"], "implausible": parts["samples_implausible"]}
     if kinds["content"]:
         text += (
@@ -267,11 +273,11 @@ def _lesson(data: Row, own: Row | None) -> Row:
     parts = data["breakdown"]
     share, with_content = parts["samples_with_content"] / parts["samples"], parts["samples_with_content"]
     numbers = {"share": share, "each": parts["kinds"]["content"]["tokens"] / max(with_content, 1)}
-    text = "{share:%} of the samples hold a conflict of content, {each:.1} each on average"
+    text, beside = "{share:%} of the samples hold a conflict of content, {each:.1} each on average", 0.0
     if own is not None:
         text += " ({beside:%} of the answers beside them hold one)"
-        numbers["beside"] = own["breakdown"]["samples_with_content"] / own["breakdown"]["samples"]
-    if share >= LESSON:
+        beside = numbers["beside"] = own["breakdown"]["samples_with_content"] / own["breakdown"]["samples"]
+    if share >= LESSON > beside:  # where the model's own answers hold them as well, it is no sign
         text += (
             ". When most samples contradict the model, the contradictions may be the lesson: "
             "counter-factual or newer facts, edited knowledge, a changed interface. Then EAFT holds back what the data "

@@ -11,7 +11,7 @@ from eaft_verl.data.spec import DataSpec
 from eaft_verl.data.take import Outcome
 from eaft_verl.errors import DataError
 
-_SHOWN = 5  # rows named in an error; the manifest lists all
+_SHOWN = 5  # reasons named in an error; the manifest lists every row
 _CHOSEN = {"duplicate", "masked", *("over_long", "control_token", "leakage")}  # the last three: rejected by a setting
 _REMEDIES = {
     "over_long": "set data.over_long=drop or truncate, or data.max_length={longest} or more",
@@ -138,9 +138,16 @@ def _histogram(lengths_E: Any) -> dict[str, Any]:
 
 
 def _name_rows(entries: list[dict[str, Any]]) -> str:
-    shown = "".join(f"\n  row {_place(entry)}: {entry['reason']}" for entry in entries[:_SHOWN])
-    more = len(entries) - _SHOWN
-    return f"Rows at fault:{shown}" + (f"\n  and {more} more" if more > 0 else "")
+    """The first reasons, each with its first row and how many more it has."""
+    alike: dict[str, list[dict[str, Any]]] = {}
+    for entry in entries:
+        alike.setdefault(entry["reason"], []).append(entry)
+    shown = list(alike.items())[:_SHOWN]
+    lines = [
+        f"row {_place(found[0])}{f' and {len(found) - 1} more' * (len(found) > 1)}: {reason}" for reason, found in shown
+    ]
+    more = len(entries) - sum(len(found) for _, found in shown)
+    return "\n  ".join(["Rows at fault:", *lines, *[f"and {more} more"] * (more > 0)])
 
 
 def _place(entry: dict[str, Any]) -> str:

@@ -134,10 +134,11 @@ def absent(value: Any) -> bool:
 
 def several(role: str, names: list[str], kind: str = "format") -> RowError:
     """The refusal of a row in which more than one column may have a role."""
+    ways = " or ".join(f"--column {role}={name!r}" for name in names)
     return RowError(
         kind,
         f"found {' and '.join(names)}, which may say the same thing; keep one of them, or say which by "
-        f"data.columns={{{role}: {names[0]}}} (--column {role}={names[0]!r})",
+        f"data.columns={{{role}: {names[0]}}} ({ways})",
     )
 
 

@@ -6,6 +6,8 @@ two together. `defaults.yaml` says what each key of ours means; sizes are in tok
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -256,9 +258,13 @@ def _references(tree: Any) -> int:
 
 
 def own_defaults() -> dict[str, Any]:
-    """`defaults.yaml`, less its arms."""
-    found = plain(OmegaConf.load(Path(__file__).with_name("defaults.yaml")))
-    return {key: value for key, value in found.items() if key != "arms"}
+    """`defaults.yaml`, less its arms; the caller's own."""
+    return {key: value for key, value in copy.deepcopy(_defaults()).items() if key != "arms"}
+
+
+@functools.cache
+def _defaults() -> Any:
+    return plain(OmegaConf.load(Path(__file__).with_name("defaults.yaml")))
 
 
 def stored_configuration(tree: Mapping[str, Any]) -> Config:

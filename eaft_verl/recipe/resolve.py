@@ -14,8 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from eaft_verl.errors import ConfigError, did_you_mean
 from eaft_verl.recipe.chains import KEYS, check_no_circle, check_only_in_arms, needed_arms, own_blocks
 from eaft_verl.recipe.config import OF_SFT, Config, configuration, own_defaults
@@ -36,7 +34,7 @@ from eaft_verl.recipe.keys import (
 from eaft_verl.recipe.matching import budget_source, check_control
 from eaft_verl.recipe.overrides import arm_words, check_shared, overrides_tree
 from eaft_verl.recipe.shipped import find_recipe, require_no_spec
-from eaft_verl.recipe.verl_keys import compose_verl, grpo_tree, lay
+from eaft_verl.recipe.verl_keys import grpo_tree, lay, verl_defaults
 
 FUSED_ON_CPU = ("torch.optim", "AdamW")
 DEVICES = ("auto", "cpu", "cuda")
@@ -165,7 +163,7 @@ def declared_keys(recipe: Recipe, arm: str, overrides: Iterable[str] = ()) -> li
 
 def _verl_tree(ours: dict[str, Any], trainer: str) -> dict[str, Any]:
     """verl's own SFT configuration, composed from the installed package without importing it, less what is not ours."""
-    tree: Any = OmegaConf.to_container(compose_verl(VERL_TREE), resolve=True, throw_on_missing=False)
+    tree = verl_defaults(VERL_TREE)
     kept = {part: tree[part] for part in ("model", "engine", "optim")}
     kept |= {part: {key: tree[part][key] for key in keys} for part, keys in VERL_KEYS.items()}
     kept["engine"]["mixed_precision"] = None  # a field of verl's dataclass that its YAML does not list

@@ -5,6 +5,7 @@ would have to ignore is not in the tree, and OURS_INSTEAD says where it is set.
 """
 
 import copy
+import functools
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -119,8 +120,9 @@ OURS_INSTEAD = {
 }
 
 
+@functools.cache  # a quarter of a second, for every arm and seed
 def compose_verl(name: str) -> DictConfig:
-    """The tree of verl's `trainer/config/NAME.yaml`, references not yet resolved."""
+    """The tree of verl's `trainer/config/NAME.yaml`, references not yet resolved; read-only: all share it."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
@@ -129,7 +131,9 @@ def compose_verl(name: str) -> DictConfig:
         raise ConfigError("verl is not installed in this environment; run `pip install verl==0.9.1`")
     GlobalHydra.instance().clear()
     with initialize_config_dir(config_dir=str(Path(found.origin).parent / "trainer" / "config"), version_base=None):
-        return compose(name)
+        tree = compose(name)
+    OmegaConf.set_readonly(tree, True)
+    return tree
 
 
 def extension(ppo: dict[str, Any], device: str) -> dict[str, Any]:
@@ -149,10 +153,19 @@ def extension(ppo: dict[str, Any], device: str) -> dict[str, Any]:
     return tree
 
 
+def verl_defaults(name: str) -> dict[str, Any]:
+    """The tree of verl's `trainer/config/NAME.yaml`, references resolved; the caller's own."""
+    return copy.deepcopy(_resolved(name))
+
+
+@functools.cache
+def _resolved(name: str) -> Any:
+    return OmegaConf.to_container(compose_verl(name), resolve=True, throw_on_missing=False)
+
+
 def grpo_tree(device: str) -> dict[str, Any]:
     """What a GRPO arm's `verl` tree has besides, with the defaults of the device."""
-    ppo: Any = OmegaConf.to_container(compose_verl(PPO_TREE), resolve=True, throw_on_missing=False)
-    return extension(ppo, device)
+    return extension(_resolved(PPO_TREE), device)
 
 
 def lay(tree: dict[str, Any], layer: dict[str, Any]) -> None:

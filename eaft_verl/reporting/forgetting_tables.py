@@ -13,15 +13,18 @@ Row = dict[str, Any]
 
 def transitions_table(report: Row) -> Table:
     """Per benchmark and arm: questions lost and gained, what guessing would explain, the exact p-value."""
-    header = ("", "Questions", "Lost", "Gained", "By guessing, each", "Lost beyond guessing", "Exact p")
+    guessed = any(row["chance"] is not None for row in report["transitions"])
+    header = ("", "Questions", "Lost", "Gained", *("By guessing, each", "Lost beyond guessing") * guessed, "Exact p")
     rows = []
     for row in report["transitions"]:
         decimals = 0 if row["seeds"] == 1 else 1
         chance, lost, gained = row["chance"], row["lost"], row["gained"]
         beyond = None if chance is None else max(0.0, lost - chance)
         mark = "" if row["unmarked"] or lost == gained else "worse" if lost > gained else "better"
-        cells = [Cell(f"{row['n']:,}"), Cell(number(lost, decimals), mark=mark), Cell(number(gained, decimals))]
-        cells += [Cell(number(value, 1)) for value in (chance, beyond)]
+        marks = [mark if mark == side else "" for side in ("worse", "better")]
+        counts = zip((lost, gained), marks, strict=True)
+        cells = [Cell(f"{row['n']:,}"), *(Cell(number(count, decimals), mark=found) for count, found in counts)]
+        cells += [Cell(number(value, 1)) for value in (chance, beyond)] * guessed
         cells.append(Cell("<0.0001" if row["p"] < 1e-4 else number(row["p"], 4)))
         name = Cell(f"{row['benchmark']}, {arm_name(row['arm'])}", (SIDES[row["side"]],), strong=True)
         rows.append([name, *cells])

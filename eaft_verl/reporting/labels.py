@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+LABELLED = 6  # arms whose names and steps find room beside their paths; more are told apart by a legend
 _DIRECTIONS = [(np.cos(angle), np.sin(angle)) for angle in np.arange(0, 2 * np.pi, np.pi / 8)]
 _DISTANCES = (1.0, 1.6, 2.4, 3.4)
 _WIDTH, _HEIGHT = 0.68, 1.25  # of a character and a line, in font sizes
@@ -58,4 +59,4 @@ def _cost(center: np.ndarray, half: np.ndarray, obstacles: np.ndarray, taken: li
     inside = ((obstacles > low) & (obstacles < high)).all(axis=1).sum()
     covered = sum(low[0] < box[2] and high[0] > box[0] and low[1] < box[3] and high[1] > box[1] for box in taken)
     outside = low[0] < frame.x0 or low[1] < frame.y0 or high[0] > frame.x1 or high[1] > frame.y1
-    return float(inside) + 40.0 * covered + 40.0 * outside
+    return float(inside) + 40.0 * covered + 1e4 * outside  # what is cut off cannot be read at all

@@ -12,6 +12,7 @@ from eaft_verl.pages import numbers
 from eaft_verl.pages.colors import palette
 from eaft_verl.pages.shell import figure, shell
 from eaft_verl.reporting import forgetting_tables, markdown, paper, tables, weights, wording
+from eaft_verl.reporting.labels import LABELLED
 
 Row = dict[str, Any]
 _FOLDER = Path(__file__).parent
@@ -32,7 +33,8 @@ def text(report: Row, drawn: set[str]) -> str:
     environment.globals |= vars(markdown) | vars(numbers) | vars(wording) | rooms
     sides = {column["side"] for column in report["columns"]}
     seeds = max(len(seeds) for seeds in report["seeds"].values())
-    found = environment.get_template("report.md.j2").render(report=report, drawn=drawn, sides=sides, seeds=seeds)
+    shown = {"drawn": drawn, "sides": sides, "seeds": seeds, "labelled": len(report["arms"]) <= LABELLED}
+    found = environment.get_template("report.md.j2").render(report=report, **shown)
     return re.sub(r"\n{3,}", "\n\n", found).strip() + "\n"
 
 

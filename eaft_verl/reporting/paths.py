@@ -13,6 +13,7 @@ from eaft_verl.reporting.results import bounds
 Row = dict[str, Any]
 COST = "drift.kl"
 FRACTIONS = (0.5, 0.75, 1.0)
+LEARNT = 0.25  # of the first arm's gain: one below it would set a level that the others pass before an evaluation
 TOLERATED = 0.05  # share of resamples that may lack a common gain before intervals are withheld
 
 
@@ -75,8 +76,9 @@ def equal_gain(board: Board, axis: str) -> Row:
 
     Every seed is compared within itself, over the seeds that all arms but controls and averages have. gain = the best x
     so far, as a distance to the base; common gain = min over arms of the last gain, controls and averages aside: one
-    that is stopped early, or that is mostly the base, would lower the level for all. So would an arm other than the
-    first that is no better than the base in some seed (GRPO in the NLL of demonstrations): those are `unlearnt`.
+    that is stopped early, or that is mostly the base, would lower the level for all. So would an arm that in some seed
+    gains less than LEARNT of what the first arm does (GRPO in the NLL of demonstrations): those are `unlearnt`. One
+    that gains something is kept where no other arm is left to compare.
     Between two evaluations sqrt(KL) is linear in the gain: both grow about in proportion to the distance moved, KL with
     its square. Before an arm's first evaluation nothing is known but that, so a level that it reaches there is
     withheld. Numbers are means over the seeds; intervals compute gain, level, crossing and KL again in every resample.
@@ -85,8 +87,8 @@ def equal_gain(board: Board, axis: str) -> Row:
     """
     tracks = {arm.name: _tracks(board, axis, arm) for arm in board.arms}
     judged = _judged(board.arms)
-    unlearnt = [arm.name for arm in judged[1:] if not _learns(tracks[arm.name])]
-    learning = [arm for arm in judged if arm.name not in unlearnt]
+    learning = _learning(judged, tracks)
+    unlearnt = [arm.name for arm in judged if arm not in learning]
     common = {} if len(learning) == 1 < len(judged) else _common_gain(learning, tracks)
     if not common or min(common_R[0] for common_R in common.values()) <= 0:
         return {"common_gain": 0.0, "unlearnt": unlearnt, "levels": []}
@@ -102,9 +104,14 @@ def _judged(arms: list[Arm]) -> list[Arm]:
     return [arm for arm in arms if arm.control is None and arm.average is None] or arms
 
 
-def _learns(tracks: dict[int, "_Track"]) -> bool:
-    """Whether every seed ends better than the base."""
-    return all(track.gain_RP[0, -1] > 0 for track in tracks.values())
+def _learning(judged: list[Arm], tracks: dict[str, dict[int, "_Track"]]) -> list[Arm]:
+    """The first arm and those that learn enough to be compared with it: every seed, as measured."""
+    gains = {arm.name: [float(track.gain_RP[0, -1]) for track in tracks[arm.name].values()] for arm in judged}
+    first, *others = judged
+    for least in (max(0.0, LEARNT * float(np.mean(gains[first.name] or [0.0]))), 0.0):
+        if found := [arm for arm in others if all(gain > least for gain in gains[arm.name])]:
+            return [first, *found]
+    return [first]
 
 
 def _common_gain(arms: list[Arm], tracks: dict[str, dict[int, "_Track"]]) -> dict[int, Floats]:

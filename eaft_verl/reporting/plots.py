@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 from eaft_verl.pages.canvas import INK, STYLE, canvas, png
 from eaft_verl.pages.colors import marker, palette
 from eaft_verl.reporting.history import AXES, BAND, STATISTICS
-from eaft_verl.reporting.labels import Label, place
+from eaft_verl.reporting.labels import LABELLED, Label, place
 from eaft_verl.reporting.wording import arm_name
 
 Row = dict[str, Any]
@@ -119,8 +119,8 @@ def _deltas(report: Row, rows: list[Row]) -> Figure:
     return figure
 
 
-def _legend(figure: Figure, report: Row, *, lines: bool) -> None:
-    """Arm names in their colours above the axes."""
+def _legend(figure: Figure, report: Row, *, lines: bool) -> float:
+    """Arm names in their colours above the axes; returns the height it takes, inches."""
     colors = palette(report["arms"])
     handles = []
     for index, arm in enumerate(report["arms"]):
@@ -128,14 +128,16 @@ def _legend(figure: Figure, report: Row, *, lines: bool) -> None:
         style = {"linestyle": _line(report, arm), "linewidth": 2.4} if lines else style
         handles.append(Line2D([], [], color=colors[arm], label=arm_name(arm), **style))
     look: Row = {"frameon": False, "labelcolor": "linecolor", "prop": {"weight": "bold", "size": 11}}
-    figure.legend(
-        handles=handles, loc="outside upper left", ncols=min(int(figure.get_figwidth() / 1.6), len(handles)), **look
-    )
+    width = 0.5 + 0.105 * max(len(arm_name(arm)) for arm in report["arms"])  # of a bold name behind its line, inches
+    columns = max(1, min(int(figure.get_figwidth() / width), len(handles)))
+    figure.legend(handles=handles, loc="outside upper left", ncols=columns, **look)
+    return 0.25 * math.ceil(len(handles) / columns)
 
 
 def _path(report: Row, axis: str) -> Figure:
     """Every arm as a path from the base: target learning to the right, forgetting upwards."""
     colors, column = palette(report["arms"]), _column(report, axis)
+    few, chosen = len(report["arms"]) <= LABELLED, (report["choice"]["chosen"] or {}).get("arm")
     figure, axes = canvas(WIDTH, 3.8)
     labels, taken = [], _decision(axes, report, axis)
     for arm, points in report["paths"][axis].items():
@@ -148,11 +150,11 @@ def _path(report: Row, axis: str) -> Figure:
         xerr = _bars(end["x"], end["x_low"], end["x_high"], _scale(column))
         taken += _cross(axes, line[-1], xerr, _bars(end["kl"], end["kl_low"], end["kl_high"]), color)
         steps = [f"{point['step']:,.10g}" for point in points]
-        labels += [Label(*spot, step, color) for spot, step in zip(line[1:-1], steps[1:-1], strict=True)]
-        labels.append(Label(*line[-1], f"{arm_name(arm)} {steps[-1]}", color, 10.5, "bold"))
-    start = line[0]
-    axes.plot(*start, "o", color=colors["base"], markersize=8, zorder=5)
-    labels.insert(0, Label(*start, "base", colors["base"], 10.5, "bold"))
+        if few:
+            labels += [Label(*spot, step, color) for spot, step in zip(line[1:-1], steps[1:-1], strict=True)]
+        if few or arm == chosen:
+            labels.append(Label(*line[-1], f"{arm_name(arm)} {steps[-1]}", color, 10.5, "bold"))
+    labels.insert(0, _start(axes, line[0]))
     axes.margins(0.09)
     axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
     if not column["higher_is_better"]:
@@ -161,7 +163,14 @@ def _path(report: Row, axis: str) -> Figure:
     unit = f", {column['unit']}" if column["unit"] else ""
     axes.set_xlabel(f"{column['name']}{unit}  ({arrow})")
     axes.set_ylabel("KL to base, nats per token  (forgetting \u2192)")
-    return _labelled(figure, axes, labels, taken)
+    return _labelled(figure, axes, labels, taken, report)
+
+
+def _start(axes: Axes, spot: Point) -> Label:
+    """The base, where every path begins."""
+    color = palette([])["base"]
+    axes.plot(*spot, "o", color=color, markersize=8, zorder=5)
+    return Label(*spot, "base", color, 10.5, "bold")
 
 
 def _decision(axes: Axes, report: Row, axis: str) -> list[list[Point]]:
@@ -192,13 +201,13 @@ def _general(report: Row, across: str) -> Figure:
         end = points[-1]
         wide = _bars(end["kl"], end["kl_low"], end["kl_high"]) if across == "kl" else None
         taken += _cross(axes, line[-1], wide, _bars(end["x"], end["x_low"], end["x_high"], _scale(column)), color)
-        labels.append(Label(*line[-1], arm_name(arm), color, 10.5, "bold"))
-    axes.plot(*taken[0][0], "o", color=colors["base"], markersize=8, zorder=5)
-    labels.insert(0, Label(*taken[0][0], "base", colors["base"], 10.5, "bold"))
+        if len(report["arms"]) <= LABELLED:
+            labels.append(Label(*line[-1], arm_name(arm), color, 10.5, "bold"))
+    labels.insert(0, _start(axes, taken[0][0]))
     axes.margins(0.09)
     axes.set_xlabel("step" if across == "step" else "KL to base, nats per token")
     axes.set_ylabel(f"{column['name']}{', %' if column['percent'] else ''}  (better \u2192)")
-    return _labelled(figure, axes, labels, taken)
+    return _labelled(figure, axes, labels, taken, report)
 
 
 def _line(report: Row, arm: str) -> str:
@@ -217,8 +226,10 @@ def _cross(
     return [[(x - left, y), (x + right, y)], [(x, y - down), (x, y + up)]]
 
 
-def _labelled(figure: Figure, axes: Axes, labels: list[Label], taken: list[list[Point]]) -> Figure:
+def _labelled(figure: Figure, axes: Axes, labels: list[Label], taken: list[list[Point]], report: Row) -> Figure:
     """The figure with its labels beside those lines, in the layout it then keeps; end points choose first."""
+    if len(report["arms"]) > LABELLED:
+        figure.set_figheight(figure.get_figheight() + _legend(figure, report, lines=False))
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     place(axes, sorted(labels, key=lambda label: label.weight != "bold"), taken)
@@ -239,11 +250,12 @@ def _pareto(report: Row) -> Figure:
         style: Row = {"color": color, "markersize": 10, "markeredgewidth": 2, "zorder": 5}
         filled = color if point["efficient"] else "white"
         axes.plot(*spot, marker(index - 1) if index else "o", markerfacecolor=filled, **style)
-        labels.append(Label(*spot, arm_name(point["arm"]), color, 11, "bold"))
+        if point["efficient"] or len(report["arms"]) <= LABELLED:
+            labels.append(Label(*spot, arm_name(point["arm"]), color, 11, "bold"))
     axes.margins(0.08)
     for column, put in ((horizontal, axes.set_xlabel), (vertical, axes.set_ylabel)):
         put(f"{column['name']}{', %' if column['percent'] else ''}  (better \u2192)")
-    return _labelled(figure, axes, labels, taken)
+    return _labelled(figure, axes, labels, taken, report)
 
 
 def _series(curve: Row, axis: str, name: str) -> tuple[list[float], list[float]]:

@@ -172,7 +172,7 @@ def _bracket(column: Row, bounds: Row, *, signed: bool = True) -> str:
 
 def config_table(report: Row) -> Table:
     """Config keys that differ between arm runs, declared or not."""
-    found = [item for item in report["config_differences"] if not item["of_trainer"]]
+    found = [item for item in report["config_differences"] if not item["of_trainer"] and _is_set(item)]
     labels = {arm: [f"{arm} seed {seed}" for seed in seeds] for arm, seeds in report["seeds"].items()}
     if all(len({item["values"][label] for label in group}) == 1 for item in found for group in labels.values()):
         shown = {arm_name(arm): group[0] for arm, group in labels.items()}
@@ -183,6 +183,11 @@ def config_table(report: Row) -> Table:
         verdict = Cell("declared") if item["declared"] else Cell("UNDECLARED", mark="worse")
         rows.append([Cell(item["key"]), *(Cell(_short(item["values"][label])) for label in shown.values()), verdict])
     return Table([Cell("Key"), *map(Cell, shown), Cell("")], rows, numeric=False)
+
+
+def _is_set(item: Row) -> bool:
+    """Whether an arm gives the key a value; else keys below it stand in the table, or nothing differs."""
+    return not set(item["values"].values()) <= {"null", "(absent)"} or not item["declared"]
 
 
 def _short(text: str) -> str:

@@ -124,6 +124,15 @@ def test_intervals_resample_samples_and_not_tokens(tmp_path):
     assert row["high"] - row["low"] > 5 * 1.96 * math.sqrt(0.1 * 0.9 / 2000)
 
 
+@pytest.mark.parametrize(("samples", "logprob", "share"), [(1, -5.0, 1.0), (40, -0.01, 0.0)])
+def test_no_interval_where_resamples_have_no_spread(tmp_path, samples, logprob, share):
+    columns = {"token": np.zeros(80), "logprob": np.full(80, logprob), "entropy": np.full(80, 0.1)}
+    store = write_store(tmp_path, sample=np.repeat(np.arange(samples), 80 // samples), **columns)
+    survey = Survey(store)
+    row = read(store, Boxes(survey, survey))[0]
+    assert (row["share"], row["low"], row["high"]) == (share, None, None)
+
+
 def test_random_groups_give_the_interval_of_single_samples(tmp_path, monkeypatch):
     columns = random_columns(600, 8, seed=5)
     store = write_store(tmp_path, **columns)

@@ -115,6 +115,7 @@ def broken_stores() -> Iterator[tuple[str, Any]]:
     yield "of another type: logprob", text.replace_schema_metadata({META: json.dumps(whole)})
     lacks = {name: value for name, value in whole.items() if name != "k"}
     yield "of another type: k", table.replace_schema_metadata({META: json.dumps(lacks)})
+    yield "too small or of another type: k", table.replace_schema_metadata({META: json.dumps({**whole, "k": 1})})
     yield "names no model", table.replace_schema_metadata({META: "[1]"})
     yield "6 of 7 tokens", table.slice(0, 6).replace_schema_metadata({META: json.dumps({**whole, "samples": 6})})
     yield "names no model", table

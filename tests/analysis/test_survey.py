@@ -8,9 +8,17 @@ import pyarrow.parquet as pq
 import pytest
 from analysis.made_stores import random_columns, write_store
 
-from eaft_verl.analysis.blocks import blocks
+from eaft_verl.analysis.blocks import blocks, spread
 from eaft_verl.analysis.survey import Sketch, Survey
 from eaft_verl.errors import DataError
+
+
+def test_who_counts_beside_others_sees_every_block_in_order_and_is_heard_when_it_fails():
+    one, two = [], []
+    spread(range(50), [one.append, two.append])
+    assert one == two == list(range(50))
+    with pytest.raises(ZeroDivisionError):
+        spread(range(50), [one.append, lambda block: 1 // (block - 20)])
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-6, 1.0])

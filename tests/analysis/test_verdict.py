@@ -156,6 +156,19 @@ def test_more_than_in_own_answers(tmp_path):
     assert "(200, 8,000 tokens) it is 0.50 %: the data is 2 points above" in text(found, "baseline")
 
 
+def test_a_single_answer_beside_the_data_shows_nothing(tmp_path):
+    found, data = judged(tmp_path, facts())
+    assert found["remedy"] == "eaft"
+    found = verdict(data, data, {"share": 0.02, "low": None, "high": None})
+    assert found["remedy"] == "none"
+    assert "(a single sample has no interval)" in text(found, "remedy")
+
+
+def test_content_in_most_own_answers_too_is_no_sign_of_a_lesson(tmp_path):
+    found, _ = judged(tmp_path, facts(), own=facts(0.6))
+    assert "(60 % of the answers beside them hold one). If these are the lesson" in text(found, "counter-factual")
+
+
 def test_data_that_the_model_knows_nothing_of_is_read_first(tmp_path):
     """Random tokens, and a model that is sure of another token everywhere: nothing is left after cleaning."""
     for name, entropy, prob in (("random", 2.0, 1e-5), ("all conflict", 0.1, 0.001)):

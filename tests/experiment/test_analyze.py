@@ -1,10 +1,9 @@
 """`eaft analyze` as users call it: the store against transformers in float64, what is reused, what is refused."""
 
 import json
-import os
 import shutil
 import subprocess
-import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
+import warm
 from safetensors.torch import load_file, save_file
 
 from eaft_verl.analysis.store import TokenStore
@@ -40,9 +40,10 @@ arms:
 
 
 def eaft(*words: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-P", "-m", "eaft_verl.cli", *map(str, words)]
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=400, check=False)
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+        code = warm.eaft(words, cwd, out, err, timeout=400)
+        return subprocess.CompletedProcess(words, code, out.read_text(), err.read_text())
 
 
 def refused(done: subprocess.CompletedProcess[str]) -> str:

@@ -34,9 +34,10 @@ sys.exit(int(sys.argv[2]))
 PARENT = """
 import sys
 from eaft_verl.errors import Interrupted
-from eaft_verl.experiment.processes import run_stage
+from eaft_verl.experiment import processes
+processes.PATIENCE_S = 0.5
 try:
-    code = run_stage([sys.executable, "-c", STAGE, *sys.argv[1:]])
+    code = processes.run_stage([sys.executable, "-c", STAGE, *sys.argv[1:]])
 except Interrupted as told:
     print(told)
     code = told.code

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from .matrix import FAULTS
+from .matrix import FAULTS, Lab
 from .test_faults import ROWS
 
 HERE = Path(__file__).parent
@@ -85,4 +85,5 @@ known, others = parser.parse_known_args()
 chosen = rows_with(known.k) if known.k else None
 ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)  # Ray's processes outlive their driver: their CPU counts as well
 expression = ["-k", known.k] if known.k and chosen is None else []
+Lab.fork = False  # a start of its own for each command, whose CPU is counted
 sys.exit(pytest.main([str(HERE), "-q", "-m", "", *expression, *others], plugins=[Table(chosen)]))

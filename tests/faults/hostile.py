@@ -122,6 +122,7 @@ def _control_tokens(lab: Lab) -> Outcome:
 def _modules_in_the_folder(lab: Lab) -> Outcome:
     for name in ("random", "json", "socket", "torch", "runpy"):
         (lab.folder / f"{name}.py").write_text(f"open({str(lab.folder / 'owned')!r}, 'w')")
+    lab.fork = False  # the path is made at a start
     seen = lab.eaft("launch", lab.recipe, "--arm", ARM, "--on", "local", "--dry-run")
     assert "plan for" in seen.said and not (lab.folder / "owned").exists(), seen.said
     return Outcome("the plan's process did not import them")

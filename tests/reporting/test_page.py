@@ -198,7 +198,7 @@ def test_words_follow_the_intervals(made):
     assert "+0.020 at 100 % (too few seeds for a claim)" in eaft
 
 
-def test_a_worse_arm_is_called_worse(tmp_path):
+def test_a_worse_arm_is_called_worse(tmp_path, dots):
     for name in ("base", "sft"):
         (make_base if name == "base" else lambda path: make_arm(path, "sft"))(tmp_path / name)
     for step, right in (("000000", 1.0), ("000012", 0.0)):
@@ -218,7 +218,7 @@ def test_a_worse_arm_is_called_worse(tmp_path):
     assert "There is one arm only" in text
 
 
-def test_force_shows_every_problem_in_a_banner(tmp_path):
+def test_force_shows_every_problem_in_a_banner(tmp_path, dots):
     runs = make_runs(tmp_path)
     edit(runs[2] / "run.json", lambda info: {**info, "keys": {**info["keys"], "data": "<zzz>"}})
     edit_samples(runs[2] / "samples" / "step_000012" / "mmlu.jsonl", lambda rows: rows[:-4])
@@ -239,7 +239,7 @@ def without(runs, *names):
                 path.unlink()
 
 
-def test_missing_sides_are_left_out_with_a_line(tmp_path):
+def test_missing_sides_are_left_out_with_a_line(tmp_path, dots):
     runs = make_runs(tmp_path)
     out = tmp_path / "report"
     report(runs, out)
@@ -256,7 +256,7 @@ def test_missing_sides_are_left_out_with_a_line(tmp_path):
     assert report(runs, out)["columns"] == []
 
 
-def test_an_arm_that_never_started_can_be_forced(tmp_path):
+def test_an_arm_that_never_started_can_be_forced(tmp_path, dots):
     runs = make_runs(tmp_path)
     shutil.rmtree(runs[2] / "eval")
     (runs[2] / "metrics.jsonl").unlink()
@@ -355,7 +355,7 @@ def test_sources_table_counts_rows_and_trained_tokens() -> None:
     assert rows[1][:6] == ["replay", "40", "7", "2", "40", "1,000"] and rows[1][6].startswith("25")
 
 
-def test_a_run_that_was_gone_on_with_otherwise_says_so(tmp_path):
+def test_a_run_that_was_gone_on_with_otherwise_says_so(tmp_path, dots):
     runs = make_runs(tmp_path)
     changes = [{"attempt": 2, "settings": ["verl.optim.lr=0.001 (now 0.0001)"]}]
     lost = ["metrics.jsonl lacks 2 of the steps up to 8 (from step 3); they are lost"]

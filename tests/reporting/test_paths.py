@@ -70,6 +70,20 @@ def test_an_arm_that_learns_nothing_is_named_and_leaves_the_others_to_compare() 
     assert equal_gain(board([Learner("grpo", -0.1, 0.3), *pair]), "target_mean")["levels"] == []  # the reference
 
 
+def test_an_arm_that_learns_little_does_not_set_the_level_for_all() -> None:
+    pair = [Learner("sft", 0.25, 0.4), Learner("eaft", 0.05, 0.2)]
+    slow = Learner("talr", 0.004, 0.3)  # 1 - exp(-0.256) = 0.226 of the way at its end, below a quarter of sft's 1.0
+    less = Learner("dft", 0.005, 0.3)  # 1 - exp(-0.32) = 0.274
+    alone = equal_gain(board(pair), "target_mean")
+    found = equal_gain(board([*pair, slow]), "target_mean")
+    assert found["unlearnt"] == ["talr"] and found["common_gain"] == alone["common_gain"]
+    assert found["levels"][-1]["arms"]["talr"] is None
+    kept = equal_gain(board([*pair, less]), "target_mean")
+    assert kept["unlearnt"] == [] and kept["common_gain"] == pytest.approx(less.distance(64))
+    two = equal_gain(board([pair[0], slow]), "target_mean")  # nobody else is left to compare
+    assert two["unlearnt"] == [] and two["common_gain"] == pytest.approx(slow.distance(64))
+
+
 def levels(learners: list[Learner], **options: Any) -> list[dict[str, Any]]:
     found = equal_gain(board(learners, **options), "target_mean")
     return [level["arms"] for level in found["levels"]]

@@ -43,6 +43,16 @@ def test_marks_need_to_survive_the_table(made):
     table = transitions_table({"transitions": list(found.values())})
     lost = next(row for row in table.rows if row[0].text.startswith("mmlu"))[2]
     assert (lost.text, lost.mark) == ("20", "worse")
+    assert [cell.text for cell in table.header] == ["", "Questions", "Lost", "Gained", "Exact p"]  # none had choices
+
+
+def test_the_mark_stands_at_what_it_says(made):
+    base, arm, _ = made
+    scores(base, 0, "mmlu", {0})
+    scores(arm, 12, "mmlu", set(range(1, 25)))
+    row = next(row for row in transitions(*load([base, arm])) if row["benchmark"] == "mmlu")
+    cells = transitions_table({"transitions": [{**row, "chance": 0.5}]}).rows[0]
+    assert [(cell.text, cell.mark) for cell in cells[2:6]] == [("1", ""), ("24", "better"), ("0.5", ""), ("0.5", "")]
 
 
 def test_scores_between_right_and_wrong_have_no_transitions(made):

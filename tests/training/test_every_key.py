@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import tiny
 import verl
 from config_fixtures import composed_once  # noqa: F401
 from omegaconf import OmegaConf
+from omegaconf.grammar_parser import parse
 
 from eaft_verl.cluster.demand import demand_of
 from eaft_verl.errors import ConfigError
@@ -198,6 +200,7 @@ def test_no_key_is_accepted_and_ignored(folder: Path, arm: str, monkeypatch: pyt
     monkeypatch.setattr(grpo, "compose_verl", lambda name: ppo)
     extension = grpo_tree("cpu")
     monkeypatch.setattr("eaft_verl.recipe.resolve.grpo_tree", lambda device: copy.deepcopy(extension))
+    monkeypatch.setattr("omegaconf.base.parse", functools.cache(parse))  # the same references for every key
     assert without_effect(folder, arm) == []
 
 

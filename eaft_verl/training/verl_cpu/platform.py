@@ -16,6 +16,7 @@ import torch
 from verl.plugin.platform.platform_base import PlatformBase
 from verl.plugin.platform.platform_manager import PlatformRegistry
 
+from eaft_verl.models import without_sklearn
 from eaft_verl.training.verl_cpu.private import SLOT_VARIABLE, name_cpu_backend_once
 
 
@@ -125,5 +126,6 @@ class PlatformCPU(PlatformBase):
         return None
 
 
+without_sklearn()  # before the rest of verl imports transformers
 if os.environ.get("VERL_PLATFORM") == "cpu":
     name_cpu_backend_once()

@@ -1,5 +1,6 @@
-"""Arms with a reference through Ray, in one cluster: stored and live reference, adapter off, old policy."""
+"""Arms with a reference: live through Ray, and stored, of another model, adapter off and old policy in this process."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+from one_worker import without_ray
 
 from eaft_verl.errors import ConfigError, RunError
 from eaft_verl.experiment.train import train
@@ -38,24 +40,33 @@ arms:
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    import os
-
-    import ray
-
-    from eaft_verl.cluster.session import ray_session
-
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("anchoring")
     tiny.tiny_model(folder / "model")
     tiny.tiny_model(folder / "other", seed=3)
     tiny.write_sums(folder / "train.jsonl", 16, 1)
     (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder), encoding="utf-8")
+    return load_recipe(folder / "recipe.yaml")
+
+
+@pytest.fixture(scope="module")
+def live(recipe: Any) -> list[dict[str, Any]]:
+    """The arm that has its reference beside the trained model, in a worker of Ray's."""
+    import ray
+
     before = dict(os.environ)
-    with ray_session("cpu", 1):
-        yield load_recipe(folder / "recipe.yaml")
+    rows = trained(recipe, "live")[1]
     assert not ray.is_initialized()
     os.environ.clear()
     os.environ.update(before)
+    return rows
+
+
+@pytest.fixture(scope="module")
+def here(recipe: Any) -> Iterator[None]:
+    """What is trained from now on is trained in this process."""
+    with without_ray(recipe.path.parent):
+        yield
 
 
 def trained(recipe: Any, arm: str) -> tuple[Run, list[dict[str, Any]]]:
@@ -66,9 +77,9 @@ def trained(recipe: Any, arm: str) -> tuple[Run, list[dict[str, Any]]]:
     return run, run.metrics()
 
 
-def test_live_and_stored_reference_train_alike(recipe: Any) -> None:
+def test_live_and_stored_reference_train_alike(recipe: Any, live: list[dict[str, Any]], here: None) -> None:
     """K = V makes the stored reference the full one."""
-    (_, live), (run, stored) = trained(recipe, "live"), trained(recipe, "stored")
+    run, stored = trained(recipe, "stored")
     assert live[0]["anchor_kl"] == 0.0 and live[0]["loss"] == pytest.approx(live[0]["nll"], rel=1e-6)
     assert live[-1]["anchor_kl"] > 1e-3
     for name in ("loss", "nll", "anchor_kl", "grad_norm"):
@@ -80,7 +91,7 @@ def test_live_and_stored_reference_train_alike(recipe: Any) -> None:
     assert len(ids) == sum(row["step_tokens"] for row in stored if row["epoch"] <= 1)
 
 
-def test_a_stored_reference_is_reused_and_never_when_stale(recipe: Any) -> None:
+def test_a_stored_reference_is_reused_and_never_when_stale(recipe: Any, here: None) -> None:
     output = Path(resolve(recipe, "stored").output)
     folder = output / "data" / "reference_k384"
     made = (folder / "ids.npy").stat().st_mtime_ns
@@ -94,23 +105,23 @@ def test_a_stored_reference_is_reused_and_never_when_stale(recipe: Any) -> None:
     assert "stale" in Run(output / "stored-seed0").info["error"]
 
 
-def test_without_its_adapter_the_model_is_its_own_reference(recipe: Any) -> None:
+def test_without_its_adapter_the_model_is_its_own_reference(recipe: Any, here: None) -> None:
     rows = trained(recipe, "adapter")[1]
     assert rows[0]["anchor_kl"] == 0.0 and 0 < rows[-1]["anchor_kl"] < 0.1
 
 
-def test_psft_starts_each_refresh_at_ratio_one(recipe: Any) -> None:
+def test_psft_starts_each_refresh_at_ratio_one(recipe: Any, here: None) -> None:
     rows = trained(recipe, "trusted")[1]
     assert [rows[step]["loss"] for step in (0, 2)] == pytest.approx([-1.0, -1.0], abs=1e-5)
     assert [rows[step]["weight_mean"] for step in (0, 2)] == pytest.approx([1.0, 1.0], abs=1e-5)
     assert rows[1]["weight_mean"] != pytest.approx(1.0, abs=1e-3)
 
 
-def test_another_reference_diverges_from_the_start(recipe: Any) -> None:
+def test_another_reference_diverges_from_the_start(recipe: Any, here: None) -> None:
     assert trained(recipe, "other")[1][0]["anchor_kl"] > 0.1
 
 
-def test_another_vocabulary_is_refused_before_work_starts(recipe: Any) -> None:
+def test_another_vocabulary_is_refused_before_work_starts(recipe: Any, here: None) -> None:
     folder = recipe.path.parent
     shutil.copytree(folder / "other", folder / "foreign", dirs_exist_ok=True)
     from transformers import AutoModelForCausalLM

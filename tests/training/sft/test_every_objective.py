@@ -2,12 +2,12 @@
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import tiny
+from one_worker import without_ray
 
 from eaft_verl.experiment.train import train
 from eaft_verl.objectives import KINDS, L2_KIND, OBJECTIVES
@@ -38,11 +38,8 @@ PAIRS = [
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model_path: Path) -> Iterator[Callable[[str, str], Run]]:
-    """All of them in one Ray session."""
-    from eaft_verl.cluster.session import ray_session
-
+    """All of them in this process."""
     folder = tmp_path_factory.mktemp("objectives")
-    before = dict(os.environ)
     tiny.write_sums(folder / "train.jsonl", 8, seed=1)
     arms = [
         f"  {name}-{kind}: {{objective: {{name: {name}, anchor: {{kind: {kind}, coef: 0.5}}}}}}"
@@ -58,10 +55,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model_path: Path) -> 
         check(config)
         return train(config, declared_keys(recipe, f"{name}-{kind}"))
 
-    with ray_session("cpu", 1):
+    with without_ray(folder):
         yield run
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.mark.parametrize(("name", "kind"), PAIRS)

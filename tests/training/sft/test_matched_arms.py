@@ -1,4 +1,4 @@
-"""Real training of matched arms and controls on a tiny model, in one process and one Ray session; then the report."""
+"""Real training of matched arms and controls on a tiny model, in one process; then the report."""
 
 import json
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import tiny
+from one_worker import without_ray
 
 from eaft_verl.errors import RunError
 from eaft_verl.recipe.checks import check
@@ -37,7 +38,6 @@ TIMED = ["compare.match=device_seconds", "verl.optim.lr_scheduler_type=constant"
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny_model_path: Path) -> dict[str, Run]:
     """Finished runs of every arm; the reference was missing when its control was first asked for."""
-    from eaft_verl.cluster.session import ray_session
     from eaft_verl.experiment.train import train
 
     folder = tmp_path_factory.mktemp("matched")
@@ -53,7 +53,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_model_path: Path) -> dic
 
     with pytest.raises(RunError, match="stopped is a control of eaft|gives stopped the budget of eaft"):
         trained("stopped")
-    with ray_session("cpu", 1):
+    with without_ray(folder):
         found = {arm: trained(arm) for arm in ("eaft", "sft", "stopped")}
         return found | {"timed": trained("timed", *TIMED)}
 

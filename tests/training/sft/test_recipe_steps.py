@@ -1,13 +1,13 @@
 """Every recipe of the paper trains two real steps on a tiny model of its family, in its conversation format."""
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from family_models import family_model
+from one_worker import without_ray
 from recipe_data import agent_rows, math_rows, reasoned_rows, write_rows
 
 from eaft_verl.data.prepare import load_prepared
@@ -57,11 +57,8 @@ def marked(cases: list[Any]) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Run]]:
-    """All of them in one Ray session."""
-    from eaft_verl.cluster.session import ray_session
-
+    """All of them in this process."""
     folder = tmp_path_factory.mktemp("recipes")
-    before = dict(os.environ)
     done: dict[tuple[str, str], Run] = {}
 
     def run(name: str, arm: str, family: str, rows: Callable[[int], list[dict[str, Any]]], _: str) -> Run:
@@ -77,10 +74,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., 
         done[name, arm] = train(config, declared_keys(recipe, arm))
         return done[name, arm]
 
-    with ray_session("cpu", 1):
+    with without_ray(folder):
         yield run
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.mark.parametrize("case", marked(CASES))
