@@ -6,11 +6,13 @@ into a run or handed to a launcher passes `masked`.
 
 import contextlib
 import ctypes
+import errno
 import functools
 import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any, TextIO
 
@@ -103,7 +105,10 @@ def _masked_text(text: str, secrets: tuple[tuple[str, str], ...]) -> str:
 
 
 class GuardedStream:
-    """A text stream that writes `inert` and `masked` text, and is the stream it guards in all else."""
+    """A text stream that writes `inert` and `masked` text, and is the stream it guards in all else.
+
+    A terminal that is closed meanwhile ends nothing: what would be written there is written nowhere.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self.guarded = stream
@@ -111,8 +116,23 @@ class GuardedStream:
     def write(self, text: str) -> int:
         """A carriage return at the beginning of a piece stays: progress bars write it there."""
         start = len(text) - len(text.lstrip("\r"))
-        self.guarded.write(text[:start] + inert(masked(text[start:].replace("\r\n", "\n"))))
+        with self._though_closed():
+            self.guarded.write(text[:start] + inert(masked(text[start:].replace("\r\n", "\n"))))
         return len(text)
+
+    def flush(self) -> None:
+        """What is buffered."""
+        with self._though_closed():
+            self.guarded.flush()
+
+    @contextlib.contextmanager
+    def _though_closed(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.guarded.fileno())
 
     def writelines(self, lines: Any) -> None:
         """Each of them by `write`."""
@@ -124,9 +144,12 @@ class GuardedStream:
 
 
 def guard_streams() -> None:
-    """Guard this process's standard output and error until it ends, a traceback at its end included."""
+    """Guard this process's standard output and error until it ends, a traceback at its end included.
+
+    One that whoever started this process has closed is made anew and leads nowhere.
+    """
     for name in ("stdout", "stderr"):
-        stream = vars(sys)[name]
+        stream = vars(sys)[name] or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8")
         if not isinstance(stream, GuardedStream):
             setattr(sys, name, GuardedStream(stream))
 
@@ -150,22 +173,32 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-_STOPS = (signal.SIGINT, signal.SIGTERM)
+_STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextlib.contextmanager
 def stops_held() -> Iterator[None]:
-    """Fork within this block: Ctrl-C and SIGTERM come afterwards, to the child when `begin_worker` has run in it."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+    """Fork within this block: Ctrl-C, SIGTERM and SIGHUP come afterwards, to the child when
+    `begin_worker` has run in it."""
+    before, came = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS), list[int]()
+    asked = _STOPS if threading.current_thread() is threading.main_thread() else ()
+    handlers = {one: signal.getsignal(one) or signal.SIG_DFL for one in asked}
+    for one in asked:  # a thread that does not block it may be handed it, and Python then calls the handler here
+        signal.signal(one, lambda number, frame: came.append(number))
     try:
         yield
     finally:
+        for one, handler in handlers.items():
+            signal.signal(one, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if came:
+            signal.raise_signal(came[0])
 
 
 def begin_worker() -> None:
-    """In a process of a pool: leave the terminal's Ctrl-C to the parent, which ends it; die with the parent."""
+    """In a process of a pool: leave what the terminal sends to the parent, which ends it; die with the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # forked, it would have its parent's; a pool ends its processes by it
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
     die_with_parent()

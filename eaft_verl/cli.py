@@ -15,8 +15,8 @@ from eaft_verl.errors import (
     DataError,
     Interrupted,
     RunError,
-    code_of,
     did_you_mean,
+    refusal,
 )
 from eaft_verl.experiment.arguments import DEFAULT_RECIPE, parser
 from eaft_verl.experiment.processes import CAUSE_FILE, Ending, begin_stage, run_stage
@@ -63,11 +63,11 @@ def _run(arguments: Sequence[str] | None) -> int:
         if path := os.environ.get(CAUSE_FILE):
             Path(path).write_text(masked(f"{type(error).__name__}: {error}"), encoding="utf-8")
         return error.code if isinstance(error, RunError) else REFUSED
-    except OSError as error:
-        if (code := code_of(error)) is None:
+    except (OSError, RuntimeError) as error:
+        if (told := refusal(error)) is None:
             raise
-        print(f"eaft: error: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
-        return code
+        print(f"eaft: error: {told[1]}", file=sys.stderr)
+        return told[0]
 
 
 def _parsed(arguments: Sequence[str]) -> argparse.Namespace:

@@ -35,7 +35,12 @@ _REFUSED_FILES = (
     errno.EISDIR,
     errno.EEXIST,
     errno.ENAMETOOLONG,
+    errno.ELOOP,
+    *(errno.EIO, errno.ESTALE, errno.ENOTCONN),  # a disk or a mount that has gone
+    *(errno.ENOLCK, errno.EOPNOTSUPP),  # a mount without locks
+    *(errno.EMFILE, errno.ENFILE),
 )
+_LOOP = "Symlink loop from "  # Path.resolve, before Python 3.13
 
 
 class ConfigError(ValueError):
@@ -99,11 +104,18 @@ class WorkerFailed(RunError):
     code = 1
 
 
-def code_of(error: OSError) -> int | None:
-    """The exit code where the system refuses a file, which the user can mend; None for a fault of ours."""
+def refusal(error: OSError | RuntimeError) -> tuple[int, str] | None:
+    """Exit code and line where the system refuses a file, which the user can mend; None for a fault of ours."""
+    if not isinstance(error, OSError):
+        where, loop, name = str(error).replace("'", "").rpartition(_LOOP)
+        return (REFUSED, f"{name}: a link that leads back to itself") if loop and not where else None
+    if error.errno == errno.ENOENT and not error.filename:  # os.getcwd and tempfile name none
+        gone = "the current folder does not exist any more; change to one that does"
+        return REFUSED, f"{error.strerror}: export TMPDIR=FOLDER" if "temporary" in str(error.strerror) else gone
+    line = f"{error.filename or 'writing'}: {error.strerror}"
     if error.errno in NO_SPACE:
-        return DISK_FULL
-    return REFUSED if error.filename and error.errno in _REFUSED_FILES else None
+        return DISK_FULL, line
+    return (REFUSED, line) if error.filename and error.errno in _REFUSED_FILES else None
 
 
 def did_you_mean(word: str, known: Mapping[str, object] | Iterable[str]) -> str:

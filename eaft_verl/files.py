@@ -41,8 +41,9 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
             os.fsync(stream.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        _name(error, path)
         raise
 
 
@@ -55,9 +56,16 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         yield partial
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        _name(error, path)
         raise
+
+
+def _name(error: BaseException, path: Path) -> None:
+    """Have an error of writing say which file: a full disk tells the system call alone."""
+    if isinstance(error, OSError) and not error.filename:
+        error.filename = str(path)
 
 
 @contextlib.contextmanager
@@ -67,6 +75,9 @@ def temporary_beside(path: Path) -> Iterator[Path]:
     os.close(handle)
     try:
         yield Path(name)
+    except OSError as error:
+        _name(error, path)
+        raise
     finally:
         Path(name).unlink(missing_ok=True)
 
@@ -152,6 +163,9 @@ def locked(path: Path, *, busy: str, wait: bool = False) -> Iterator[None]:
             raise RunError(busy) from None
         print(f"eaft: {busy}; waiting for it", file=sys.stderr, flush=True)
         lock.acquire()
+    except OSError as error:
+        _name(error, path)
+        raise
     try:
         yield
     finally:

@@ -2,15 +2,18 @@
 
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eaft_verl.boundary import GuardedStream, holds_password, inert, looks_secret, masked, python_command
+from eaft_verl.boundary import GuardedStream, holds_password, inert, looks_secret, masked, python_command, stops_held
 from eaft_verl.files import json_line, write_json
 
 CANARY = "hf_Can4ryCan4ryCan4ry"
@@ -122,3 +125,21 @@ def test_a_started_process_imports_nothing_of_the_current_folder(
     )
     assert done.stdout.startswith("eaft-verl ") and done.returncode == 0, done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_stop_that_another_thread_is_handed_waits_as_well(number: int) -> None:
+    """As the monitor of a progress bar is: a pool that is half started would be waited for without end."""
+    told: list[int] = []
+    before = signal.signal(number, lambda number, frame: told.append(number))
+    leave = threading.Event()
+    threading.Thread(target=leave.wait).start()
+    try:
+        with stops_held():
+            os.kill(os.getpid(), number)
+            for _ in range(1000):
+                assert not told
+        assert told == [number]
+    finally:
+        leave.set()
+        signal.signal(number, before)

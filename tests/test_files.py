@@ -1,5 +1,7 @@
 """What is computed once: one maker for all processes, half of it never seen, another key or a lost part refused."""
 
+import errno
+import fcntl
 import subprocess
 import sys
 import time
@@ -7,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from eaft_verl.errors import RunError
-from eaft_verl.files import computed_once, locked, new_folder, read_json, seconds_to_compute
+from eaft_verl.errors import RunError, refusal
+from eaft_verl.files import computed_once, locked, new_file, new_folder, read_json, seconds_to_compute
 
 MAKER = """
 import sys, time
@@ -112,3 +114,22 @@ def test_a_new_folder_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
     with new_folder(tmp_path / "made") as folder:
         (folder / "whole").touch()
     assert [path.name for path in (tmp_path / "made").iterdir()] == ["whole"] and len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_the_system_refuses_names_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mount without locks, a full disk, a lost disk: exit code and line; a fault of ours has none."""
+
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(OSError, match="No locks") as raised, locked(tmp_path / ".lock", busy=""):
+        pass
+    assert refusal(raised.value) == (2, f"{tmp_path / '.lock'}: No locks available")
+    for number, code in ((errno.ENOSPC, 5), (errno.EFBIG, 5), (errno.EIO, 2), (errno.EINVAL, None)):
+        with pytest.raises(OSError, match="said") as raised, new_file(tmp_path / "file"):
+            raise OSError(number, "said")
+        assert refusal(raised.value) == (code and (code, f"{tmp_path / 'file'}: said"))
+    assert not (tmp_path / "file").exists()
+    assert refusal(OSError(errno.ENOENT, "No usable temporary directory found"))[1].endswith("export TMPDIR=FOLDER")
+    assert refusal(RuntimeError("a fault of ours")) is None

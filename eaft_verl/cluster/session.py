@@ -136,7 +136,8 @@ def _connect(device: str, workers: int, trainer: str, variables: Mapping[str, st
         _start(address=address, log_to_driver=False, job_config=_OwnPath(), runtime_env=runtime)
         if (offered := int(ray.cluster_resources().get("GPU", 0))) < slots:
             raise ConfigError(
-                f"the Ray cluster at {address} offers {offered} GPUs and the arm asks for {slots}"
+                f"the Ray cluster at {address} offers {offered} GPUs on {sum(node['Alive'] for node in ray.nodes())} "
+                f"living node(s) and the arm asks for {slots}"
                 + ("; on CPU nodes these are numbers: start each with `ray start --num-gpus=N`" * (device == "cpu"))
             )
         return

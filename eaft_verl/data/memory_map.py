@@ -2,13 +2,12 @@
 
 import glob
 import os
-import tempfile
 from pathlib import Path
 
 import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
 
-from eaft_verl.files import bytes_hash, content_hash, temporary_beside
+from eaft_verl.files import bytes_hash, cache_dir, content_hash, temporary_beside
 
 _BATCH = 4096  # rows
 
@@ -16,10 +15,11 @@ _BATCH = 4096  # rows
 def map_of(path: Path, key: str) -> Path:
     """The Arrow file of a parquet file whose sha256 is `key`, made where there is none that is whole.
 
-    It lies beside the file, in a temporary folder where nothing can be written there, and is named after the hashes of
-    the file and of itself.
+    It lies beside the file, in the user's own cache where nothing can be written there (in /tmp anybody could put
+    another), and is named after the hashes of the file and of itself.
     """
-    folder = path.parent if os.access(path.parent, os.W_OK) else Path(tempfile.gettempdir())
+    folder = path.parent if os.access(path.parent, os.W_OK) else cache_dir() / "maps"
+    folder.mkdir(parents=True, exist_ok=True)
     maps = list(folder.glob(f".{glob.escape(path.stem)}.{'?' * 16}.{'?' * 16}.arrow"))
     for found in maps:
         if found.name.endswith(f".{key[:16]}.{content_hash(found)[:16]}.arrow"):
@@ -30,6 +30,7 @@ def map_of(path: Path, key: str) -> Path:
             with ipc.new_file(str(temporary), schema) as table:
                 for batch in source.iter_batches(_BATCH):
                     table.write_batch(batch)
+        temporary.chmod(0o644)  # others of a group who share the data open it too
         made = folder / f".{path.stem}.{key[:16]}.{bytes_hash(temporary)[:16]}.arrow"
         os.replace(temporary, made)
     for old in set(maps) - {made}:

@@ -20,12 +20,11 @@ import psutil
 
 from eaft_verl.boundary import die_with_parent
 from eaft_verl.errors import CTRL_C, ENDED, EXIT_CODES, SAVED, Interrupted
-from eaft_verl.training.interruption import ECHO_S, FAMILY, is_stage
+from eaft_verl.training.interruption import ECHO_S, FAMILY, is_stage, stop_signals
 
 CAUSE_FILE = "EAFT_CAUSE_FILE"  # variable: where a stage leaves the error it ends with, for the report of a comparison
 LOG_FILE = "EAFT_STAGE_LOG"  # variable: where a stage's standard output goes, where somebody looks at a terminal
 PATIENCE_S = 5.0  # for processes of Ray that are still ending when the stage has
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
 STOPPED = (SAVED, CTRL_C, ENDED)
 
 
@@ -39,39 +38,41 @@ def begin_stage() -> None:
 
 
 class Ending:
-    """While the block runs, SIGTERM ends it as Ctrl-C does: what is half made is taken away on the way out.
+    """While the block runs, SIGTERM and SIGHUP end it as Ctrl-C does: what is half made is taken away on the way out.
 
-    Not in a stage, whose parent says how it ended. A second SIGTERM does not wait for that.
+    Not in a stage, whose parent says how it ended. A second one does not wait for that.
     name, code: of the signal that came; of Ctrl-C where none did.
     """
 
     def __init__(self) -> None:
         self.name, self.code, self.at = "Ctrl-C", CTRL_C, 0.0
-        self.before: Any = None
+        self.before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Ending":
         if threading.current_thread() is threading.main_thread() and not is_stage():  # no other thread can
-            self.before = signal.signal(signal.SIGTERM, self)
+            asked = [one for one in stop_signals() if one != signal.SIGINT]
+            self.before = {one: signal.signal(one, self) for one in asked}
         return self
 
     def __exit__(self, *raised: object) -> None:
-        if self.before is not None:
-            signal.signal(signal.SIGTERM, self.before)
+        for one, handler in self.before.items():
+            signal.signal(one, handler)
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """The handler: hand it to that of Ctrl-C, which asyncio and others put their own in the place of."""
         if self.code == ENDED:
-            if time.monotonic() - self.at > ECHO_S:
+            if number != signal.SIGHUP and time.monotonic() - self.at > ECHO_S:
                 self._at_once()
             return
-        self.name, self.code, self.at = "SIGTERM", ENDED, time.monotonic()
+        self.name, self.code, self.at = signal.Signals(number).name, ENDED, time.monotonic()
         interrupt = signal.getsignal(signal.SIGINT)
         if not callable(interrupt):  # ignored, as in the background jobs of a script
             raise KeyboardInterrupt
         interrupt(signal.SIGINT, frame)
 
     def _at_once(self) -> None:
-        os.write(2, b"eaft: told to stop twice: ended at once; what was finished before is kept\n")
+        with contextlib.suppress(OSError):  # nobody may be there to read it
+            os.write(2, b"eaft: told to stop twice: ended at once; what was finished before is kept\n")
         for process in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.Error):
                 process.kill()
@@ -84,7 +85,7 @@ def run_stage(command: Sequence[str]) -> int:
     Raises Interrupted when this process was told to stop, or the child says that it was.
     """
     told, patience = _Told(), 0.0
-    before = {one: signal.signal(one, told) for one in SIGNALS}
+    before = {one: signal.signal(one, told) for one in stop_signals()}
     token = secrets.token_hex(8)
     try:
         # a session of its own: what a terminal sends to its group on Ctrl-C comes here only, and is passed on once
@@ -138,14 +139,14 @@ class _Told:
             self.number, self.at = number, time.monotonic()
             if self.child:
                 self.pass_on()
-        elif time.monotonic() - self.at > ECHO_S and not is_stage():
+        elif number != signal.SIGHUP and time.monotonic() - self.at > ECHO_S and not is_stage():
             text = "told to stop twice: ended at once; the same command goes on from what was saved before"
             raise Interrupted(text, CTRL_C if number == signal.SIGINT else ENDED)
 
     def pass_on(self) -> None:
-        """Send the child what came, if anything did."""
+        """Send the child what came, if anything did; SIGHUP of a closed terminal as SIGTERM, on which a stage saves."""
         if self.number is not None and self.child:
-            self.child.send_signal(self.number)
+            self.child.send_signal(signal.SIGTERM if self.number == signal.SIGHUP else self.number)
 
 
 def _end_family(token: str, patience: float) -> None:

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as a request: the trainer finishes its step, saves, and only then ends."""
+"""SIGTERM, Ctrl-C and a closed terminal as a request: the trainer finishes its step, saves, and only then ends."""
 
 import contextlib
 import os
@@ -16,6 +16,12 @@ ECHO_S = 0.5  # a second signal within this time is the same one: a launcher may
 def is_stage() -> bool:
     """Whether this process was started by `experiment.processes.run_stage`, which counts the signals."""
     return FAMILY in os.environ
+
+
+def stop_signals() -> list[signal.Signals]:
+    """Those that ask a command to end. SIGHUP, of a terminal that was closed, not where `nohup` has it ignored."""
+    told = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
+    return [signal.SIGTERM, signal.SIGINT, *[signal.SIGHUP] * told]
 
 
 class StopRequest:
@@ -41,7 +47,7 @@ class StopRequest:
     def outcome(self, saved: str | None, where: str) -> Interrupted:
         """What a stopped run ends with. saved: what can be gone on from, None where nothing can."""
         ctrl_c = self.number == signal.SIGINT
-        name = "Ctrl-C" if ctrl_c else "SIGTERM"
+        name = "Ctrl-C" if ctrl_c else signal.Signals(self.number or signal.SIGTERM).name
         if saved:
             text = f"{name}: {where} is saved at {saved}; run the same command again"
             return Interrupted(text, CTRL_C if ctrl_c else SAVED)
@@ -51,13 +57,13 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """A StopRequest that SIGTERM and SIGINT set while the block runs; enter it after `ray.init`, which installs a
+    """A StopRequest that `stop_signals` set while the block runs; enter it after `ray.init`, which installs a
     handler of its own.
 
     Raises ValueError outside the main thread, where no handler can be installed.
     """
     request = StopRequest()
-    before = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, request) for number in stop_signals()}
     try:
         yield request
     finally:

@@ -71,8 +71,12 @@ class Watchdog:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _watch(self) -> None:
-        while not self.leave.wait(min(1.0, self.least / 10)):
-            if time.monotonic() - self.last > self.limit:
+        pause, seen = min(1.0, self.least / 10), time.monotonic()
+        while not self.leave.wait(pause):
+            now = time.monotonic()
+            # a job suspended for an hour (`scontrol suspend`, SIGSTOP) has not been hanging: we stood still too
+            self.last, seen = min(now, self.last + now - seen - pause), now
+            if now - self.last > self.limit:
                 self._end()
                 return
 

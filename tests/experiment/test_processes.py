@@ -72,6 +72,7 @@ def living(folder: Path) -> int:
         (signal.SIGTERM, 15, 143),  # as Ray ends a driver that is told while it connects
         (signal.SIGTERM, 0, 75),  # was done all the same
         (signal.SIGINT, 0, 130),
+        (signal.SIGHUP, 75, 75),  # the terminal was closed: the stage is asked to save
     ],
 )
 def test_a_stage_is_told_once_and_its_code_kept(tmp_path: Path, number: int, code: int, expected: int) -> None:
@@ -79,7 +80,8 @@ def test_a_stage_is_told_once_and_its_code_kept(tmp_path: Path, number: int, cod
     os.killpg(started.pid, number)  # as the terminal does, and ray job stop
     os.kill(started.pid, number)  # a launcher's trap sends it again within moments
     assert started.wait(20) == expected
-    assert (tmp_path / "seen").read_text() == str(int(number)), "neither the terminal's nor the second one reached it"
+    asked = signal.SIGTERM if number == signal.SIGHUP else number
+    assert (tmp_path / "seen").read_text() == str(int(asked)), "neither the terminal's nor the second one reached it"
     assert not living(tmp_path)
 
 
@@ -111,8 +113,8 @@ sys.exit(cli.main(["tasks"]))
 """
 
 
-@pytest.mark.parametrize("ignored", [False, True])  # Ctrl-C, as in the background jobs of a script
-def test_sigterm_lets_a_command_clean_up(tmp_path: Path, ignored: bool) -> None:
+@pytest.mark.parametrize("ignored", [None, signal.SIGINT])  # as in the background jobs of a script
+def test_sigterm_lets_a_command_clean_up(tmp_path: Path, ignored: int | None) -> None:
     started = command(tmp_path, 0.2, ignored=ignored)
     started.send_signal(signal.SIGTERM)
     assert started.wait(20) == 143 and (tmp_path / "clean").exists()
@@ -133,9 +135,25 @@ def test_the_second_sigterm_does_not_wait_for_that(tmp_path: Path) -> None:
     assert "told to stop twice" in started.stdout.read() and not living(tmp_path)
 
 
-def command(folder: Path, seconds: float, *, ignored: bool = False) -> subprocess.Popen[str]:
+def test_nohup_is_heeded_and_a_closed_terminal_says_it_often(tmp_path: Path) -> None:
+    started = command(tmp_path, 1)
+    for _ in range(2):  # the kernel, then the shell, which may be slow
+        started.send_signal(signal.SIGHUP)
+        time.sleep(0.7)
+    assert started.wait(20) == 143 and (tmp_path / "clean").exists()
+    assert started.stdout.read().startswith("eaft: SIGHUP: ended; ")
+    (tmp_path / "ready").unlink()
+    started = command(tmp_path, 0, ignored=signal.SIGHUP)
+    started.send_signal(signal.SIGHUP)
+    time.sleep(0.3)
+    assert started.poll() is None
+    started.send_signal(signal.SIGTERM)
+    assert started.wait(20) == 143
+
+
+def command(folder: Path, seconds: float, *, ignored: int | None = None) -> subprocess.Popen[str]:
     words = [sys.executable, "-c", COMMAND, str(folder), str(seconds)]
-    ignoring = functools.partial(signal.signal, signal.SIGINT, signal.SIG_IGN) if ignored else None
+    ignoring = functools.partial(signal.signal, ignored, signal.SIG_IGN) if ignored else None
     piped = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     started = subprocess.Popen(words, start_new_session=True, preexec_fn=ignoring, **piped)
     while not (folder / "ready").exists():

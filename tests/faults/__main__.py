@@ -7,6 +7,7 @@ python -m tests.faults -k "grpo and not lora"    pytest's own expressions, and a
 """
 
 import argparse
+import ctypes
 import re
 import sys
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from .matrix import FAULTS, Lab
 from .test_faults import ROWS
 
 HERE = Path(__file__).parent
+PR_SET_CHILD_SUBREAPER = 36
 
 
 def rows_with(words: str) -> set[str] | None:
@@ -65,6 +67,8 @@ class Table:
             seen = {} if report.passed else {"seen": report.outcome if report.skipped else "NOT AS EXPECTED"}
             self.rows.append(row | seen | {"seconds": f"{report.duration:.0f}"})
             self.write(f"\n{line(self.rows[-1])}")
+            if report.failed:
+                self.write(report.longreprtext[-2000:])  # now: the rest may take half an hour
 
     def pytest_terminal_summary(self) -> None:
         """The table in Markdown."""
@@ -79,6 +83,7 @@ parser = argparse.ArgumentParser(add_help=False)
 parser.add_argument("-k", default="")
 known, others = parser.parse_known_args()
 chosen = rows_with(known.k) if known.k else None
+ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)  # Ray's processes outlive their driver: their CPU counts as well
 expression = ["-k", known.k] if known.k and chosen is None else []
 Lab.fork = False  # a start of its own for each command, whose CPU is counted
 sys.exit(pytest.main([str(HERE), "-q", "-m", "", *expression, *others], plugins=[Table(chosen)]))

@@ -53,6 +53,6 @@ def _told(lab: Lab) -> Outcome:
     assert code == SAVED and not left and f"is saved at step {step} of {STEPS}" in assert_one_line(said), (said, left)
     kept = sorted(path.name for path in (lab.run / "resume").iterdir())
     assert kept == sorted({"step_000008", f"step_{step:06d}"} | ({"step_000004"} if step == 8 else set())), kept
-    assert lab.train().code == 0  # the other way of saving reads it as well
+    assert (seen := lab.train()).code == 0, seen.said  # the other way of saving reads it as well
     lab.assert_exact()
     return Outcome(f"75, saved at step {step}; every row equal", lost=0)

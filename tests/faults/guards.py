@@ -200,7 +200,7 @@ def _grpo_ctrl_c(lab: Lab) -> Outcome:
     assert code == 130 and f"Ctrl-C: {lab.run} is saved at step {step} of 8" in assert_one_line(said), said
     assert not left and Run(lab.run).info["status"] == "interrupted"
     before = lab.rows()
-    assert lab.train(**env).code == 0
+    assert (seen := lab.train(**env)).code == 0, seen.said
     assert lab.rows()[:step] == before and len(lab.rows()) == 8
     return Outcome(f"130 after {seconds:.0f} s; goes on", lost=0)
 
@@ -227,7 +227,7 @@ def _meter(lab: Lab) -> Outcome:
     assert [row["step"] for row in readings] == [3, 6, 9, 12, 15, 18]
     assert all(row["kl"] > 0 and row["read_s"] > 0 for row in readings)
     shutil.rmtree(lab.run)
-    assert lab.train(METER, "verl.trainer.n_gpus_per_node=2").code == 0
+    assert (seen := lab.train(METER, "verl.trainer.n_gpus_per_node=2")).code == 0, seen.said
     two = run.metrics("meter")
     apart = max(abs(a["kl"] - b["kl"]) / a["kl"] for a, b in zip(readings, two, strict=True))
     assert apart < 1e-3, apart  # as far as the trainings themselves differ

@@ -115,8 +115,12 @@ class Lab:
         """`eaft WORDS`."""
         return [sys.executable, "-P", "-m", "eaft_verl.cli", *map(str, words)]
 
-    def eaft(self, *words: str | Path, timeout: float = 240.0, **env: str) -> Seen:
-        """Run a command to its end."""
+    def environ(self, **env: str) -> dict[str, str]:
+        """Variables of a command."""
+        return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **env}
+
+    def eaft(self, *words: str | Path, timeout: float = 400.0, **env: str) -> Seen:
+        """Run a command to its end; again, as it says, where a busy machine has not let Ray start within its 30 s."""
         if self.fork and not env:
             said = self.folder / "said.txt"
             code = warm.eaft(words, self.folder, said, timeout=timeout)
@@ -125,13 +129,17 @@ class Lab:
             return Seen(code, text)
         with self.started(*words, **env) as process:
             process.wait(timeout=timeout)
-        return Seen(process.returncode, self.said(process))
+        printed = self.said(process)
+        if "error: Ray did not start" in printed:
+            again = self.eaft(*words, timeout=timeout, **env)
+            return Seen(again.code, printed + again.said)
+        return Seen(process.returncode, printed)
 
     def said(self, process: subprocess.Popen[str]) -> str:
         """What a command has printed so far."""
         return (self.folder / f"said-{process.pid}.txt").read_text(encoding="utf-8", errors="replace")
 
-    def train(self, *overrides: str, timeout: float = 240.0, **env: str) -> Seen:
+    def train(self, *overrides: str, timeout: float = 400.0, **env: str) -> Seen:
         """`eaft train` of the recipe's arm."""
         return self.eaft("train", self.recipe, "--arm", ARM, *overrides, timeout=timeout, **env)
 
@@ -143,7 +151,7 @@ class Lab:
             process = subprocess.Popen(
                 self.command(*words),
                 cwd=self.folder,
-                env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **env},
+                env=self.environ(**env),
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -173,7 +181,8 @@ class Lab:
         kept = self.snapshots / "whole"
         if not kept.exists():
             aside = self.out.rename(self.folder / "aside") if self.out.exists() else None
-            assert self.train().code == 0
+            seen = self.train()
+            assert seen.code == 0, seen.said
             shutil.copytree(self.out, kept)
             shutil.rmtree(self.out)
             if aside:
@@ -190,7 +199,7 @@ class Lab:
         mine, theirs = ([[row[name] for name in names] for row in rows] for rows in (self.rows(), self.whole()))
         assert mine == theirs and len(mine) == STEPS, "not the uninterrupted run"
 
-    def wait_for_step(self, process: subprocess.Popen[str], step: int, timeout: float = 200.0) -> None:
+    def wait_for_step(self, process: subprocess.Popen[str], step: int, timeout: float = 400.0) -> None:
         """Return as soon as this many steps are logged; the command must still run then."""
         end = time.monotonic() + timeout
         while process.poll() is None and len(self.rows()) < step:

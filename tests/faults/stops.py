@@ -1,5 +1,6 @@
 """Processes that are killed, told to stop, or stand still."""
 
+import contextlib
 import json
 import os
 import signal
@@ -108,6 +109,31 @@ def _ctrl_c(lab: Lab) -> Outcome:
     return Outcome(f"130 after {seen.seconds:.1f} s; every row equal", lost=0)
 
 
+@fault(
+    "the terminal is closed at step 10 (SIGHUP; writing fails)", "saved as on SIGTERM, 75; goes on exactly", slow=True
+)
+def _terminal_closed(lab: Lab) -> Outcome:
+    terminal, inside = os.openpty()
+    command = ["setsid", "--ctty", *lab.command("train", lab.recipe, "--arm", ARM)]
+    streams = {"stdin": inside, "stdout": inside, "stderr": inside}
+    process = subprocess.Popen(command, cwd=lab.folder, env=lab.environ(LAB=str(lab.run)), **streams)
+    os.close(inside)
+    os.set_blocking(terminal, False)
+    end, said = time.monotonic() + 400, b""
+    while len(lab.rows()) < 10:
+        assert time.monotonic() < end and process.poll() is None, said.decode()
+        with contextlib.suppress(OSError):  # nothing more is said, or nobody is there
+            said += os.read(terminal, 1 << 16)
+        time.sleep(0.01)
+    os.close(terminal)
+    code = process.wait(timeout=120)
+    left, step = orphans(lab.run), len(lab.rows())
+    assert code == SAVED and not left, (code, left, info(lab))
+    assert info(lab)["status"] == "interrupted" and f"is saved at step {step} of {STEPS}" in info(lab)["error"]
+    goes_on(lab, step)
+    return Outcome("75; every row equal", lost=0)
+
+
 @fault("SIGTERM, then Ctrl-C, while a worker is stopped", "the second ends it at once, nothing is left", slow=True)
 def _twice(lab: Lab) -> Outcome:
     with lab.started("train", lab.recipe, "--arm", ARM, LAB=str(lab.run)) as process:
@@ -150,7 +176,7 @@ def _parent_killed(lab: Lab) -> Outcome:
         while orphans(lab.run):
             assert time.monotonic() < end, orphans(lab.run)
             time.sleep(0.2)
-    assert lab.train().code == 0
+    assert (seen := lab.train()).code == 0, seen.said
     lab.assert_exact()
     return Outcome("all ended with it; resumed, every row equal", lost=2)
 
@@ -217,7 +243,7 @@ def _raylet_killed(lab: Lab) -> Outcome:
     line = assert_one_line(said)
     assert "failures/attempt_1.txt" in line and info(lab)["status"] == "failed", line
     assert "the end of" in (lab.run / "failures" / "attempt_1.txt").read_text()
-    assert lab.train().code == 0
+    assert (seen := lab.train()).code == 0, seen.said
     lab.assert_exact()
     return Outcome(f"exit 8: {line[:60]}...; resumed, every row equal", lost=2)
 
@@ -262,6 +288,6 @@ def _before_the_first_step(lab: Lab) -> Outcome:
     assert code == ENDED and not left, (code, said, left)
     assert_one_line(said)
     assert info(lab)["status"] == "interrupted", info(lab)
-    assert lab.train().code == 0
+    assert (seen := lab.train()).code == 0, seen.said
     lab.assert_exact()
     return Outcome("exit 143; the same command trains from the start", lost=0)

@@ -1,6 +1,8 @@
 """Every row of the matrix."""
 
+import contextlib
 import importlib
+import os
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +18,10 @@ ROWS = [pytest.param(row, id=row.name, marks=[pytest.mark.slow] * row.slow) for 
 
 
 def cpu_seconds() -> float:
-    """Of this process and all that it has waited for; what a killed driver of Ray's leaves is not among it."""
+    """Of this process and all that it has waited for: under `python -m tests.faults` those too that a driver left."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(one.ru_utime + one.ru_stime for one in used)
 

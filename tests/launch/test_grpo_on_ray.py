@@ -40,7 +40,8 @@ def launch(cluster: Cluster, output: Path) -> list[str]:
     return cluster.eaft("launch", "recipe.yaml", "--arm", "grpo", "--on", "ray", f"output={output}")
 
 
-def test_a_stopped_job_goes_on_exactly(tmp_path: Path) -> None:
+def test_a_stopped_job_goes_on_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_health_check_failure_threshold", "100")  # on two busy cores no node is dead
     sys.path.insert(0, str(Path(__file__).parents[1] / "training" / "grpo"))
     import grpo_fixtures
 
@@ -71,7 +72,8 @@ def _stopped(cluster: Cluster, output: Path) -> int:
     """A job that is told to stop once it has trained two steps: 75, saved; its last step."""
     log, arm = output.with_suffix(".log"), output / "grpo-seed0"
     with log.open("w") as stream:
-        job = subprocess.Popen(launch(cluster, output), env=cluster.environ, cwd=cluster.project, stdout=stream)
+        told = {"stdout": stream, "stderr": subprocess.STDOUT}
+        job = subprocess.Popen(launch(cluster, output), env=cluster.environ, cwd=cluster.project, **told)
     try:
         metrics = arm / "metrics.jsonl"
 

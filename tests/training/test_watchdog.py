@@ -58,6 +58,29 @@ def test_stacks_of_all_the_silent_named_and_everything_ended(tmp_path: Path, mon
     assert "in driver" in (tmp_path / "stacks" / "driver.txt").read_text()
 
 
+SUSPENDED = """
+import sys, time
+from pathlib import Path
+from eaft_verl.training.watchdog import Watchdog
+with Watchdog(Path(sys.argv[1])) as watch:
+    watch.beat()
+    print("ready", flush=True)
+    time.sleep(0.5)
+    time.sleep(0.5)
+print("done")
+"""
+
+
+def test_a_job_that_was_suspended_has_not_been_hanging(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SUSPENDED, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, LIMIT: "3"}) as job:
+        assert job.stdout and job.stdout.readline() == "ready\n"
+        job.send_signal(signal.SIGSTOP)
+        time.sleep(4)
+        job.send_signal(signal.SIGCONT)
+        assert job.stdout.read() == "done\n" and job.wait() == 0
+
+
 def test_a_foreign_process_that_took_over_a_pid_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(LIMIT, "1")
 

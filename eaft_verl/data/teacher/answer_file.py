@@ -1,12 +1,11 @@
 """Answers as they come, one line each, keyed by prompt and sample: what a kill or a power cut leaves is whole lines."""
 
-import errno
 import json
 import os
 from pathlib import Path
 from typing import Any
 
-from eaft_verl.errors import DiskFull, RunError
+from eaft_verl.errors import NO_SPACE, DiskFull, RunError
 from eaft_verl.files import json_line
 
 Place = tuple[str, int]  # prompt key, number of the sample
@@ -64,7 +63,7 @@ class AnswerFile:
                 data = data[os.write(self._handle, data) :]
         except OSError as error:
             kept = f"{len(self)} answers are kept: the same command goes on"
-            kind = DiskFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else RunError
+            kind = DiskFull if error.errno in NO_SPACE else RunError
             raise kind(f"{self.path} cannot be written ({error.strerror}); {kept}") from None
         self._index(row, start)
 

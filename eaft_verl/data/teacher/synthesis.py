@@ -4,7 +4,6 @@ OUT.synthesis holds answers.jsonl (every answer ever given), rejected.jsonl (eve
 spec.json (what the answers and rows are of) and manifest.json (counts that add up, tokens, cost, hash of OUT).
 """
 
-import errno
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from eaft_verl.data.teacher.given import draw_given
 from eaft_verl.data.teacher.prompts import Prompt, Screen, iter_prompts
 from eaft_verl.data.teacher.spec import SynthesisSpec
 from eaft_verl.data.teacher.verify import GradingPool
-from eaft_verl.errors import ConfigError, DataError, DiskFull, Lost
+from eaft_verl.errors import NO_SPACE, ConfigError, DataError, DiskFull, Lost
 from eaft_verl.files import bytes_hash, locked, read_json, write_json, write_jsonl
 
 SCHEMA = 1
@@ -79,7 +78,7 @@ def _disk_of(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in NO_SPACE:
             raise
         kept = "every answer that came is kept there: make room, and the same command goes on"
         raise DiskFull(f"{folder} cannot be written ({error.strerror}); {kept}") from None

@@ -1,0 +1,28 @@
+"""Where the memory map of a prepared file lies."""
+
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.ipc as ipc
+import pyarrow.parquet as pq
+import pytest
+
+from eaft_verl.data.memory_map import map_of
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_a_map_lies_beside_its_file_or_in_the_users_own_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writable: bool
+) -> None:
+    """Never in /tmp, where anybody could put another one; whoever may read the data may read it."""
+    file = tmp_path / "data" / "x.parquet"
+    file.parent.mkdir()
+    pq.write_table(pa.table({"token": [3, 5]}), file)
+    monkeypatch.setenv("EAFT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(os, "access", lambda *_: writable)
+    made = map_of(file, "k" * 64)
+    assert made.parent == (file.parent if writable else tmp_path / "cache" / "maps")
+    assert made.stat().st_mode & 0o777 == 0o644 and map_of(file, "k" * 64) == made
+    with ipc.open_file(str(made)) as table:
+        assert table.read_all().to_pydict() == {"token": [3, 5]}
