@@ -20,8 +20,7 @@ def map_of(path: Path, key: str) -> Path:
     """
     folder = path.parent if os.access(path.parent, os.W_OK) else cache_dir() / "maps"
     folder.mkdir(parents=True, exist_ok=True)
-    maps = list(folder.glob(f".{glob.escape(path.stem)}.{'?' * 16}.{'?' * 16}.arrow"))
-    for found in maps:
+    for found in _maps(folder, path.stem):
         if found.name.endswith(f".{key[:16]}.{content_hash(found)[:16]}.arrow"):
             return found
     with temporary_beside(folder / path.name) as temporary:
@@ -30,9 +29,18 @@ def map_of(path: Path, key: str) -> Path:
             with ipc.new_file(str(temporary), schema) as table:
                 for batch in source.iter_batches(_BATCH):
                     table.write_batch(batch)
-        temporary.chmod(0o644)  # others of a group who share the data open it too
-        made = folder / f".{path.stem}.{key[:16]}.{bytes_hash(temporary)[:16]}.arrow"
-        os.replace(temporary, made)
-    for old in set(maps) - {made}:
+        return keep_map(temporary, path.stem, key)
+
+
+def keep_map(temporary: Path, stem: str, key: str) -> Path:
+    """Give a map that is written its name, in the folder where it lies; maps of other contents of the file go."""
+    temporary.chmod(0o644)  # others of a group who share the data open it too
+    made = temporary.with_name(f".{stem}.{key[:16]}.{bytes_hash(temporary)[:16]}.arrow")
+    os.replace(temporary, made)
+    for old in set(_maps(made.parent, stem)) - {made}:
         old.unlink(missing_ok=True)
     return made
+
+
+def _maps(folder: Path, stem: str) -> list[Path]:
+    return list(folder.glob(f".{glob.escape(stem)}.{'?' * 16}.{'?' * 16}.arrow"))

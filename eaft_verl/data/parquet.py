@@ -10,6 +10,7 @@ import json
 import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
@@ -20,7 +21,7 @@ import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from eaft_verl.data.memory_map import map_of
+from eaft_verl.data.memory_map import keep_map, map_of
 from eaft_verl.files import digest_of, temporary_beside
 
 _TURN = pa.struct(
@@ -172,7 +173,7 @@ _Batches = Callable[[], Iterable[pa.RecordBatch]]
 
 
 def write_batches(path: Path, batches: _Batches, announce: Callable[[str], object] = str) -> str:
-    """Write NAME.parquet in one move; its sha256, of which `announce` is told before the file gets its name.
+    """Write NAME.parquet in one move, and its memory map; its sha256, of which `announce` is told before it is named.
 
     batches: of SCHEMA, called twice, because columns that no example fills are left out of the file.
     """
@@ -180,16 +181,22 @@ def write_batches(path: Path, batches: _Batches, announce: Callable[[str], objec
     for batch in batches():
         filled |= _filled(batch)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with temporary_beside(path) as temporary:
+    with temporary_beside(path) as temporary, temporary_beside(path) as map_beside:
         groups = (_pruned(group, filled) for group in _grouped(batches()))
         first = next(groups, None) or _pruned(to_batch([]), filled)
-        with pq.ParquetWriter(temporary, first.schema, compression="zstd") as writer:
+        with (
+            pq.ParquetWriter(temporary, first.schema, compression="zstd") as writer,
+            ipc.new_file(str(map_beside), first.schema) as table,
+            ThreadPoolExecutor(2) as threads,  # Arrow compresses on one core
+        ):
             for group in itertools.chain([first], groups):
-                writer.write_batch(group)
+                for task in [threads.submit(write, group) for write in (writer.write_batch, table.write_batch)]:
+                    task.result()
         os.chmod(temporary, 0o644)
         key = file_hash(temporary)
         announce(key)
         os.replace(temporary, path)
+        keep_map(map_beside, path.stem, key)
     return key
 
 

@@ -2,7 +2,9 @@
 
 import contextlib
 import functools
+import gc
 import multiprocessing
+import multiprocessing.util
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -165,10 +167,21 @@ def _apart(work: Callable[..., Any], session: Session, *arguments: Any) -> Any:
         return work(session, *arguments)
     session.free()
     sent = replace(session, benchmarks={}, heldout=[], probes={})
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_end_children) as pool:
         outcome = pool.submit(work, sent, *arguments).result()
     session.mark = time.perf_counter()  # what came before is booked over there
     return outcome
+
+
+def _end_children() -> None:
+    """When this process ends, so do its children: multiprocessing would wait for an idle engine for ever."""
+
+    def end() -> None:
+        gc.collect()  # an engine that nobody refers to any more shuts itself down
+        for child in multiprocessing.active_children():
+            child.terminate()
+
+    multiprocessing.util.Finalize(None, end, exitpriority=100)  # before multiprocessing waits
 
 
 def _language(session: Session, path: Path | str, tasks: list[str], batch_size: int | None = None) -> Any:

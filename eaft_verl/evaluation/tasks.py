@@ -143,6 +143,17 @@ def _parse(entry: Any, key: str) -> Entry:
         )
     if unknown := sorted(set(entry) - set(_ENTRY_KEYS)):
         raise ConfigError(f"{key} has the unknown key {unknown[0]!r}; allowed: {', '.join(_ENTRY_KEYS)}")
+    _check_values(entry, key)
+    if entry["task"] == BFCL and entry.get("new_tokens") is None:
+        entry = {**entry, "new_tokens": BFCL_NEW_TOKENS}
+    parsed = _of_file(entry, key) if Path(entry["task"]).suffix in (".yaml", ".yml") else Entry(**entry)
+    if parsed.file is None:
+        _check_name(parsed.task, key)
+    _check_data(parsed, key)
+    return parsed
+
+
+def _check_values(entry: dict[str, Any], key: str) -> None:
     for name in ("task", "data", "metric"):
         if entry.get(name) is not None and not isinstance(entry[name], str):
             raise ConfigError(f"{key}.{name} is {entry[name]!r}; expected text")
@@ -152,14 +163,7 @@ def _parse(entry: Any, key: str) -> Entry:
             raise ConfigError(
                 f"{key}.{name} is {value!r}; expected a positive number of {counted}, or leave it out for {otherwise}"
             )
-    if entry["task"] == BFCL and entry.get("new_tokens") is None:
-        entry = {**entry, "new_tokens": BFCL_NEW_TOKENS}
     _check_sampling(entry, key)
-    parsed = _of_file(entry, key) if Path(entry["task"]).suffix in (".yaml", ".yml") else Entry(**entry)
-    if parsed.file is None:
-        _check_name(parsed.task, key)
-    _check_data(parsed, key)
-    return parsed
 
 
 def _check_sampling(entry: dict[str, Any], key: str) -> None:

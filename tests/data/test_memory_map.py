@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from eaft_verl.data.memory_map import map_of
+from eaft_verl.data.parquet import Example, file_hash, read_examples, write_examples
 
 
 @pytest.mark.parametrize("writable", [True, False])
@@ -26,3 +27,19 @@ def test_a_map_lies_beside_its_file_or_in_the_users_own_cache(
     assert made.stat().st_mode & 0o777 == 0o644 and map_of(file, "k" * 64) == made
     with ipc.open_file(str(made)) as table:
         assert table.read_all().to_pydict() == {"token": [3, 5]}
+
+
+def test_the_map_that_is_written_with_a_file_is_the_one_that_would_be_made_of_it(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "é"}, {"role": "assistant", "content": "2"}]
+    rows = [Example(f"r{i}", turns, list(range(i % 7 + 2)), [0] * (i % 7 + 1) + [1]) for i in range(9000)]
+    file = tmp_path / "x.parquet"
+    write_examples(file, rows)
+    (beside,) = tmp_path.glob(".x.*.arrow")
+    assert map_of(file, file_hash(file)) == beside  # found, not made
+    with ipc.open_file(str(beside)) as table:
+        written = table.read_all()
+    beside.unlink()
+    with ipc.open_file(str(map_of(file, file_hash(file)))) as table:
+        made = table.read_all()
+    assert written.equals(made) and written.schema.names == made.schema.names and len(made) == 9000
+    assert list(read_examples(file)) == rows

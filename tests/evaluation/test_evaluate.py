@@ -2,11 +2,14 @@
 
 import json
 import math
+import multiprocessing
 import os
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 from tiny import CHATML, tiny_model, write_sums
 from transformers import AutoTokenizer
@@ -404,6 +407,14 @@ def test_vllm_has_a_process_of_its_own(models, settings, tmp_path, monkeypatch):
     assert session.loaded is None  # the GPUs are free when the engine comes
     with pytest.raises(RunError, match="'sums' failed at step 3"):
         module._apart(_fail, session)
+    assert not psutil.pid_exists(module._apart(_leave_idle, session))  # and this returned
+
+
+def _leave_idle(session):
+    """An engine that is not told to stop: a child that would be waited for."""
+    child = multiprocessing.Process(target=time.sleep, args=(600,))
+    child.start()
+    return child.pid
 
 
 def _process(session, number):

@@ -2,3 +2,8 @@
 
 `python -m tests.faults [pytest arguments]` runs all rows and prints the table; CI runs those that are not slow.
 """
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where its neighbours are found, as pytest has it
