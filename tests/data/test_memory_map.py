@@ -42,4 +42,4 @@ def test_the_map_that_is_written_with_a_file_is_the_one_that_would_be_made_of_it
     with ipc.open_file(str(map_of(file, file_hash(file)))) as table:
         made = table.read_all()
     assert written.equals(made) and written.schema.names == made.schema.names and len(made) == 9000
-    assert list(read_examples(file)) == rows
+    assert read_examples(file) == rows
