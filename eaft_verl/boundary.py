@@ -104,20 +104,16 @@ def _masked_text(text: str, secrets: tuple[tuple[str, str], ...]) -> str:
     return _USERINFO.sub(lambda found: found[0] if "${" in found[0] else "***", text) if "://" in text else text
 
 
-class GuardedStream:
-    """A text stream that writes `inert` and `masked` text, and is the stream it guards in all else.
-
-    A terminal that is closed meanwhile ends nothing: what would be written there is written nowhere.
-    """
+class LastingStream:
+    """A text stream whose terminal may be closed: what would be written there then is written nowhere."""
 
     def __init__(self, stream: TextIO) -> None:
         self.guarded = stream
 
     def write(self, text: str) -> int:
-        """A carriage return at the beginning of a piece stays: progress bars write it there."""
-        start = len(text) - len(text.lstrip("\r"))
+        """As it is."""
         with self._though_closed():
-            self.guarded.write(text[:start] + inert(masked(text[start:].replace("\r\n", "\n"))))
+            self.guarded.write(text)
         return len(text)
 
     def flush(self) -> None:
@@ -143,6 +139,16 @@ class GuardedStream:
         return getattr(self.guarded, name)
 
 
+class GuardedStream(LastingStream):
+    """A lasting stream that writes `inert` and `masked` text, and is the stream it guards in all else."""
+
+    def write(self, text: str) -> int:
+        """A carriage return at the beginning of a piece stays: progress bars write it there."""
+        start = len(text) - len(text.lstrip("\r"))
+        super().write(text[:start] + inert(masked(text[start:].replace("\r\n", "\n"))))
+        return len(text)
+
+
 def guard_streams() -> None:
     """Guard this process's standard output and error until it ends, a traceback at its end included.
 
@@ -155,8 +161,8 @@ def guard_streams() -> None:
 
 
 def unguarded(stream: Any) -> Any:
-    """The stream itself, for text that is `inert` already and is to be coloured."""
-    return stream.guarded if isinstance(stream, GuardedStream) else stream
+    """The stream for text that is `inert` already and is to be coloured."""
+    return LastingStream(stream.guarded) if isinstance(stream, GuardedStream) else stream
 
 
 def python_command(module: str, *arguments: str) -> list[str]:

@@ -13,7 +13,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eaft_verl.boundary import GuardedStream, holds_password, inert, looks_secret, masked, python_command, stops_held
+from eaft_verl.boundary import (
+    GuardedStream,
+    holds_password,
+    inert,
+    looks_secret,
+    masked,
+    python_command,
+    stops_held,
+    unguarded,
+)
 from eaft_verl.files import json_line, write_json
 
 CANARY = "hf_Can4ryCan4ryCan4ry"
@@ -55,6 +64,22 @@ def test_a_guarded_stream_lets_a_progress_bar_return_and_nothing_else() -> None:
     guarded.writelines(["\r\n", "a\r\nb\x1b[0m"])
     assert stream.getvalue() == "\r 50%|##\\r|\r\na\nb\\x1b[0m"
     assert guarded.isatty() is False and guarded.getvalue() == stream.getvalue()
+
+
+def test_what_is_drawn_on_a_terminal_that_was_closed_ends_nothing() -> None:
+    terminal, inside = os.openpty()
+    stream = os.fdopen(inside, "w")
+    drawn = unguarded(GuardedStream(stream))
+    assert drawn.isatty() and drawn.write("\x1b[1mx") == 5
+    drawn.flush()
+    assert os.read(terminal, 9) == b"\x1b[1mx"
+    os.close(terminal)
+    with pytest.raises(OSError, match="Input/output error"):
+        os.write(inside, b"y")
+    drawn.write("y")
+    drawn.flush()  # EIO, and from here on nowhere
+    os.write(inside, b"y")
+    stream.close()
 
 
 @pytest.mark.parametrize(
