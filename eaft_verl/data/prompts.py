@@ -24,6 +24,7 @@ from eaft_verl.grading.process import Grade, GradingProcess
 DATA_SOURCE = "eaft_verl"
 SCHEMA = 1
 _SHOWN = 3  # rows named for each fault
+_HUNG = 3  # gradings one after the other that end a preparation: the rest would take hours to say the same
 _REMEDIES = {
     "no_answer": "give every row an `answer`, or responses that mark theirs by '#### 42' or \\boxed{42}",
     "answer": "correct these answers, or choose another reward.grader",
@@ -82,14 +83,21 @@ def _take_all(
     examples: Iterable[Example], tokenizer: Any, max_length: int, grader: str
 ) -> tuple[list[_Prompt], list[tuple[str, RowError]]]:
     """(prompts, refused rows with the reason)."""
-    prompts, refused = [], []
+    prompts, refused, hung = [], [], 0
     process = GradingProcess(grader)
     try:
         for example in examples:
             try:
                 prompts.append(_prompt(example, tokenizer, max_length, process))
+                hung = 0
             except RowError as error:
                 refused.append((example.id, error))
+                hung = hung + 1 if error.kind == "hung" else 0
+            if hung == _HUNG:  # each has cost the grader's whole time
+                raise DataError(
+                    f"the grader {grader!r} hangs or crashes on {hung} demonstrations one after the other, the last of "
+                    f"them of row {example.id}; mend it, or give another by reward.grader"
+                )
     finally:
         process.close()
     return prompts, refused
@@ -129,7 +137,7 @@ def _answer(given: str | None, response: str) -> str:
 
 def _check_demonstration(grade: Grade, answer: str, response: str) -> None:
     if grade.outcome == "timeout":
-        raise RowError("unrewarded", "the grader hangs or crashes on the demonstration")
+        raise RowError("hung", "the grader hangs or crashes on the demonstration")
     if grade.outcome == "error":
         raise RowError("unrewarded", f"the grader raises on the demonstration: {grade.error}")
     if grade.score < 1:

@@ -11,7 +11,7 @@ from eaft_verl.training.states import Saved
 
 MOVED = (  # what a new start must not find
     *("metrics.jsonl", "metrics_verl.jsonl", "rollouts.jsonl", "tensorboard", "checkpoints", "eval", "samples"),
-    states.FOLDER,
+    *(states.FOLDER, states.EVER),
 )
 
 
@@ -19,7 +19,8 @@ def starting_point(run: Run, mode: str, updates: int = 1) -> Saved | None:
     """The state to go on from; None: step 1 of a folder without progress. `updates`: from one row to the next.
 
     Damaged lines of metrics.jsonl, and rows that it lacks, are said and noted in run.json. Raises RunError, and deletes
-    nothing, where steps were made and no state of them is left, unless `mode` is restart: then they are moved aside.
+    nothing, where steps were made and no state of them is left, unless `mode` is restart: then they are moved aside. So
+    they are where it ended before its first state, as then there is nothing else to do.
     """
     saved = states.newest_sound(run, strict=mode == "strict")
     if damaged := run.mend_metrics():
@@ -28,7 +29,9 @@ def starting_point(run: Run, mode: str, updates: int = 1) -> Saved | None:
     reached = max([*made, *run.checkpoints()], default=0)
     if saved is None:
         if reached and mode == "restart":
-            _move_aside(run)
+            _move_aside(run, "")
+        elif reached and mode != "strict" and not _was_saved(run):
+            _move_aside(run, f"it ended at step {reached}, before its first state was saved: ")
         elif reached:
             _refuse(run, reached)
         return None
@@ -63,7 +66,12 @@ def _refuse(run: Run, reached: int) -> NoReturn:
     )
 
 
-def _move_aside(run: Run) -> None:
+def _was_saved(run: Run) -> bool:
+    """Whether a state was ever whole, also where nothing is left of it."""
+    return (run.path / states.EVER).exists() or any((run.path / states.FOLDER).glob(f"*/{states.MANIFEST}"))
+
+
+def _move_aside(run: Run, why: str) -> None:
     number = 1
     while (aside := Path(run.path) / f"before_restart_{number}").exists():
         number += 1
@@ -72,4 +80,4 @@ def _move_aside(run: Run) -> None:
         if (run.path / name).exists():
             (run.path / name).rename(aside / name)
     run.update(restarts=[*run.info.get("restarts", []), aside.name])
-    print(f"eaft: warning: begins at step 1; what was there is in {aside}", file=sys.stderr, flush=True)
+    print(f"eaft: warning: {why}begins at step 1; what was there is in {aside}", file=sys.stderr, flush=True)

@@ -26,6 +26,7 @@ from eaft_verl.files import json_text, read_json, write_json
 from eaft_verl.runs import Run
 
 FOLDER, MANIFEST = "resume", "manifest.json"
+EVER = ".state_saved"  # in the run: there has been a whole state once
 SHARDS = "shards.json"  # of the workers: {"files": {name: {"bytes", "xxh3"}}, "nonfinite": name of a tensor or null}
 FEWEST = 2  # states that are never removed: the newest may be damaged
 PACKAGES = ("eaft-verl", "verl", "torch", "transformers")
@@ -183,7 +184,8 @@ def newest_sound(run: Run, *, strict: bool) -> Saved | None:
 
 
 def retain(run: Path, keep: int | None) -> None:
-    """Remove all but the newest `keep` whole states; None: none, and never below FEWEST."""
+    """After a save: remove all but the newest `keep` whole states; None: none, and never below FEWEST."""
+    (run / EVER).touch()
     if keep is not None:
         for folder in list(whole(run).values())[: -max(keep, FEWEST)]:
             shutil.rmtree(folder, ignore_errors=True)

@@ -10,6 +10,7 @@ from eaft_verl.data.prepare import manifest_path, prepare
 from eaft_verl.data.prompts import write_prompts
 from eaft_verl.data.spec import DataSpec
 from eaft_verl.errors import ConfigError, DataError
+from eaft_verl.grading.process import Grade, GradingProcess
 
 GOOD = [
     {"id": "a", "prompt": "What is 3 + 4?", "response": "3 + 4 = 7\n#### 7"},  # answer from the mark
@@ -132,3 +133,18 @@ def test_three_rows_of_each_fault_are_named(write):
 def test_an_unknown_grader_is_no_data_error(write):
     with pytest.raises(ConfigError, match="choose one of number"):
         write(GOOD, grader="numbr")
+
+
+def test_a_grader_that_hangs_ends_after_three_rows_not_after_all(write, monkeypatch):
+    asked, hang = [], {"Q2", "Q5", "Q6", "Q7", "Q8", "Q9"}
+
+    class Slow(GradingProcess):
+        def grade(self, response: str, answer: str) -> Grade:
+            asked.append(response)
+            return Grade(0.0, "timeout") if response in hang else Grade(1.0)
+
+    monkeypatch.setattr("eaft_verl.data.prompts.GradingProcess", Slow)
+    rows = [{"id": f"r{n}", "prompt": "Q", "response": f"Q{n}", "answer": "7"} for n in range(10)]
+    with pytest.raises(DataError, match="'number' hangs or crashes on 3 demonstrations .* the last of them of row r7;"):
+        write(rows)
+    assert asked == [f"Q{n}" for n in range(8)]

@@ -7,7 +7,6 @@ python -m tests.faults -k "grpo and not lora"    pytest's own expressions, and a
 """
 
 import argparse
-import ctypes
 import re
 import sys
 from collections.abc import Callable
@@ -19,7 +18,6 @@ from .matrix import FAULTS, Lab
 from .test_faults import ROWS
 
 HERE = Path(__file__).parent
-PR_SET_CHILD_SUBREAPER = 36
 
 
 def rows_with(words: str) -> set[str] | None:
@@ -83,7 +81,6 @@ parser = argparse.ArgumentParser(add_help=False)
 parser.add_argument("-k", default="")
 known, others = parser.parse_known_args()
 chosen = rows_with(known.k) if known.k else None
-ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)  # Ray's processes outlive their driver: their CPU counts as well
 expression = ["-k", known.k] if known.k and chosen is None else []
 Lab.fork = False  # a start of its own for each command, whose CPU is counted
 sys.exit(pytest.main([str(HERE), "-q", "-m", "", *expression, *others], plugins=[Table(chosen)]))

@@ -161,9 +161,22 @@ def _disk_full(lab: Lab) -> Outcome:
     return Outcome("exit 5; resumed from step 4, every row equal", lost=1)
 
 
-@fault("GRPO: every grade is a timeout", "ends after the first step that shows it", slow=True)
-def _hanging_grader(lab: Lab) -> Outcome:
+@fault("GRPO: the grader hangs, on demonstrations too", "refused before work, after three rows", slow=True)
+def _grader_that_always_hangs(lab: Lab) -> Outcome:
     (lab.folder / "hanging.py").write_text("import time\ndef grade(response, answer):\n    time.sleep(1e9)\n")
+    env = grpo(lab)
+    env["PYTHONPATH"] += f":{lab.folder}"
+    seen = lab.train("reward.grader='hanging:grade'", **env)
+    line = assert_one_line(seen.said)
+    assert seen.code == 2 and "hangs or crashes on 3 demonstrations one after the other" in line, seen.said
+    assert not lab.rows() and not orphans(lab.run)
+    return Outcome(f"exit 2: {line}"[:100])
+
+
+@fault("GRPO: every grade of an answer is a timeout", "ends after the first step that shows it", slow=True)
+def _hanging_grader(lab: Lab) -> Outcome:
+    hangs = "import time\ndef grade(response, answer):\n    return 1.0 if response == answer else time.sleep(1e9)\n"
+    (lab.folder / "hanging.py").write_text(hangs)
     env = grpo(lab)
     env["PYTHONPATH"] += f":{lab.folder}"
     small = ("verl.actor_rollout_ref.rollout.n=2", "verl.data.train_batch_size=2")

@@ -330,13 +330,36 @@ def test_a_new_run_begins_at_step_one(run: Run) -> None:
 
 def test_rows_without_a_state_are_not_thrown_away(run: Run) -> None:
     log(run, 1, 2, 3)
+    states.retain(run.path, 2)  # there was one
     for mode in ("fallback", "strict", "changed"):
         with pytest.raises(RunError, match=r"has reached step 3 and no state is left .* add resume=restart"):
             starting_point(run, mode)
     assert [row["step"] for row in run.metrics()] == [1, 2, 3]
 
 
+def test_what_ended_before_its_first_state_begins_anew_and_keeps_its_rows(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log(run, 1, 2, 3)
+    with pytest.raises(RunError, match="has reached step 3"):
+        starting_point(run, "strict")
+    assert starting_point(run, "fallback") is None and not run.metrics()
+    said = capsys.readouterr().err
+    assert "it ended at step 3, before its first state was saved: begins at step 1; what was there is in" in said
+    kept = (run.path / "before_restart_1" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in kept] == [1, 2, 3]
+    log(run, 1)
+    (run.path / "resume" / ".step_000001.partial").mkdir(parents=True)  # cut off while it was written
+    assert starting_point(run, "fallback") is None
+    log(run, 1)
+    (run.path / "resume" / "step_000001.damaged").mkdir(parents=True)
+    (run.path / "resume" / "step_000001.damaged" / "manifest.json").touch()
+    with pytest.raises(RunError, match="has reached step 1 .* are damaged"):
+        starting_point(run, "fallback")
+
+
 def test_an_export_without_a_state_is_not_thrown_away(run: Run) -> None:
+    states.retain(run.path, 2)
     export = run.path / "checkpoints" / "step_000008"
     export.mkdir(parents=True)
     (export / "config.json").touch()
