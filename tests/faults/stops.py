@@ -219,16 +219,20 @@ def _crash_loop(lab: Lab) -> Outcome:
     with lab.started(*words, LAB=str(lab.run)) as process:
         for attempt in (1, 2):
             end = time.monotonic() + 200
-            while not (lab.rows() and info(lab)["attempt"] == attempt and info(lab)["status"] == "running"):
+            workers: list[psutil.Process] = []
+            while not (workers and lab.rows() and info(lab)["attempt"] == attempt):
                 assert time.monotonic() < end and process.poll() is None, lab.said(process)
                 time.sleep(0.1)
-            for worker in family(process, "ray::EaftWorker"):
+                workers = family(process, "ray::EaftWorker")
+            for worker in workers:
                 worker.kill()
             while info(lab)["status"] == "running":
                 time.sleep(0.1)
         code, said = process.wait(timeout=60), lab.said(process)
     assert code == LOST and said.count("eaft: restart ") == 1, said
     assert "no restart: 2 failures in a row brought no new saved state" in said and "Traceback" not in said
+    assert "before its first state was saved: begins at step 1" in said
+    assert (lab.run / "before_restart_1" / "metrics.jsonl").exists()
     return Outcome("one restart, then exit 8")
 
 
