@@ -23,6 +23,7 @@ from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry,
 from eaft_verl.training.grpo.config import stop_ids
 from eaft_verl.training.grpo.rollout_decode import Decoder, Request, Sampling
 from eaft_verl.training.grpo.states import server_name
+from eaft_verl.training.stacks import write_stacks_when_asked
 from eaft_verl.training.verl_cpu.private import register_adapter
 
 NAME = "hf"
@@ -68,6 +69,7 @@ class HfServer:
     """
 
     def __init__(self, path: str, dtype: str, response_length: int, ignore_eos: bool, rows: int, tokens: int) -> None:
+        write_stacks_when_asked()
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
         self.model = model.eval().requires_grad_(False)
         self.decoder, self.rows = Decoder(self.model, stop_ids(path), tokens), rows
