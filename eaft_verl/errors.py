@@ -19,7 +19,7 @@ EXIT_CODES = {
     HUNG: "no step was finished for too long; the stacks of every process are in the run directory",
     DIVERGED: "loss, gradient or weights are not finite",
     LOST: "a worker, a node or Ray itself died",
-    SAVED: "told to stop (SIGTERM) and saved: the same command goes on",
+    SAVED: "told to stop (SIGTERM, or the terminal was closed) and saved: the same command goes on",
     CTRL_C: "told to stop by Ctrl-C; the last line says what is saved",
     UNREAD: "whoever read the output has stopped reading, as `head` does",
     ENDED: "told to stop (SIGTERM) before anything new could be saved, or told twice",

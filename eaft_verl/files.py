@@ -64,7 +64,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 def _name(error: BaseException, path: Path) -> None:
     """Have an error of writing say which file: a full disk tells the system call alone."""
-    if isinstance(error, OSError) and not error.filename:
+    if isinstance(error, OSError) and error.errno and not error.filename:  # else it has words of its own
         error.filename = str(path)
 
 

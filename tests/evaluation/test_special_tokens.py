@@ -99,6 +99,7 @@ def test_both_back_ends_give_the_text_that_is_said(parts: tuple[Any, Any], vllm:
 
 def test_the_engine_samples_as_it_is_asked_and_not_as_the_model_s_file_says(tmp_path: Path):
     """A repetition penalty in generation_config.json would hold for the base and not for its checkpoints."""
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     assert harness._engine_arguments(tmp_path, SETTINGS)["generation_config"] == "vllm"
     given = EvaluateSettings(backend="vllm", backend_args={"generation_config": "auto"})
     assert harness._engine_arguments(tmp_path, given)["generation_config"] == "auto"

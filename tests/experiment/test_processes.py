@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ import signal, subprocess, sys, time
 seen = []
 for one in (signal.SIGTERM, signal.SIGINT):
     signal.signal(one, lambda number, frame: seen.append(number))
-subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", sys.argv[1]], start_new_session=True)
 open(sys.argv[1] + "/ready", "w").close()
 while not seen: time.sleep(0.01)
 time.sleep(float(sys.argv[3]))
@@ -56,9 +57,17 @@ def parent(folder: Path, code: int, seconds: float = 1.0) -> subprocess.Popen[st
     return started
 
 
+@pytest.fixture(autouse=True)
+def _hang_up_is_heard() -> Iterator[None]:
+    """Under nohup the commands of these tests would inherit that it is ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def living(folder: Path) -> int:
     """Processes that the stage started and that are still there."""
-    found = subprocess.run(["pgrep", "-f", "import time; time.sleep.60"], capture_output=True, text=True, check=False)
+    found = subprocess.run(["pgrep", "-f", f"sleep.60. {folder}$"], capture_output=True, text=True, check=False)
     return len(found.stdout.split())
 
 
@@ -102,7 +111,8 @@ import subprocess, sys, time
 from eaft_verl import cli
 def verb(options):
     try:
-        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        words = [sys.executable, "-c", "import time; time.sleep(60)", sys.argv[1]]
+        subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         open(sys.argv[1] + "/ready", "w").close()
         time.sleep(60)
     finally:

@@ -56,7 +56,7 @@ def _most_rows_are_faulty(lab: Lab) -> Outcome:
     seen.refused(
         "12 of 16 rows are faulty, more than data.max_rejected=0.1 allows",
         "4 of 16 rows are used; 12 are not: role 12",
-        "row 1: turn 1 has role 'userr'",
+        "row 1 and 11 more: turn 1 has role 'userr'",
         "data.max_rejected=0.75",
     )
     assert not lab.out.exists() or not list(lab.out.glob("*/*.parquet"))
@@ -77,7 +77,7 @@ def _most_rows_prepared(lab: Lab) -> Outcome:
     assert not (lab.folder / "p.parquet").exists()
     seen = lab.eaft(*words)
     assert seen.code == 0 and "4 of 16 rows are used; 12 are not: role 12" in seen.said
-    assert "row 1: turn 1 has role 'userr'" in seen.said
+    assert "row 1 and 11 more: turn 1 has role 'userr'" in seen.said
     lab.train(f"data.train={lab.folder / 'p.parquet'}").refused("12 of 16 rows are faulty")  # what the manifest says
     return Outcome("exit 0 with counts and reasons; 2 with --max-rejected; train refuses the prepared file")
 
