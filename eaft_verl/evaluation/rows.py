@@ -7,8 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import pyarrow
-
 from eaft_verl.data.sources import read_rows
 from eaft_verl.errors import ConfigError, DataError
 from eaft_verl.evaluation.choices import boxed_fault, cluewsc_target, list_of, options_of, right_index
@@ -51,6 +49,8 @@ def benchmark_rows(entry: Entry, own: OwnTask) -> list[Row]:
 
 def _tabular(rows: list[Row], source: str) -> list[Row]:
     """The rows with one another's fields: a table takes its columns from the first, and values of one type in each."""
+    import pyarrow  # a recipe is checked without it
+
     names = dict.fromkeys(name for row in rows for name in row)
     for name in names:
         try:
