@@ -128,7 +128,8 @@ class LastingStream:
         except OSError as error:
             if error.errno != errno.EIO:
                 raise
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.guarded.fileno())
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), self.guarded.fileno())
 
     def writelines(self, lines: Any) -> None:
         """Each of them by `write`."""

@@ -26,7 +26,7 @@ from eaft_verl.files import json_text, read_json, write_json
 from eaft_verl.runs import Run
 
 FOLDER, MANIFEST = "resume", "manifest.json"
-EVER = ".state_saved"  # in the run: there has been a whole state once
+EVER = ".state_saved"  # in the run: it has been saved once, as a state or to its end
 SHARDS = "shards.json"  # of the workers: {"files": {name: {"bytes", "xxh3"}}, "nonfinite": name of a tensor or null}
 FEWEST = 2  # states that are never removed: the newest may be damaged
 PACKAGES = ("eaft-verl", "verl", "torch", "transformers")
@@ -193,6 +193,7 @@ def retain(run: Path, keep: int | None) -> None:
 
 def remove(run: Path) -> None:
     """A finished run needs its exports only."""
+    (run / EVER).touch()
     shutil.rmtree(run / FOLDER, ignore_errors=True)
 
 
