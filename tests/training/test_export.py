@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 
-from eaft_verl.training.export import generation_config
+from eaft_verl.training.export import export_weights, generation_config, stored_weights
 
 
 @pytest.fixture(scope="module")
@@ -38,3 +39,14 @@ def test_a_base_without_a_generation_config_gets_one(base: Path, tmp_path: Path)
     config.save_pretrained(tmp_path)
     eos = json.loads((base / "config.json").read_text())["eos_token_id"]
     assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == [eos, 0]
+
+
+def test_weights_that_are_parts_of_longer_buffers_are_exported(tmp_path: Path) -> None:
+    """As three ranks gather them: 64 rows in 66, the last two nobody's."""
+    base = tiny.tiny_model(tmp_path / "base")
+    whole = {name: torch.cat([weight, torch.full_like(weight[:2], 9.0)]) for name, weight in stored_weights(base)}
+    parts = ((name, weight[:-2]) for name, weight in whole.items())
+    export_weights(parts, tmp_path / "export", str(base), "float32", write=True)
+    expected = dict(stored_weights(base))
+    made = dict(stored_weights(tmp_path / "export"))
+    assert made.keys() == expected.keys() and all(torch.equal(made[name], expected[name]) for name in made)
