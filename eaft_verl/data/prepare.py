@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from eaft_verl.boundary import masked
 from eaft_verl.data.accept import Taker
 from eaft_verl.data.account import check_rejected, describe, raise_refused
 from eaft_verl.data.encode import check_tokenizer, render, special_tokens
@@ -212,6 +213,9 @@ def _identity(spec: DataSpec, tokenizer: Any, against: Against | None) -> dict[s
 
 
 def _differences(manifest: dict[str, Any], identity: dict[str, Any]) -> list[str]:
-    """Keys in which two preparations differ; equal content read from elsewhere is the same source."""
-    old, new = ({**known, **known["spec"]} for known in (manifest, identity))
+    """Keys in which two preparations differ; equal content read from elsewhere is the same source.
+
+    A manifest has no secrets in it, so both are compared without.
+    """
+    old, new = (masked({**known, **known["spec"]}) for known in (manifest, identity))
     return sorted(key for key, value in new.items() if key not in ("spec", "source") and old.get(key) != value)

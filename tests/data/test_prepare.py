@@ -211,6 +211,18 @@ def test_same_again_is_a_cache_hit_also_from_a_copy(write, make_tokenizer, tmp_p
     assert out.stat().st_mtime_ns == stamp
 
 
+def test_the_same_with_a_secret_in_it_is_a_cache_hit_whose_manifest_has_none(
+    write, make_tokenizer, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HF_TOKEN", "hf_c4naryC4nary")
+    out, spec = tmp_path / "t.parquet", DataSpec(write(MIXED), columns={"ignore": ["hf_c4naryC4nary"]})
+    made = prepare(spec, make_tokenizer(), out)
+    assert prepare(spec, make_tokenizer(), out).key == made.key
+    assert "hf_c4nary" not in (tmp_path / "t.manifest.json").read_text()
+    with pytest.raises(DataError, match="prepared with another columns"):
+        prepare(DataSpec(spec.source, columns={"ignore": ["another"]}), make_tokenizer(), out)
+
+
 def test_other_data_is_never_overwritten(write, make_tokenizer, tmp_path):
     out, source = tmp_path / "t.parquet", write(MIXED)
     kept = prepare(DataSpec(source), make_tokenizer(), out).key
