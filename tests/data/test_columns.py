@@ -282,8 +282,17 @@ def test_text_or_thinking_before_a_call_is_one_turn(turns, expected):
         ({"source": []}, "names no source"),
         ({"source": ["d/x.jsonl", "e/x.jsonl"]}, "two sources are called 'x'"),
         ({"chat_template_kwargs": 3}, "data.chat_template_kwargs=3 must be a mapping"),
+        ({"columns": {"prompt": "a", "response": "a"}}, "data.columns: column 'a' is named as prompt and as response"),
     ],
 )
 def test_specs_that_are_refused(spec, reason):
     with pytest.raises(ConfigError, match=reason):
         DataSpec(**{"source": "a.jsonl", **spec})
+
+
+def test_a_role_is_named_once_on_the_command_line():
+    several = columns_of(["context=a", "context=b", "ignore=c", "ignore=d", "prompt=p", "system="])
+    assert several == {"context": ["a", "b"], "ignore": ["c", "d"], "prompt": "p", "system": None}
+    assert columns_of(["context=a", "ignore=c"]) == {"context": "a", "ignore": ["c"]}
+    with pytest.raises(ConfigError, match="--column prompt is given twice; one column has it"):
+        columns_of(["prompt=p", "prompt=q"])
