@@ -1,6 +1,8 @@
 """All rows, the slow ones too, and the table: fault, expected, seen, lost steps, seconds, seconds of CPU.
 
 python -m tests.faults                           every row
+python -m tests.faults -m slow -n 2 --dist worksteal
+                                                 the slow half on two cores; what its forks use is not in CPU s
 python -m tests.faults -k "two commands at once" rows whose fault has these words
 python -m tests.faults -k stops                  the rows of stops.py
 python -m tests.faults -k "grpo and not lora"    pytest's own expressions, and all else that pytest takes
@@ -40,8 +42,7 @@ def line(row: dict[str, str]) -> str:
 class Table:
     """Collects what each row reported, and writes it at once: all rows take half an hour."""
 
-    def __init__(self, chosen: set[str] | None) -> None:
-        self.chosen = chosen
+    def __init__(self) -> None:
         self.rows: list[dict[str, str]] = []
         self.write: Callable[[str], object] = print
 
@@ -50,13 +51,6 @@ class Table:
         reporter = session.config.pluginmanager.get_plugin("terminalreporter")
         assert reporter is not None
         self.write = reporter.write_line
-
-    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Function]) -> None:
-        """Only the rows that were asked for."""
-        if self.chosen is not None:
-            left = [item for item in items if item.callspec.params["row"].name in self.chosen]
-            config.hook.pytest_deselected(items=[item for item in items if item not in left])
-            items[:] = left
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """A row per test that ran; a failure says so instead of what was seen."""
@@ -81,6 +75,10 @@ parser = argparse.ArgumentParser(add_help=False)
 parser.add_argument("-k", default="")
 known, others = parser.parse_known_args()
 chosen = rows_with(known.k) if known.k else None
+if chosen is not None and not chosen:
+    sys.exit(f"no fault has {known.k!r} in its words")
+rows = [str(row.id) for row in ROWS if chosen is None or row.id in chosen]
+where = [f"{HERE / 'test_faults.py'}::test_fault[{name}]" for name in rows]
 expression = ["-k", known.k] if known.k and chosen is None else []
-Lab.fork = False  # a start of its own for each command, whose CPU is counted
-sys.exit(pytest.main([str(HERE), "-q", "-m", "", *expression, *others], plugins=[Table(chosen)]))
+Lab.fork = False  # a start of its own for each command, whose CPU is counted; the processes of `-n` fork
+sys.exit(pytest.main([*where, "-q", "-m", "", *expression, *others], plugins=[Table()]))

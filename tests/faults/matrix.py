@@ -122,18 +122,18 @@ class Lab:
     def eaft(self, *words: str | Path, timeout: float = 400.0, **env: str) -> Seen:
         """Run a command to its end; again, as it says, where a busy machine has not let Ray start within its 30 s."""
         if self.fork and not env:
-            said = self.folder / "said.txt"
-            code = warm.eaft(words, self.folder, said, timeout=timeout)
-            text = said.read_text(encoding="utf-8", errors="replace")
-            said.unlink()
-            return Seen(code, text)
-        with self.started(*words, **env) as process:
-            process.wait(timeout=timeout)
-        printed = self.said(process)
+            told = self.folder / "said.txt"
+            code = warm.eaft(words, self.folder, told, timeout=timeout)
+            printed = told.read_text(encoding="utf-8", errors="replace")
+            told.unlink()
+        else:
+            with self.started(*words, **env) as process:
+                code = process.wait(timeout=timeout)
+            printed = self.said(process)
         if "error: Ray did not start" in printed:
             again = self.eaft(*words, timeout=timeout, **env)
             return Seen(again.code, printed + again.said)
-        return Seen(process.returncode, printed)
+        return Seen(code, printed)
 
     def said(self, process: subprocess.Popen[str]) -> str:
         """What a command has printed so far."""

@@ -30,7 +30,6 @@ def cpu_seconds() -> float:
 def test_fault(row: Fault, lab: Lab, record_property: Callable[[str, object], None]) -> None:
     record_property("fault", row.name)
     record_property("expected", row.expected)
-    lab.fork &= not row.slow
     before = cpu_seconds()
     outcome = row.drive(lab)
     record_property("cpu", f"{cpu_seconds() - before:.0f}")

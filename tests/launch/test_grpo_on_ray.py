@@ -52,13 +52,14 @@ def test_a_stopped_job_goes_on_exactly(tmp_path: Path, monkeypatch: pytest.Monke
     heldout = grpo_fixtures.write_questions(tmp_path / "heldout.jsonl", 4)
     (project / "recipe.yaml").write_text(RECIPE.format(model=model, questions=questions, heldout=heldout))
     (project / "digits.py").write_text(GRADER)
-    with two_nodes(project, cpus=20) as cluster:
+    with two_nodes(project, cpus=6) as cluster:  # what the arm needs is 5; Ray starts a process for each at once
         stopped = _stopped(cluster, tmp_path / "out")
         done = cluster.run(launch(cluster, tmp_path / "out"))
         assert done.returncode == 0, done.stdout + done.stderr
-        assert len(worker_nodes(cluster, "ActorRollout")) == 2, "both workers on one node"
+        nodes = worker_nodes(cluster, "WorkerDict")  # verl's class of what a worker does: to train, sample and refer
         whole = cluster.run(launch(cluster, tmp_path / "whole"))
         assert whole.returncode == 0, whole.stdout + whole.stderr
+    assert len(nodes) == 2, "both workers on one node"
     resumed, never = (Run(tmp_path / name / "grpo-seed0") for name in ("out", "whole"))
     assert resumed.info["attempt"] == 2 and resumed.info["workers"] == never.info["workers"] == 2
     assert 1 <= stopped < STEPS and [row["step"] for row in resumed.metrics()] == list(range(1, STEPS + 1))

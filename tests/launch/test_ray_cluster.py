@@ -55,7 +55,7 @@ class Cluster:
 
     def run(self, command: list[str], **environ: str) -> subprocess.CompletedProcess[str]:
         environ = {**self.environ, **environ}
-        return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environ, cwd=self.project)
+        return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environ, cwd=self.project)
 
 
 def free_port() -> int:

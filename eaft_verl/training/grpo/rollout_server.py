@@ -27,7 +27,8 @@ from eaft_verl.training.stacks import write_stacks_when_asked
 from eaft_verl.training.verl_cpu.private import register_adapter
 
 NAME = "hf"
-BURST_S = 0.05  # requests arrive one by one; when none has come for so long, those that have are a batch
+BURST_S = 0.25  # requests arrive one by one; when none has come for so long, those that have are a batch
+# a request that comes later is rounded otherwise than in their midst: a shorter time is met on a busy machine
 KNOWN_PARAMETERS = frozenset(
     (
         "temperature",
@@ -120,7 +121,8 @@ class HfServer:
             while count < (count := len(self._waiting)):
                 await asyncio.sleep(BURST_S)
             sampling = next(iter(self._waiting)).sampling
-            batch = [request for request in self._waiting if request.sampling == sampling][: self.rows]
+            alike = [request for request in self._waiting if request.sampling == sampling]
+            batch = sorted(alike, key=lambda request: (request.prompt, request.seed))[: self.rows]  # not as they came
             async with self._turn:
                 try:
                     await asyncio.to_thread(self.decoder.run, batch)

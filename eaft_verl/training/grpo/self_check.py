@@ -56,7 +56,8 @@ class RolloutCheck:
     @property
     def line(self) -> str:
         """For the terminal."""
-        plain = plain_said(self.plain, self.skipped)
+        part = f" of the first {ROWS}" if self.plain is not None and self.rows > ROWS else ""  # several servers
+        plain = plain_said(self.plain, self.skipped) + part
         return (
             f"self-check: {self.rows} rows, {self.tokens} sampled tokens: NLL rollout {self.rollout:.5f}, trainer "
             f"{self.trainer:.5f}, {plain}; a row differs by {max(self.difference, self.plain_difference or 0):.2g} "

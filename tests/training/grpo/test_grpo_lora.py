@@ -86,8 +86,7 @@ def mean_k3(run: Run, step: int, folder: Path) -> tuple[float, float]:
     return float((difference.exp() - difference - 1).mean()), float(difference.abs().max())
 
 
-def test_a_resume_goes_on_to_rounding(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not bit for bit as without LoRA: the gradient norm of a later step was seen 1.5e-7 apart, nobody knows why."""
+def test_a_resume_goes_on_bit_for_bit(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = tmp_path / "out" / "grpo-seed0"
     stop = partial(signal.raise_signal, signal.SIGTERM)
     threading.Thread(target=after_first_step, args=(other, stop)).start()
@@ -97,11 +96,9 @@ def test_a_resume_goes_on_to_rounding(run: Run, tmp_path: Path, monkeypatch: pyt
     saved = read_model(state / "actor")
     assert saved and all("lora_" in name for name in saved)
     resumed = train_arm(tmp_path, OVERRIDES, monkeypatch)
-    kept = ("step", "reward", "tokens", "lr")
+    kept = ("step", "reward", "tokens", "lr", "grad_norm")
     assert [[row[name] for name in kept] for row in resumed.metrics()] == [
         [row[name] for name in kept] for row in run.metrics()
     ]
-    norms, expected = ([row["grad_norm"] for row in one.metrics()] for one in (resumed, run))
-    assert norms == pytest.approx(expected, rel=1e-5)
     for name, weight in weights(resumed.checkpoints()[STEPS]).items():
-        torch.testing.assert_close(weight, weights(run.checkpoints()[STEPS])[name], rtol=1e-5, atol=1e-6)
+        assert torch.equal(weight, weights(run.checkpoints()[STEPS])[name]), name

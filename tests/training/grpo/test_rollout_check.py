@@ -22,6 +22,12 @@ def test_equal_log_probabilities_pass_whatever_the_prompt() -> None:
     assert found.rollout == found.trainer == found.plain == 2.5
     require_equal(found)
     assert found.line.startswith("self-check: 2 rows, 4 sampled tokens: NLL rollout 2.50000, trainer 2.50000, plain tr")
+    assert "plain transformers 2.50000; " in found.line
+
+
+def test_of_several_servers_the_line_says_how_many_rows_the_plain_mean_is_of() -> None:
+    found = compare(3 * SAMPLED, 3 * ENGINE, 2 * ENGINE, "", 1e-3)
+    assert found.rows == 6 and "plain transformers 2.50000 of the first 4; a row differs by 0 " in found.line
 
 
 def test_every_rank_and_every_row_is_compared() -> None:

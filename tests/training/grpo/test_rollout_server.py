@@ -48,6 +48,18 @@ def test_requests_of_a_burst_are_batches_and_come_out_as_if_alone(folder: Path) 
         assert output.extra_fields == {"global_steps": None, "finish_reason": "length"}
 
 
+def test_the_order_in_which_requests_come_changes_no_bit(folder: Path) -> None:
+    """Five of one burst, three to a batch: the same three, whichever came first."""
+
+    async def burst(order: list[int]) -> list[Any]:
+        target = server(folder)
+        made = await asyncio.gather(*(ask(target, number % 4, seed=number) for number in order))
+        return [made[order.index(number)].log_probs for number in range(5)]
+
+    asked = asyncio.run(burst([0, 1, 2, 3, 4]))
+    assert asyncio.run(burst([4, 2, 3, 0, 1])) == asked == asyncio.run(burst([3, 1, 0, 4, 2]))
+
+
 def test_an_abort_ends_what_runs_and_holds_back_what_comes(folder: Path) -> None:
     target = server(folder)
 
