@@ -72,6 +72,7 @@ class Row:
         }
         self.columns = columns or {}
         self.roles = _by_role(self.filled)
+        self.takes_context = False  # whether there is a prompt of one text, into which a column can go
         self.used: set[str] = set(_listed(self.columns.get("ignore")))
         self.named = dict.fromkeys(name for names in self.columns.values() for name in _listed(names))
         if "input_ids" in self.filled:
@@ -114,7 +115,8 @@ class Row:
             carries = bool(_TRAINING.search(plain) or (not number and (_CARRIERS.search(plain) or _claims(plain))))
             meant = media or not (told or (_is_metadata(plain, value) and not carries))
             if meant and (media or not _is_copy(value, messages)):
-                raise RowError("column", _meaning(name, value, media))
+                fits = isinstance(value, str) and not media and self.takes_context
+                raise RowError("column", _meaning(name, value, media, fits))
         return left
 
 
@@ -134,19 +136,24 @@ def absent(value: Any) -> bool:
 
 def several(role: str, names: list[str], kind: str = "format") -> RowError:
     """The refusal of a row in which more than one column may have a role."""
-    ways = " or ".join(f"--column {role}={name!r}" for name in names)
+    ways = [
+        f"--column {role}={name!r}{''.join(f' --column ignore={other!r}' for other in names if other != name)}"
+        for name in names
+    ]
     return RowError(
         kind,
         f"found {' and '.join(names)}, which may say the same thing; keep one of them, or say which by "
-        f"data.columns={{{role}: {names[0]}}} ({ways})",
+        f"data.columns={{{role}: {names[0]}, ignore: [{', '.join(names[1:])}]}} ({' or '.join(ways)})",
     )
 
 
-def _meaning(name: str, value: Any, media: bool) -> str:
+def _meaning(name: str, value: Any, media: bool, fits: bool) -> str:
+    """The refusal of a column; fits: it could be named as context."""
     shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     what = "which text alone cannot show" if media else "which would be left out of training"
+    say = f"say what it is by data.columns (--column context={name!r})"
     return (
-        f"column {name!r} holds {shown[:60]!r}, {what}; say what it is by data.columns (--column context={name!r}), or "
+        f"column {name!r} holds {shown[:60]!r}, {what}; {say if fits else 'put it into a turn as text'}, or "
         f"leave it out by data.columns={{ignore: [{name}]}} (--column ignore={name!r})"
     )
 

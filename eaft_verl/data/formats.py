@@ -114,6 +114,7 @@ def _exchange(row: Row) -> tuple[list[Message], list[str]]:
     prompt, response = row.value(asks), row.value(answers)
     if isinstance(prompt, list) and prompt and isinstance(prompt[0], dict):
         return _conversational(prompt, response, asks, answers)
+    row.takes_context = True
     pieces = [text_of(prompt, asks), *(text_of(row.value(name), name) for name in contexts)]
     answer: Message = {"role": "assistant", "content": text_of(response, answers)}
     if not absent(reasoning := row.take("reasoning")):

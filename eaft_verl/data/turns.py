@@ -76,7 +76,8 @@ def _left(turn: dict[str, Any], made: Message, name: str) -> list[str]:
     try:
         return Row(others).unused([])
     except RowError as error:
-        raise RowError("column", str(error).replace("column '", f"{name}[] key '", 1).split("; say what")[0]) from None
+        said = str(error).replace("column '", f"{name}[] key '", 1).split("; put it")[0]
+        raise RowError("column", f"{said}; put it into the turn's text, or remove it") from None
 
 
 def _message(turn: Any, number: int) -> Message:

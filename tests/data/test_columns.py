@@ -1,12 +1,14 @@
 """Nothing that means something is left behind: every column and every key of a turn is used, refused or counted."""
 
 import json
+import re
 
 import pytest
 
 from eaft_verl.data.formats import to_messages
 from eaft_verl.data.spec import DataSpec, RowError
 from eaft_verl.errors import ConfigError
+from eaft_verl.experiment.prepare import columns_of
 
 PAIR = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
 TWO = [*PAIR, {"role": "user", "content": "Q2"}, {"role": "assistant", "content": "A2"}]
@@ -57,7 +59,8 @@ def test_context_stands_in_the_conversation(row, messages):
         ({"messages": PAIR, "images": ["a.jpg"]}, "column", "column 'images' holds .*which text alone cannot show"),
         ({"messages": PAIR, "documents": [{"text": "The line opened in 1931."}]}, "column", "column 'documents' holds"),
         ({"question": "Q", "answer": "A", "options": {"A": "x"}}, "column", "column 'options' holds"),
-        ({"question": "Q", "answer": "A", "choices": ["0", "1"]}, "column", "--column context='choices'"),
+        ({"question": "Q", "answer": "A", "choices": ["0", "1"]}, "column", "'choices' .*put it into a turn as text"),
+        ({"question": "Q", "answer": "A", "choices": "0 or 1"}, "column", "--column context='choices'"),
         ({"messages": PAIR, "hint": "Think of the sea."}, "column", "column 'hint'"),
         ({"messages": PAIR, "提示": "请用代数方法解这道题目"}, "column", "column '提示'"),
         ({"messages": PAIR, "context": "Norvik is a town."}, "column", "column 'context'"),
@@ -79,6 +82,9 @@ def test_what_would_be_lost_is_refused_by_name(row, kind, reason):
     with pytest.raises(RowError, match=reason) as caught:
         to_messages(row)
     assert caught.value.kind == kind
+    for way in str(caught.value).split(" or "):  # what is advised works
+        if named := re.findall(r"--column \w+='.*?'", way):
+            assert to_messages(row, columns_of([one.replace("--column ", "").replace("'", "") for one in named]))
 
 
 def test_metadata_and_copies_are_counted_by_name():
