@@ -34,7 +34,7 @@ def beginning(model: PreTrainedModel, tokens: Sequence[int], rows: int) -> Dynam
     A window that slides, a state that is carried on, or positions that are counted from the keys' places would not be
     right with padding between the beginning and the rest.
     """
-    if "position_ids" not in inspect.signature(model.forward).parameters:
+    if not {"position_ids", "logits_to_keep"} <= inspect.signature(model.forward).parameters.keys():
         return None
     cache = DynamicCache(config=model.config)
     if not cache.layers or any(type(layer) is not DynamicLayer for layer in cache.layers):

@@ -63,6 +63,17 @@ def test_answers_are_those_of_every_prompt_alone(kind, lengths):
     assert sizes[:2] == [len(START), len(ROWS) * (width - len(START))] if shared else sizes[0] == len(ROWS) * width
 
 
+@pytest.mark.parametrize("kind", ["llama"], indirect=True)
+def test_one_prompt_asked_several_times(kind, lengths):
+    """All but its last token are shared, which has to be read by every row."""
+    ids = torch.tensor([ROWS[1]] * 3)
+    how = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": 2, "pad_token_id": 0}
+    found = kind[0].generate(**prompts(kind[0], ids, torch.ones_like(ids)), **how).tolist()
+    assert lengths[:2] == [len(ROWS[1]) - 1, 3]
+    alone = kind[0].generate(input_ids=ids[:1], attention_mask=torch.ones_like(ids[:1]), **how)[0].tolist()
+    assert found == [alone] * 3 and alone[: len(ROWS[1])] == ROWS[1]
+
+
 def test_scores_are_those_of_every_row_alone(kind, lengths):
     model, shared = kind
     examples = [
