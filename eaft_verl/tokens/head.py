@@ -97,7 +97,8 @@ def _as_linear(hidden_TD: Tensor, head: Head) -> tuple[Tensor, Head]:
     if not torch.is_autocast_enabled(device):
         return hidden_TD, head
     dtype = torch.get_autocast_dtype(device)
-    return hidden_TD.to(dtype), Head(*(part if part is None else part.to(dtype) for part in head))
+    bias_V = None if head.bias_V is None else head.bias_V.to(dtype)
+    return hidden_TD.to(dtype), Head(head.weight_VD.to(dtype), bias_V)
 
 
 class _FusedHead(torch.autograd.Function):

@@ -104,7 +104,8 @@ class TokenLoss(LogitsHook):
         """[T, 7]: the fields of LogitStats, and the size of the vocabulary."""
         labels_T, mask_T = (local_shard(part, data) for part in shifted(data))
         gate, objective = self.gate(data, self.vocab), self.objective
-        made = head_statistics(hidden_TD, head, labels_T, mask_T, gate=gate, k=objective.k, **objective.extras)
+        asked_for: dict[str, Any] = dict(objective.extras)
+        made = head_statistics(hidden_TD, head, labels_T, mask_T, gate=gate, k=objective.k, **asked_for)
         if not self.guarded:
             check_head(made, hidden_TD, head, labels_T, mask_T, objective)
         return channels(made, self.vocab)
