@@ -4,6 +4,8 @@ import importlib.metadata
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -181,3 +183,15 @@ def test_the_packaged_model_is_converted_once_and_chats(tmp_path, monkeypatch):
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     answer = model.generate(**prompt, max_new_tokens=20, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     assert tokenizer.decode(answer) == "The capital of France is Paris.<|im_end|>"
+
+
+def test_transformers_asks_for_scikit_learn_where_it_is_told_that_there_is_none() -> None:
+    """Of transformers, a function that it reads once: where it is renamed, models load as before, only slower."""
+    pytest.importorskip("sklearn")
+    asked = "import transformers.utils as u; assert callable(u.is_sklearn_available)"
+    loaded = "from transformers import AutoModelForCausalLM, AutoTokenizer; import transformers.generation.utils"
+    code = f"{asked}; import sys; from eaft_verl.models import without_sklearn as w; w(); {loaded}"
+    found = subprocess.run(
+        [sys.executable, "-c", f"{code}; print('sklearn' in sys.modules)"], capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip() == "False"

@@ -1,6 +1,7 @@
 """What a manifest says of a preparation, and the error that names the rows which stopped it."""
 
 import math
+import re
 from collections import Counter
 from typing import Any
 
@@ -12,6 +13,8 @@ from eaft_verl.data.take import Outcome
 from eaft_verl.errors import DataError
 
 _SHOWN = 5  # reasons named in an error; the manifest lists every row
+# What differs between rows at the same fault: numbers, and what is quoted of them unless it may be a name.
+_QUOTED = re.compile(r"""\b\d+\b|'(?!\w+')(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""")
 _CHOSEN = {"duplicate", "masked", *("over_long", "control_token", "leakage")}  # the last three: rejected by a setting
 _REMEDIES = {
     "over_long": "set data.over_long=drop or truncate, or data.max_length={longest} or more",
@@ -138,16 +141,22 @@ def _histogram(lengths_E: Any) -> dict[str, Any]:
 
 
 def _name_rows(entries: list[dict[str, Any]]) -> str:
-    """The first reasons, each with its first row and how many more it has."""
+    """The first reasons, each with its first row and how many more it has, or others that differ in what they quote."""
     alike: dict[str, list[dict[str, Any]]] = {}
     for entry in entries:
-        alike.setdefault(entry["reason"], []).append(entry)
-    shown = list(alike.items())[:_SHOWN]
-    lines = [
-        f"row {_place(found[0])}{f' and {len(found) - 1} more' * (len(found) > 1)}: {reason}" for reason, found in shown
-    ]
-    more = len(entries) - sum(len(found) for _, found in shown)
-    return "\n  ".join(["Rows at fault:", *lines, *[f"and {more} more"] * (more > 0)])
+        alike.setdefault(_QUOTED.sub("", entry["reason"]), []).append(entry)
+    shown = list(alike.values())[:_SHOWN]
+    more = len(entries) - sum(map(len, shown))
+    return "\n  ".join(["Rows at fault:", *map(_name_alike, shown), *[f"and {more} more"] * (more > 0)])
+
+
+def _name_alike(entries: list[dict[str, Any]]) -> str:
+    first, more = entries[0], len(entries) - 1
+    if not more:
+        return f"row {_place(first)}: {first['reason']}"
+    if all(entry["reason"] == first["reason"] for entry in entries):
+        return f"row {_place(first)} and {more} more: {first['reason']}"
+    return f"row {_place(first)}: {first['reason']} ({more} more of this kind)"
 
 
 def _place(entry: dict[str, Any]) -> str:

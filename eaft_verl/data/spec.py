@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import InitVar, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,7 @@ class DataSpec:
     rows: read only the first so many rows of each source; None reads all.
     columns: {role: column}, the role one of COLUMN_ROLES; null leaves what usually has the role out.
     chat_template_kwargs: what the chat template is called with besides the row's own (enable_thinking, ...).
+    key: where the source stands in a recipe, by which errors call it.
 
     Raises ConfigError naming the key and what is allowed.
     """
@@ -86,19 +87,18 @@ class DataSpec:
     rows: int | None = None
     columns: Columns | None = None
     chat_template_kwargs: Mapping[str, Any] | None = None
+    key: InitVar[str] = "data.train"
 
-    def __post_init__(self) -> None:
-        for key, found in (
-            ("over_long", self.over_long),
-            ("control_tokens", self.control_tokens),
-            ("turns", self.turns),
-        ):
-            if found not in CHOICES[key]:
-                raise ConfigError(f"data.{key}={found!r} is unknown; choose one of {', '.join(CHOICES[key])}")
+    def __post_init__(self, key: str) -> None:
+        vars(self)["_key"] = key
+        for name, allowed in CHOICES.items():
+            if (found := getattr(self, name)) not in allowed:
+                raise ConfigError(f"data.{name}={found!r} is unknown; choose one of {', '.join(allowed)}")
         if not _is_count(self.max_length, 2):
             raise ConfigError(f"data.max_length={self.max_length!r} must be a whole number of tokens, at least 2")
         if self.rows is not None and not _is_count(self.rows, 1):
-            raise ConfigError(f"data.rows={self.rows!r} must be a whole number, at least 1, or null for all rows")
+            limit = "data.heldout_rows" if key == "data.heldout" else "data.rows"
+            raise ConfigError(f"{limit}={self.rows!r} must be a whole number, at least 1, or null for all rows")
         if self.chat_template_kwargs is not None and not isinstance(self.chat_template_kwargs, Mapping):
             raise ConfigError(f"data.chat_template_kwargs={self.chat_template_kwargs!r} must be a mapping")
         check_columns(self.columns, "data.columns")
@@ -107,10 +107,10 @@ class DataSpec:
     @cached_property
     def sources(self) -> tuple[Source, ...]:
         """The source, or those of the mixture with their names; what `columns` says holds where they say nothing."""
-        return sources_of(self.source, columns=self.columns, rows=self.rows)
+        return sources_of(self.source, vars(self)["_key"], columns=self.columns, rows=self.rows)
 
 
-def sources_of(value: Any, key: str = "data.source", **common: Any) -> tuple[Source, ...]:
+def sources_of(value: Any, key: str = "data.train", **common: Any) -> tuple[Source, ...]:
     """The sources that a recipe's `data.train` or `data.heldout` names: text, one mapping with `source`, or several.
 
     common: fields that hold where a source says nothing. Raises ConfigError for anything else.

@@ -1,25 +1,21 @@
 """`eaft init`: a look at a data file, and a short recipe: limits, rates and a held-out split that follow from it."""
 
-import hashlib
-import json
 import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from eaft_verl.data.account import rows_used
-from eaft_verl.data.formats import to_messages
+from eaft_verl.data.held_out import Split, held_out
 from eaft_verl.data.profile import LOOKED_AT, Profile, profile
-from eaft_verl.data.sources import iter_rows
-from eaft_verl.data.spec import Columns, RowError
-from eaft_verl.errors import ConfigError, DataError
+from eaft_verl.data.spec import Columns
+from eaft_verl.errors import ConfigError
 from eaft_verl.evaluation.model_files import positions_of
-from eaft_verl.files import new_file, write_text
+from eaft_verl.files import write_text
 from eaft_verl.models import load_config, load_tokenizer, resolve_model
 from eaft_verl.planning.arm_plan import ArmPlan, plan_arm
 from eaft_verl.planning.machine import gpus_here, machine_of
@@ -31,23 +27,11 @@ from eaft_verl.recipe.model_fit import modules_of
 from eaft_verl.recipe.resolve import check_name, load_recipe, resolve
 
 USUAL_REJECTED = 0.1  # data.max_rejected's default
-ENCODED = ("input_ids", "loss_mask")  # of prepared data; they are made again
 RATES = ((5e8, 4e-5), (3e9, 2e-5))  # full fine-tuning: up to so many weights, this rate; the paper's 1e-5 above
 PAPER_RATE, LORA_RATE = 1e-5, 2e-4
-HELD_OUT, FEWEST_ROWS, UPDATES_PER_EPOCH, LARGEST_BATCH, SMALLEST_BATCH = 128, 10, 32, 64, 4
+UPDATES_PER_EPOCH, LARGEST_BATCH, SMALLEST_BATCH = 32, 64, 4
 PATIENCE_S, TRY_S = 1800, 600
-_SURROGATE = re.compile("[\ud800-\udfff]")
 SHORT = 10_000  # rows up to which an epoch is not enough
-
-
-@dataclass(frozen=True)
-class Split:
-    """Two files made of one: rows to train on, rows held out; no prompt is in both."""
-
-    train: Path
-    heldout: Path
-    trained: int
-    held: int
 
 
 def init(source: str, model: str, out: Path | None = None, columns: Columns | None = None) -> Path:
@@ -67,7 +51,7 @@ def init(source: str, model: str, out: Path | None = None, columns: Columns | No
     print("\n".join(described(found, model)))
     described_model = load_config(resolved)
     limit, kept = length_limit(found, positions_of(described_model))
-    split = _split(found, *split_files)
+    split = held_out(found, *split_files)
     settings = settings_for(split, limit, modules_of(described_model).num_parameters())
     write_text(out, recipe_text(found, split, model, settings, kept))
     plan = _fit(out, found, split, model, settings, kept)
@@ -116,56 +100,11 @@ def length_limit(found: Profile, positions: int | None) -> tuple[int, int]:
     return limit, int((found.lengths_E <= limit).sum())
 
 
-def _split(found: Profile, train: Path, heldout: Path) -> Split:
-    """Write the rows to two files. Rows of one first question go to one side; faulty rows stay where they are
-    trained, or rather counted."""
-    faulty = {entry["row"] for entry in found.manifest["rejected"]}
-    groups: dict[str, list[int]] = {}
-    number = 0
-    for number, row in enumerate(iter_rows(found.source), 1):
-        if number not in faulty and (key := _question(row, found.asked)):
-            groups.setdefault(key, []).append(number)
-    if number < FEWEST_ROWS:
-        raise DataError(f"{found.source}: rows: {number}; {FEWEST_ROWS} are the least of which some can be held out")
-    wanted = min(HELD_OUT, max(1, sum(map(len, groups.values())) // 10))
-    chosen: set[int] = set()
-    for key in sorted(groups):  # keys are hashes: an order that has nothing to do with the file's
-        if len(chosen) + len(groups[key]) <= wanted:
-            chosen.update(groups[key])
-    if not chosen:
-        raise DataError(f"{found.source}: its rows ask so few different questions that none can be held out")
-    for path, held in ((train, False), (heldout, True)):
-        with new_file(path) as stream:
-            stream.writelines(_lines(found.source, chosen, held=held))
-    return Split(train, heldout, number - len(chosen), len(chosen))
-
-
-def _question(row: dict[str, Any], columns: Columns | None) -> str:
-    """Hash of the first user turn; '' for a row that is no conversation."""
-    try:
-        messages, _ = to_messages({key: value for key, value in row.items() if key not in ENCODED}, columns)
-    except RowError:
-        return ""
-    asked = next((turn["content"] for turn in messages if turn["role"] == "user"), "")
-    return hashlib.sha256(asked.encode()).hexdigest()[:16] if asked else ""
-
-
-def _lines(source: str, chosen: set[int], *, held: bool) -> Iterator[bytes]:
-    """The rows of one side as they are, a line each."""
-    for number, row in enumerate(iter_rows(source), 1):
-        if (number in chosen) == held:
-            kept = {key: value for key, value in row.items() if key not in ENCODED and value is not None}
-            line = json.dumps(kept, ensure_ascii=False, default=str)
-            if _SURROGATE.search(line):  # which UTF-8 has no bytes for; `prepare` counts such a row as faulty
-                line = json.dumps(kept, default=str)
-            yield f"{line}\n".encode()
-
-
 def settings_for(split: Split, limit: int, weights: int) -> dict[str, Any]:
     """The recipe's `data` limits and `verl` block: rate by size, batch by rows, devices of this machine."""
     devices = max(1, len(gpus_here()))
     batch = SMALLEST_BATCH
-    while batch < LARGEST_BATCH and split.trained >= 2 * batch * UPDATES_PER_EPOCH:
+    while batch < LARGEST_BATCH and split.usable >= 2 * batch * UPDATES_PER_EPOCH:
         batch *= 2
     batch = -(-batch // devices) * devices
     rate = next((rate for size, rate in RATES if weights <= size), PAPER_RATE)
@@ -174,7 +113,7 @@ def settings_for(split: Split, limit: int, weights: int) -> dict[str, Any]:
         "verl": {
             "optim": {"lr": rate},
             "data": {"train_batch_size": batch, "max_token_len_per_gpu": max(limit, 16384 if gpus_here() else 1024)},
-            "trainer": {"total_epochs": 3 if split.trained <= SHORT else 1}
+            "trainer": {"total_epochs": 3 if split.usable <= SHORT else 1}
             | ({"n_gpus_per_node": devices} if devices > 1 else {}),
         },
     }
@@ -280,9 +219,11 @@ def _said(
     out: Path, found: Profile, split: Split, kept: int, plan: ArmPlan | ConfigError, settings: dict[str, Any]
 ) -> Iterator[str]:
     limit, batch = settings["max_length"], settings["verl"]["data"]["train_batch_size"]
+    looked = f"the first {LOOKED_AT:,}" if found.manifest["counts"]["read"] < split.trained + split.held else "them"
+    unused = f" ({split.unused:,} of {looked} at fault or copies, which are left out)" if split.unused else ""
     yield (
         f"wrote {out}: max_length {limit:,} keeps {kept:,} of {len(found.lengths_E):,} examples; "
-        f"{split.trained:,} rows to train on, {split.held} held out"
+        f"{split.trained:,} rows to train on{unused}, {split.held} held out"
     )
     yield f"      {split.train}\n      {split.heldout}"
     if isinstance(plan, ConfigError):
@@ -291,10 +232,11 @@ def _said(
         bad = "; ".join(plan.reasons)
         fit = "fits this machine" if plan.verdict == "fits" else f"does not fit this machine ({bad})"
         share = float(found.lengths_E.clip(max=limit).mean()) / limit  # the plan takes every example for the longest
+        share *= split.usable / split.trained  # and every row for a good one
         seconds = max(60.0, plan.step_s * (plan.arm.updates or 0) * share)
         yield f"{fit}: {gib(plan.peak)} GiB a device, training about {duration(seconds)} an arm (`eaft plan {out}`)"
         if seconds > PATIENCE_S:
             rows = max(batch, min(64, int(TRY_S * split.trained / seconds)))
-            fewer = f"data.rows={rows} data.heldout_rows=16 output=runs/{out.stem}-try"
+            fewer = f"data.rows={rows} data.heldout_rows={min(16, split.held)} output=runs/{out.stem}-try"
             yield f"first try, {duration(seconds * rows / split.trained)} an arm: eaft compare {out} {fewer}"
     yield f"next: eaft compare {out} --dry-run, then without --dry-run"

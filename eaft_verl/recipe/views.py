@@ -39,6 +39,7 @@ def data_spec(config: Config, which: str = "train") -> DataSpec:
         rows=data.rows if which == "train" else data.heldout_rows,
         columns=plain(data.columns),
         chat_template_kwargs=plain(data.chat_template_kwargs),
+        key=f"data.{which}",
     )
 
 

@@ -1,12 +1,14 @@
 """Nothing that means something is left behind: every column and every key of a turn is used, refused or counted."""
 
 import json
+import re
 
 import pytest
 
 from eaft_verl.data.formats import to_messages
 from eaft_verl.data.spec import DataSpec, RowError
 from eaft_verl.errors import ConfigError
+from eaft_verl.experiment.prepare import columns_of
 
 PAIR = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
 TWO = [*PAIR, {"role": "user", "content": "Q2"}, {"role": "assistant", "content": "A2"}]
@@ -57,7 +59,8 @@ def test_context_stands_in_the_conversation(row, messages):
         ({"messages": PAIR, "images": ["a.jpg"]}, "column", "column 'images' holds .*which text alone cannot show"),
         ({"messages": PAIR, "documents": [{"text": "The line opened in 1931."}]}, "column", "column 'documents' holds"),
         ({"question": "Q", "answer": "A", "options": {"A": "x"}}, "column", "column 'options' holds"),
-        ({"question": "Q", "answer": "A", "choices": ["0", "1"]}, "column", "--column context='choices'"),
+        ({"question": "Q", "answer": "A", "choices": ["0", "1"]}, "column", "'choices' .*put it into a turn as text"),
+        ({"question": "Q", "answer": "A", "choices": "0 or 1"}, "column", "--column context='choices'"),
         ({"messages": PAIR, "hint": "Think of the sea."}, "column", "column 'hint'"),
         ({"messages": PAIR, "提示": "请用代数方法解这道题目"}, "column", "column '提示'"),
         ({"messages": PAIR, "context": "Norvik is a town."}, "column", "column 'context'"),
@@ -79,6 +82,9 @@ def test_what_would_be_lost_is_refused_by_name(row, kind, reason):
     with pytest.raises(RowError, match=reason) as caught:
         to_messages(row)
     assert caught.value.kind == kind
+    for way in str(caught.value).split(" or "):  # what is advised works
+        if named := re.findall(r"--column \w+='.*?'", way):
+            assert to_messages(row, columns_of([one.replace("--column ", "").replace("'", "") for one in named]))
 
 
 def test_metadata_and_copies_are_counted_by_name():
@@ -112,6 +118,52 @@ HUATUO = {
     "Complex_CoT": "R",
     "Response": "A",
 }
+
+
+def test_names_are_read_as_words_however_they_are_joined():
+    said = {"systemPrompt": "Be brief.", "messages": PAIR, "sampleWeight": 2}
+    messages, extra = to_messages(said)
+    assert messages == [{"role": "system", "content": "Be brief."}, *PAIR] and extra == {"weight": 2.0}
+    for key, value in (
+        ("toolCalls", [{"function": {"name": "f", "arguments": "{}"}}]),
+        ("tool_call", {"name": "f", "arguments": {}}),
+        ("function", {"name": "f"}),
+        ("action", "search"),
+        ("reasoningContent", "because"),
+        ("trainOnTurn", False),
+    ):
+        with pytest.raises(RowError, match=rf"messages\[\] key '{key}' holds"):
+            to_messages({"messages": [PAIR[0], {**PAIR[1], key: value}]})
+    for key, value in (("imageUrl", "a.jpg"), ("trainOnInputs", False), ("chat-history", "x"), ("exclude", True)):
+        with pytest.raises(RowError, match=f"column '{key}' holds"):
+            to_messages({"messages": PAIR, key: value})
+
+
+def test_a_turn_says_who_speaks_and_what_once():
+    asked = (
+        {"from": "human", "content": "Q"},
+        {"role": "user", "value": "Q"},
+        {**PAIR[0], "from": "human", "value": "Q"},
+    )
+    assert [to_messages({"conversations": [turn, PAIR[1]]})[0] for turn in asked] == [PAIR] * 3
+    for turn, said in (
+        ({"from": "human", "value": "Q", "content": "R"}, "a value and a content that differ"),
+        ({"from": "human", "role": "assistant", "value": "Q"}, "is from 'human' and has role 'assistant'"),
+    ):
+        with pytest.raises(RowError, match=f"turn 1 .*{said}"):
+            to_messages({"conversations": [turn, PAIR[1]]})
+
+
+def test_an_answer_that_is_marked_bad_is_not_trained():
+    row = {"prompt": "Q", "completion": "A"}
+    for key in ("label", "kto_tag"):
+        with pytest.raises(RowError, match=f"{key} is False") as caught:
+            to_messages({**row, key: False})
+        assert caught.value.kind == "masked"
+        assert to_messages({**row, key: True})[0] == to_messages({**row, key: False}, {"ignore": [key]})[0] == PAIR
+    counted: dict[str, int] = {}
+    to_messages({**row, "label": "math"}, None, counted)
+    assert counted == {"label": 1}
 
 
 def test_columns_by_their_roles():
@@ -222,10 +274,10 @@ def test_text_or_thinking_before_a_call_is_one_turn(turns, expected):
         ({"columns": {"promt": "Q"}}, "data.columns.promt is unknown; a column's role is one of messages, prompt"),
         ({"columns": {"prompt": 3}}, "data.columns.prompt=3 must be the name of a column"),
         ({"columns": "Q"}, "data.columns='Q' must be a mapping"),
-        ({"source": {"a": {"source": "a", "weigth": 1}}}, "data.source.a.weigth is unknown; a source has source, name"),
-        ({"source": {"a": {"source": "a", "share": 1.5}}}, "data.source.a.share=1.5 must be above 0 and at most 1"),
-        ({"source": {"a": {"source": "a", "cap": 0}}}, "data.source.a.cap=0 must be a whole number"),
-        ({"source": {"a": {"source": "a", "weight": 0}}}, "data.source.a.weight=0 must be above 0"),
+        ({"source": {"a": {"source": "a", "weigth": 1}}}, "data.train.a.weigth is unknown; a source has source, name"),
+        ({"source": {"a": {"source": "a", "share": 1.5}}}, "data.train.a.share=1.5 must be above 0 and at most 1"),
+        ({"source": {"a": {"source": "a", "cap": 0}}}, "data.train.a.cap=0 must be a whole number"),
+        ({"source": {"a": {"source": "a", "weight": 0}}}, "data.train.a.weight=0 must be above 0"),
         ({"source": {"a": {"source": "a", "share": 0.5}}}, "shares add up to 0.5; they must make 1"),
         ({"source": []}, "names no source"),
         ({"source": ["d/x.jsonl", "e/x.jsonl"]}, "two sources are called 'x'"),

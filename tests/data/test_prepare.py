@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from eaft_verl.data.account import rows_used
 from eaft_verl.data.prepare import load_prepared, manifest_path, prepare, template_hash
 from eaft_verl.data.spec import DataSpec
 from eaft_verl.errors import ConfigError, DataError
@@ -119,6 +120,24 @@ def test_rows_are_named_by_what_is_wrong_with_them(write, make_tokenizer, tmp_pa
     first, *lines = str(caught.value).split("\n  ")
     assert "none of 9 rows is left" in first and lines.pop() == "and 2 more"  # role4's two
     assert [line.split(":")[0] for line in lines] == ["row 1 and 1 more", "row 2 and 1 more", "row 5", "row 6", "row 7"]
+
+
+def test_rows_that_differ_in_what_they_quote_are_named_together(write, make_tokenizer, tmp_path):
+    choices = [{"A": f"the {word} one", "B": "it's none"} for word in ("first", "second", "third")]
+    asked = [{"question": f"Q{n}?", "answer": "A", "options": said} for n, said in enumerate(choices)]
+    copies = [{"prompt": f"copy {n // 2}", "response": "A"} for n in range(4)]
+    named = [{"question": f"Q{n}?", "answer": "A", key: "in words"} for n, key in enumerate(("hint", "persona"))]
+    prepared = prepare(DataSpec(write([*asked, *copies, *named])), make_tokenizer(), tmp_path / "t.parquet")
+    lines = rows_used(prepared.manifest).split("\n  ")[1:]
+    assert lines[0].startswith("row 1: column 'options' holds '{\"A\": \"the first one")
+    assert lines[0].endswith("put it into a turn as text, or leave it out by data.columns={ignore: [options]} "
+                             "(--column ignore='options') (2 more of this kind)")  # fmt: skip
+    assert lines[1] == "row 5: duplicate of row 4 (1 more of this kind)"
+    assert [line.split(" which")[0] for line in lines[2:]] == [
+        "row 8: column 'hint' holds 'in words',",
+        "row 9: column 'persona' holds 'in words',",
+    ]
+    assert "(--column context='hint')" in lines[2]
 
 
 @pytest.mark.parametrize(

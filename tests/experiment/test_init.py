@@ -41,7 +41,8 @@ def test_a_recipe_for_a_file_is_sound_and_nothing_is_overwritten(
     assert "rows: 61 of 62 rows are used; 1 are not:" in said
     assert "assistant turns: 1; system prompts in 0 of 61, tools in 0 of 61, reasoning in 0 of 61" in said
     assert "answers that can be checked (a number): 61 of 61 tried" in said
-    assert "56 rows to train on, 6 held out" in said and "fits this machine" in said
+    unused = "(1 of them at fault or copies, which are left out)"
+    assert f"56 rows to train on {unused}, 6 held out" in said and "fits this machine" in said
 
     train, heldout = rows_of(tmp_path / "chats.train.jsonl"), rows_of(tmp_path / "chats.heldout.jsonl")
     assert len(train) == 56 and len(heldout) == 6 and broken in train
@@ -160,7 +161,7 @@ def test_the_length_limit(lengths: list[int], positions: int | None, limit: int,
     ],
 )
 def test_rates_and_batches(trained: int, weights: float, batch: int, rate: float, epochs: int) -> None:
-    split: Any = SimpleNamespace(trained=trained)
+    split: Any = SimpleNamespace(usable=trained)
     verl = settings_for(split, 512, int(weights))["verl"]
     assert verl["data"]["train_batch_size"] == batch and verl["optim"]["lr"] == rate
     assert verl["trainer"]["total_epochs"] == epochs

@@ -83,7 +83,9 @@ WRONG = [
     (["data.max_length=null"], "data.max_length=None must be an integer"),
     (["data.rows=0"], "data.rows=0 must be a whole number"),
     (["data.rows=abc"], "data.rows='abc' must be"),
-    (["data.heldout=generate:sums_heldout", "data.heldout_rows=0"], "data.rows=0 must be"),
+    (["data.heldout=generate:sums_heldout", "data.heldout_rows=0"], "data.heldout_rows=0 must be"),
+    (["data.heldout={a: {source: generate:sums, share: 2}}"], "data.heldout.a.share=2 must be above 0"),
+    (["data.train={a: {source: generate:sums, shar: 2}}"], "data.train.a.shar is unknown; a source has"),
     # objectives
     (["objective.name=eatf"], "objective.name='eatf' is unknown; choose one of sft, eaft"),
     (["objective.name=null"], "objective.name is missing"),
