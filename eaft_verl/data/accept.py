@@ -16,7 +16,7 @@ from eaft_verl.data.leakage import Against, Hit
 from eaft_verl.data.offsets import Tokens, tokenize
 from eaft_verl.data.parquet import Example, to_batch
 from eaft_verl.data.spec import DataSpec, RowError
-from eaft_verl.data.template import normal_form
+from eaft_verl.data.template import check_unused, normal_form
 from eaft_verl.data.validate import check_fields, check_row
 
 RawRow = tuple[int, int, dict[str, Any]]  # index of its source, number in it (1-based), columns
@@ -86,7 +86,11 @@ class Taker:
 
     def _read(self, taken: Taken, row: dict[str, Any], chunk: Chunk) -> "_Draft":
         spec, source = self.spec, self.spec.sources[taken.source]
-        messages, extra = to_messages(row, source.columns, chunk.unused)
+        unused = Counter[str]()
+        messages, extra = to_messages(row, source.columns, unused)
+        if unused:
+            check_unused(self.tokenizer, unused)
+            chunk.unused.update(unused)
         check_fields({name: extra[name] for name in ("id", "answer") if name in extra})
         common, own = dict(spec.chat_template_kwargs or {}), extra.get("chat_template_kwargs")
         messages, beside, taken.escaped = check_row(

@@ -26,6 +26,8 @@ def tool_list(value: Any) -> list[dict[str, Any]]:
     if value is None or (isinstance(value, str) and not value.strip()):
         return []
     given = parsed(value, "tools")
+    if given is None:  # "null"
+        return []
     if not isinstance(given, list):
         raise RowError("wrong_type", "tools must be a list of function descriptions, each with a name")
     tools = []

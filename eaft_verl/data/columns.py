@@ -5,6 +5,7 @@ or `data.columns` gives it a role; refused, because it carries what the model wo
 train; metadata, which is counted by name; or a copy of what the conversation says anyway, counted as well.
 """
 
+import functools
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -40,16 +41,20 @@ _MEDIA = re.compile(r"^(image|video|audio|picture|pixel|frame|wav|mel)s?(_|$)|_(
 # What decides what is trained, by a spelling that is not ours; whatever its value is.
 _TRAINING = re.compile(
     r"(^|_)(loss|masks?|masked|train|trained|trainable|training|supervised?|weights?)(_|$)|"
-    r"^(prefix|end_turn|ignored?|skip)$"
+    r"^(prefix|suffix|end_turn|ignored?|skip|(is_)?(excluded?|included?|keep|kept|discard(ed)?|dropped|(in)?valid)|"
+    r"importance|(num_|n_)?repeats?|upsample|oversample)$"
 )
 # What the prompt would have to hold; to be put there, or named in data.columns.
 _CARRIERS = re.compile(
     r"^(options?|choices|documents?|docs|passages?|paragraphs?|contexts?|context_.*|background|body|evidence|hints?|"
-    r"knowledge|persona|facts?|schema|table|code_.*|examples?|few_shots?|demonstrations?|starter_code|inputs|files|"
-    r"dialog(ue)?|conversation|chat|turns|instructions?|constraints?|channel|recipient|tools|functions|"
+    r"knowledge|persona|role|character|scenario|facts?|schema|table|code_.*|examples?|few_shots?|demonstrations?|starter_code|inputs|files|"
+    r"(dialog(ue)?|conversation|chat|message)(_history)?|turns|instructions?|constraints?|channel|recipient|tools|functions|"
     r"sys|sys_prompt|system_instructions?|preamble|developer|thoughts?|cot|.*_cot|chain_of_thoughts?|rationales?|"
-    r"explanations?|analysis|scratchpad|think|thinking_(content|text|process)|reasoning_(text|trace|details|steps))$"
+    r"explanations?|analysis|scratchpad|think|thinking_(content|text|process)|reasoning_(text|trace|details|steps)|"
+    r"(tool|function)_(calls?|names?|inputs?|outputs?|results?|responses?|args|arguments|call_ids?)|function|arguments|"
+    r"actions?|action_inputs?|observations?)$"
 )
+_WORDS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|[\s.-]+")
 _METADATA = re.compile(
     r"(^|[_ .-])(id|ids|idx|index|uuid|url|urls|uri|link|source|sources|dataset|split|subset|category|categories|type|"
     r"types|subject|topic|domain|task|level|difficulty|lang|language|license|author|model|generator|score|scores|rating|"
@@ -109,11 +114,11 @@ class Row:
         left = [name for name in self.filled if name not in self.used]
         told = not {"prompt", "messages"}.isdisjoint(self.columns)  # the user has said what the prompt is
         for name in left:
-            value, plain = self.filled[name], name.lower().strip()
-            media = bool(_MEDIA.search(plain))
+            value, spelt = self.filled[name], spellings(name)
+            media = _is_one(_MEDIA, spelt)
             number = isinstance(value, int | float)
-            carries = bool(_TRAINING.search(plain) or (not number and (_CARRIERS.search(plain) or _claims(plain))))
-            meant = media or not (told or (_is_metadata(plain, value) and not carries))
+            carries = _is_one(_TRAINING, spelt) or (not number and (_is_one(_CARRIERS, spelt) or _claims(spelt)))
+            meant = media or not (told or (_is_metadata(spelt, value) and not carries))
             if meant and (media or not _is_copy(value, messages)):
                 fits = isinstance(value, str) and not media and self.takes_context
                 raise RowError("column", _meaning(name, value, media, fits))
@@ -124,9 +129,20 @@ def _by_role(names: Iterable[str]) -> dict[str, list[str]]:
     """The columns of each role, by their usual names."""
     roles: dict[str, list[str]] = {}
     for name in names:
-        for role in _ROLES.get(name.lower(), ()):
+        for role in dict.fromkeys(role for spelt in spellings(name) for role in _ROLES.get(spelt, ())):
             roles.setdefault(role, []).append(name)
     return roles
+
+
+@functools.lru_cache(4096)
+def spellings(name: str) -> tuple[str, ...]:
+    """A name in lower case, and with its words apart: systemPrompt and `System Prompt` are system_prompt."""
+    plain = name.strip()
+    return tuple(dict.fromkeys((plain.lower(), _WORDS.sub("_", plain).lower())))
+
+
+def _is_one(pattern: re.Pattern[str], spelt: tuple[str, ...]) -> bool:
+    return any(map(pattern.search, spelt))
 
 
 def absent(value: Any) -> bool:
@@ -151,20 +167,22 @@ def _meaning(name: str, value: Any, media: bool, fits: bool) -> str:
     """The refusal of a column; fits: it could be named as context."""
     shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     what = "which text alone cannot show" if media else "which would be left out of training"
-    say = f"say what it is by data.columns (--column context={name!r})"
-    return (
-        f"column {name!r} holds {shown[:60]!r}, {what}; {say if fits else 'put it into a turn as text'}, or "
-        f"leave it out by data.columns={{ignore: [{name}]}} (--column ignore={name!r})"
-    )
+    say = f"say what it is by data.columns (--column context={name!r})" if fits else "put it into a turn as text"
+    return f"column {name!r} holds {shown[:60]!r}, {what}; {say}, or {ignored(name)}"
 
 
-def _claims(name: str) -> bool:
+def ignored(name: str) -> str:
+    """How a column is left out, for an error."""
+    return f"leave it out by data.columns={{ignore: [{name}]}} (--column ignore={name!r})"
+
+
+def _claims(spelt: tuple[str, ...]) -> bool:
     """Whether the name usually has a role in the conversation, in which it is then not used."""
-    return any(role != "id" for role in _ROLES.get(name, ()))
+    return any(role != "id" for name in spelt for role in _ROLES.get(name, ()))
 
 
-def _is_metadata(name: str, value: Any) -> bool:
-    return bool(_METADATA.search(name)) or all(_is_plain(leaf) for leaf in _leaves(value))
+def _is_metadata(spelt: tuple[str, ...], value: Any) -> bool:
+    return _is_one(_METADATA, spelt) or all(_is_plain(leaf) for leaf in _leaves(value))
 
 
 def _is_plain(leaf: Any) -> bool:

@@ -5,11 +5,12 @@ from collections.abc import MutableMapping
 from typing import Any
 
 from eaft_verl.data.calls import join_turns, link_results, parsed, tool_list
-from eaft_verl.data.columns import MASK_KEYS, PROMPT_KEYS, RESPONSE_KEYS, Row, absent, several
+from eaft_verl.data.columns import MASK_KEYS, PROMPT_KEYS, RESPONSE_KEYS, Row, absent, ignored, several
 from eaft_verl.data.spec import Columns, RowError
 from eaft_verl.data.turns import TURN_MASKS, add_reasoning, mask_of, read_turns, switch, text_of
 
 Message = dict[str, Any]
+_WANTED = ("label", "kto_tag", "kto_label")  # of answers that people marked good or bad (KTO)
 ACCEPTED = (
     "messages: [{role, content}], conversations: [{from, value}], instruction + output (+ input, system, history), "
     f"or one of {'|'.join(PROMPT_KEYS)} with one of {'|'.join(RESPONSE_KEYS)}"
@@ -88,6 +89,12 @@ def _extra(row: Row) -> dict[str, Any]:
     for key in MASK_KEYS:
         if (mask := row.take(key)) is not None and not switch(mask, f"{key} of the row"):
             raise RowError("masked", f"the row is not to be trained: {key} is {mask!r}")
+    for key in _WANTED:
+        if isinstance(wanted := row.filled.get(key), bool) and key not in row.used:
+            row.used.add(key)
+            if not wanted:
+                said = f"{key} is False: an answer that is not wanted; where it means something else, {ignored(key)}"
+                raise RowError("masked", said)
     if (given := row.take("chat_template_kwargs")) is not None:
         kwargs = parsed(given, "chat_template_kwargs")
         if not isinstance(kwargs, dict):

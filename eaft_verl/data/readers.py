@@ -16,6 +16,7 @@ from eaft_verl.errors import DataError
 SUFFIXES = (".jsonl", ".json", ".parquet")
 CHUNK = 1 << 20  # bytes or characters read at a time
 _SURROGATE = re.compile("[\udc80-\udcff]")
+_TURN = {"role", "from"}  # keys of a turn, not of a row
 _BOM = b"\xef\xbb\xbf"
 _WIDE = {b"\xff\xfe\x00\x00": "UTF-32", b"\x00\x00\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 
@@ -75,6 +76,8 @@ def _rows(file: str, start: bytes) -> Iterator[Any]:
         return _read_parquet(file)
     if wide := _wide(start):
         raise DataError(f"{file} is {wide}; convert the file to UTF-8 (iconv -f {wide} -t UTF-8)")
+    if start.startswith(b"version https://git-lfs"):
+        raise DataError(f"{file} is a git-lfs pointer, not the data; fetch it (git lfs pull)")
     text, suffix = start.removeprefix(_BOM).lstrip(), _suffix(file)
     if suffix == ".parquet":
         raise DataError(f"{file} is not a readable parquet file (it does not begin with PAR1)")
@@ -97,23 +100,26 @@ def _wide(start: bytes) -> str | None:
 
 
 def _is_lines(file: str) -> bool:
-    """Whether the first line of two or more is a whole JSON value and no array of rows; a line of .json is not."""
+    """Whether the first line of two or more is a whole JSON value and no array of rows, unless the next begins another;
+    a line of .json is not."""
     with _open(file) as stream:
         first = stream.readline().removeprefix(_BOM).strip()
         while not first and (line := stream.readline()):
             first = line.strip()
         first, *others = _rows_in(first) or [b""]
-        more = bool(others) or any(line.strip() for line in iter(lambda: stream.readline(CHUNK), b""))
+        rest = (line.lstrip() for line in iter(lambda: stream.readline(CHUNK), b""))
+        second = others[0].lstrip() if others else next(filter(None, rest), b"")
     try:
         value = json.loads(first.decode("utf-8", errors="surrogateescape"), strict=False)
     except (ValueError, RecursionError):
         # A broken first line is one of a file of lines if it ends as a row does.
-        return first.startswith(b"{") and more and b"}" in first
-    return (more or _suffix(file) != ".json") and not _is_array(value)
+        return first.startswith(b"{") and bool(second) and b"}" in first
+    return bool(second or _suffix(file) != ".json") and (not _is_array(value) or second.startswith(b"["))
 
 
 def _is_array(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(row, dict) for row in value)
+    """Whether it is a list of rows, and not of the turns of one."""
+    return isinstance(value, list) and all(isinstance(row, dict) and not _TURN & row.keys() for row in value)
 
 
 def _read_jsonl(file: str) -> Iterator[Any]:
@@ -160,6 +166,7 @@ def _read_array(file: str) -> Iterator[Any]:
             buffer = buffer.lstrip(" \t\r\n")
             buffer = buffer or stream.read(CHUNK).lstrip(" \t\r\n")
             if buffer.startswith("]"):
+                _check_end(file, buffer[1:] + stream.read(CHUNK), number)
                 return
             row, end, buffer = _next_element(file, decoder, buffer, lambda size: stream.read(size))
             number += 1
@@ -169,6 +176,13 @@ def _read_array(file: str) -> Iterator[Any]:
             if not buffer.startswith((",", "]")):
                 raise DataError(f"{file} is not valid JSON (after row {number} a comma or ] is expected)")
             buffer = buffer[1:] if buffer.startswith(",") else buffer
+
+
+def _check_end(file: str, rest: str, number: int) -> None:
+    if more := rest.strip():
+        raise DataError(
+            f"{file} goes on behind its list of {number} rows ({more[:20]!r}); write one list, or a row a line"
+        )
 
 
 def _wrapped(file: str, value: Any) -> list[Any]:

@@ -21,6 +21,8 @@ COLUMN_ROLES = (
     *("messages", "prompt", "context", "system", "history", "reasoning", "response", "answer", "tools"),
     *("id", "weight", "chat_template_kwargs", "ignore"),
 )
+REPEATED = ("context", "ignore")  # that several columns may have
+_APART = {"messages", "prompt", "context", "system", "history", "reasoning", "response", "ignore"}  # no column has two
 Columns = Mapping[str, Any]
 
 
@@ -138,12 +140,16 @@ def check_columns(columns: Columns | None, key: str) -> None:
         return
     if not isinstance(columns, Mapping):
         raise ConfigError(f"{key}={columns!r} must be a mapping such as {{prompt: Question, response: Response}}")
+    role_of: dict[str, str] = {}
     for role, column in columns.items():
         if role not in COLUMN_ROLES:
             raise ConfigError(f"{key}.{role} is unknown; a column's role is one of {', '.join(COLUMN_ROLES)}")
-        names = column if isinstance(column, list | tuple) and role in ("ignore", "context") else [column]
+        names = column if isinstance(column, list | tuple) and role in REPEATED else [column]
         if not all(isinstance(name, str) and name for name in names) and column is not None:
             raise ConfigError(f"{key}.{role}={column!r} must be the name of a column")
+        for name in names if role in _APART and column is not None else ():
+            if (other := role_of.setdefault(name, role)) != role:
+                raise ConfigError(f"{key}: column {name!r} is named as {other} and as {role}; it can be one of them")
 
 
 def _named(entries: Any, key: str) -> dict[str | None, Any]:

@@ -5,11 +5,12 @@ import functools
 import json
 import re
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from eaft_verl.data.calls import link_results
+from eaft_verl.data.columns import ignored
 from eaft_verl.data.dialects import spoken
 from eaft_verl.data.rendered import holds_calls
 from eaft_verl.data.spec import RowError
@@ -43,6 +44,8 @@ _OURS = frozenset(
     )
 )
 _SPECIALS: weakref.WeakKeyDictionary[Any, tuple[str, ...]] = weakref.WeakKeyDictionary()
+_ASKS = ("defined", "undefined", "none", "default", "d")
+_READ: weakref.WeakKeyDictionary[Any, frozenset[str]] = weakref.WeakKeyDictionary()
 _NORMAL_FORMS: weakref.WeakKeyDictionary[Any, Callable[[str], str] | None] = weakref.WeakKeyDictionary()
 
 
@@ -69,6 +72,29 @@ def check_kwargs(tokenizer: Any, kwargs: Mapping[str, Any] | None, key: str = "c
             raise RowError(
                 "template_kwargs", f"{key}.{name} has no effect: the chat template does not read it; remove it"
             )
+
+
+def check_unused(tokenizer: Any, names: Iterable[str]) -> None:
+    """RowError for a column that the chat template would read, if it stood among its arguments."""
+    for name in sorted(arguments_read(tokenizer).intersection(names)):
+        said = f"column {name!r} is what the chat template reads; move it into chat_template_kwargs, or {ignored(name)}"
+        raise RowError("template_kwargs", said)
+
+
+def arguments_read(tokenizer: Any) -> frozenset[str]:
+    """Names that the chat template takes from outside: enable_thinking, reasoning_effort, ..."""
+    if tokenizer not in _READ:
+        from jinja2 import meta, nodes
+
+        environment = _library()[1](tokenizer.get_chat_template()).environment
+        parsed = environment.parse(tokenizer.get_chat_template())
+        # A name that is set somewhere is the template's own, unless it asks whether it was given.
+        own = {name.name for name in parsed.find_all(nodes.Name) if name.ctx == "store"}
+        asked = [*parsed.find_all(nodes.Test), *parsed.find_all(nodes.Filter)]
+        given = {one.node.name for one in asked if one.name in _ASKS and isinstance(one.node, nodes.Name)}
+        read = meta.find_undeclared_variables(parsed) - (own - given)
+        _READ[tokenizer] = frozenset(read - _OURS - set(tokenizer.special_tokens_map) - set(environment.globals))
+    return _READ[tokenizer]
 
 
 def special_tokens(tokenizer: Any) -> tuple[str, ...]:

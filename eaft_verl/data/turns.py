@@ -89,8 +89,10 @@ def _message(turn: Any, number: int) -> Message:
     role = _role(turn, number)
     if turn.keys() == _PLAIN and role in ROLES and isinstance(turn["content"], str):  # most turns
         return {"role": role, "content": turn["content"]}
-    key = "value" if turn.get("from") is not None else "content"
+    key = "value" if turn.get("value") is not None else "content"
     value = turn.get(key)
+    if turn.get("content") not in (None, "", value):
+        raise RowError("clash", f"turn {number} has a value and a content that differ; keep one of them")
     if role in ("call", "thought"):
         text = text_of(value, f"{key} of turn {number}")
         thought = {"role": "assistant", "content": "", "reasoning_content": text}
@@ -109,13 +111,14 @@ def _message(turn: Any, number: int) -> Message:
 
 
 def _role(turn: dict[str, Any], number: int) -> str:
-    speaker = turn.get("from")
+    speaker, role = turn.get("from"), turn.get("role")
     if speaker is not None:
         if not isinstance(speaker, str) or speaker not in _SHAREGPT_ROLES:
             allowed = ", ".join(_SHAREGPT_ROLES)
             raise RowError("role", f"turn {number} is from {speaker!r}; allowed are {allowed}")
+        if role is not None and _ROLES.get(str(role)) != _SHAREGPT_ROLES[speaker]:
+            raise RowError("clash", f"turn {number} is from {speaker!r} and has role {role!r}; keep one of them")
         return _SHAREGPT_ROLES[speaker]
-    role = turn.get("role")
     if not isinstance(role, str) or role not in _ROLES:
         raise RowError("role", f"turn {number} has role {role!r}; allowed are {', '.join(ROLES)}")
     return _ROLES[role]
@@ -128,11 +131,8 @@ def _said(value: Any, key: str, turn: dict[str, Any], number: int) -> Message:
     calls += calls_in(turn.get("function_call"), f"function_call of turn {number}")
     if parts["content"] is None:
         if not calls and absent(parts["reasoning_content"]):
-            found = f"{key} of turn {number} is NoneType; text is expected"
-            role = turn.get("role")
-            raise RowError(
-                "wrong_type", found if key == "value" else f"turn {number} ({role}) has no content; text is expected"
-            )
+            speaker = turn.get("from") or turn.get("role")
+            raise RowError("wrong_type", f"turn {number} ({speaker}) has no content; text is expected")
         parts["content"] = ""
     optional = {"reasoning_content": parts["reasoning_content"], "tool_calls": calls}
     return {"content": parts["content"], **{name: item for name, item in optional.items() if item}}

@@ -20,6 +20,7 @@ from eaft_verl.data.spec import RowError
 from eaft_verl.errors import DataError
 from eaft_verl.evaluation.records import Sample, check_ids, digest
 from eaft_verl.evaluation.settings import DriftSettings
+from eaft_verl.evaluation.shared_prefix import prompts as prompts_once
 from eaft_verl.evaluation.teacher_forced import CHUNK_TOKENS, TOKEN_BUDGET, answer_logits, labels, token_weighted
 from eaft_verl.files import computed_once
 
@@ -175,7 +176,7 @@ def _generate(
     ends = shipped if isinstance(shipped, list) else [tokenizer.eos_token_id]
     batch = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt").to(model.device)
     output = cast(Any, model).generate(
-        **batch,
+        **prompts_once(model, batch["input_ids"], batch["attention_mask"]),
         max_new_tokens=new_tokens,
         **({"do_sample": False} | sampling),
         eos_token_id=ends,

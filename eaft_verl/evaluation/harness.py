@@ -17,6 +17,7 @@ import torch
 from lm_eval.api.model import LM
 from lm_eval.evaluator import evaluate
 from lm_eval.models.utils import normalize_gen_kwargs
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -35,6 +36,7 @@ from eaft_verl.evaluation.quiet import quiet
 from eaft_verl.evaluation.records import Fit, Sample, convert
 from eaft_verl.evaluation.responses import STOPS
 from eaft_verl.evaluation.settings import EvaluateSettings
+from eaft_verl.evaluation.shared_prefix import prompts
 from eaft_verl.grading.answers import marks_thinking
 from eaft_verl.models import hub_arguments, load_tokenizer
 
@@ -120,10 +122,18 @@ def language_model(
     """
     batch_size = batch_size or settings.backend_args.get("batch_size", BATCH_SIZE)
     with quiet():
-        language = lm_eval.models.huggingface.HFLM(
+        language = _Prompted(
             pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=_length(model.config, settings)
         )
     return _speak(language, settings)
+
+
+class _Prompted(lm_eval.models.huggingface.HFLM):
+    """The harness's model of transformers; what all prompts of a batch begin with is computed once."""
+
+    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **kwargs: Any) -> Tensor:
+        given = prompts(self.model, context, kwargs.pop("attention_mask"))
+        return super()._model_generate(given.pop("input_ids"), max_length, stop, **given, **kwargs)
 
 
 def vllm_model(path: Path | str, settings: EvaluateSettings) -> LM:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from eaft_verl.data.parquet import Example
 from eaft_verl.errors import DataError
 from eaft_verl.evaluation.records import Sample, digest, mean_and_stderr, metric_entry
+from eaft_verl.evaluation.shared_prefix import beginning, common_beginning
 
 TOKEN_BUDGET = 4096  # padded tokens per forward pass
 CHUNK_TOKENS = 64  # rows of logits in float32 at a time: small enough to stay in the cache of a CPU
@@ -39,17 +40,18 @@ def answer_logits(
     computed for answer positions only: over a whole prompt they would be larger than the model.
     """
     for batch in _batches(examples, token_budget):
-        longest = max(len(examples[index].input_ids) for index in batch)
-        ids = torch.zeros(len(batch), longest, dtype=torch.long)
-        attention = torch.zeros_like(ids)
-        for row, index in enumerate(batch):
-            length = len(examples[index].input_ids)
-            ids[row, :length] = torch.tensor(examples[index].input_ids)
-            attention[row, :length] = 1
+        rows = [list(examples[index].input_ids) for index in batch]
         columns = sorted({position for index in batch for position in _positions(examples[index])})
-        keep = torch.tensor(columns, device=model.device)
+        shared = common_beginning(rows, columns[0])
+        cache = beginning(model, rows[0][:shared], len(rows)) if shared else None
+        shared = 0 if cache is None else shared
+        longest = max(map(len, rows))
+        ids = torch.tensor([row[shared:] + [0] * (longest - len(row)) for row in rows])
+        attention = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
         arguments = {"input_ids": ids.to(model.device), "attention_mask": attention.to(model.device)}
-        logits = model(**arguments, logits_to_keep=keep, use_cache=False).logits
+        keep = torch.tensor(columns, device=model.device) - shared
+        known = {"use_cache": False} if cache is None else {"past_key_values": cache}
+        logits = model(**arguments, **known, logits_to_keep=keep).logits
         place = {position: column for column, position in enumerate(columns)}
         for row, index in enumerate(batch):
             yield index, logits[row, [place[position] for position in _positions(examples[index])]]

@@ -10,7 +10,7 @@ from eaft_verl.data.account import check_rejected, rows_used
 from eaft_verl.data.leakage import Against, summary
 from eaft_verl.data.prepare import Prepared, check_leakage, load_prepared, manifest_path, prepare
 from eaft_verl.data.show import show
-from eaft_verl.data.spec import LEAKAGE, DataSpec
+from eaft_verl.data.spec import LEAKAGE, REPEATED, DataSpec
 from eaft_verl.errors import ConfigError
 from eaft_verl.models import load_tokenizer, resolve_model
 from eaft_verl.recipe.datasets import file_questions, recipe_questions
@@ -53,13 +53,17 @@ def _spec(options: argparse.Namespace) -> DataSpec:
 
 
 def columns_of(named: list[str]) -> dict[str, Any] | None:
-    """--column ROLE=NAME as data.columns has it; NAME empty: no column has the role; `ignore` may be repeated."""
+    """--column ROLE=NAME as data.columns has it; NAME empty: no column has the role; some roles may be repeated."""
     columns: dict[str, Any] = {}
     for item in named:
         role, equals, name = item.partition("=")
         if not equals:
             raise ConfigError(f"--column {item!r} must be ROLE=NAME, for example prompt=Question")
-        columns[role] = [*columns.get(role, []), name] if role == "ignore" else name or None
+        if role in columns and role not in REPEATED:
+            raise ConfigError(f"--column {role} is given twice; one column has it (several: {', '.join(REPEATED)})")
+        before = columns.get(role) or []
+        listed = [*([before] if isinstance(before, str) else before), name]
+        columns[role] = listed if before or role == "ignore" else name or None
     return columns or None
 
 

@@ -25,9 +25,13 @@ def percent(share: float | None, decimals: int = 0) -> str:
 
 
 def share(value: float) -> str:
-    """'2.6 %', '0.57 %', '15 %': a share with as many digits as small ones need."""
+    """'2.6 %', '0.57 %', '0.003 %', '15 %': a share with as many digits as small ones need; '0 %' is none at all."""
     percents = 100 * value
-    return f"{number(percents, 2 if 0 < abs(percents) < 1 else 1).removesuffix('.0')} %"
+    size = abs(percents)
+    if 0 < size < 1e-6:
+        return f"{percents:.0e} %".replace("-", MINUS)
+    decimals = max(2, math.ceil(-math.log10(size))) if 0 < size < 1 else 1
+    return f"{number(percents, decimals).removesuffix('.0')} %"
 
 
 def short(value: float) -> str:

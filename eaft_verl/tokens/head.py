@@ -8,7 +8,7 @@ the forward pass: three matrix products (logits, d hidden, d weight), and never 
 Backward then only has to find that the loss really asked for that gradient, up to one common factor.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from eaft_verl.tokens.chunks import head_chunk
-from eaft_verl.tokens.logits import LogitStats, accumulator, asked
-from eaft_verl.tokens.row_kernels import COMPARED, RowKernels, kernels_for
+from eaft_verl.tokens.logits import CPU_CHUNK_TOKENS, Distribution, LogitStats, accumulator, asked, distribution_of
+from eaft_verl.tokens.row_kernels import CHUNKED, COMPARED, RowKernels, kernels_for
 from eaft_verl.tokens.stats import TOPK
 
 Gate = Callable[[LogitStats, Tensor], Tensor]  # statistics [C] of some tokens and which of the T they are -> weight [C]
@@ -54,10 +54,7 @@ def head_statistics(
     Under autocast the products run in its dtype, as those of `torch.nn.Linear` do.
     """
     device = hidden_TD.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        bias_V = None if head.bias_V is None else head.bias_V.to(dtype)
-        hidden_TD, head = hidden_TD.to(dtype), Head(head.weight_VD.to(dtype), bias_V)
+    hidden_TD, head = _as_linear(hidden_TD, head)
     rows_R = mask_T.nonzero().squeeze(-1)
     with torch.autocast(device, enabled=False):
         if kernels is None:
@@ -71,6 +68,37 @@ def head_statistics(
             *(gate, k, sum_p2, full_entropy, kernels, torch.is_grad_enabled()),
         )
     return asked(LogitStats(*made), sum_p2, full_entropy)
+
+
+@torch.no_grad()
+def head_distribution(
+    hidden_TD: Tensor, head: Head, labels_T: Tensor, mask_T: Tensor, *, k: int = TOPK
+) -> Distribution:
+    """`distribution_stats(hidden @ weight^T + bias, ...)`, from the chunks of logits that `head_statistics` forms of
+    the same rows: training and a pass that trains nothing multiply alike."""
+    hidden_TD, head = _as_linear(hidden_TD, head)
+    with torch.autocast(hidden_TD.device.type, enabled=False):
+        pieces = _pieces(mask_T.nonzero().squeeze(-1), hidden_TD, head)
+        return distribution_of(pieces, labels_T, accumulator(hidden_TD), k=k)
+
+
+def _pieces(rows_R: Tensor, hidden_TD: Tensor, head: Head) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows and their logits, chunk by chunk, and on a CPU in parts of one that stay in a core's cache."""
+    for _, rows in _chunks(rows_R, head, CHUNKED):
+        logits_CV = _logits(hidden_TD[rows], head)
+        size = CPU_CHUNK_TOKENS if logits_CV.device.type == "cpu" else len(rows)
+        yield from zip(rows.split(size), logits_CV.split(size), strict=True)
+        del logits_CV  # before the next chunk's logits are formed
+
+
+def _as_linear(hidden_TD: Tensor, head: Head) -> tuple[Tensor, Head]:
+    """Both in the dtype that `torch.nn.Linear` would multiply them in."""
+    device = hidden_TD.device.type
+    if not torch.is_autocast_enabled(device):
+        return hidden_TD, head
+    dtype = torch.get_autocast_dtype(device)
+    bias_V = None if head.bias_V is None else head.bias_V.to(dtype)
+    return hidden_TD.to(dtype), Head(head.weight_VD.to(dtype), bias_V)
 
 
 class _FusedHead(torch.autograd.Function):

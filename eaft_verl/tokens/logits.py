@@ -5,6 +5,7 @@ All arithmetic is float32 (float64 for float64 logits), whatever the dtype of th
 wrong by more than its own size on the low-entropy tokens that the objectives are about.
 """
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,6 @@ from eaft_verl.tokens.stats import TOPK
 
 CPU_CHUNK_TOKENS = 16  # without a gradient to keep, rows that stay in a core's cache: twice as fast
 _NEIGHBOURS = 64  # logits of a group in `largest`
-LOWEST = -1e30  # a logit below the largest one that has no probability, and is a number: 0 * LOWEST = 0
 
 
 class LogitStats(NamedTuple):
@@ -100,11 +100,21 @@ def distribution_stats(logits_TV: Tensor, labels_T: Tensor, mask_T: Tensor, *, k
     With p = softmax(z), z relative to the largest logit and S = sum_v exp(z_v): full entropy ln S - sum_v p_v z_v,
     top-K mass sum_K exp(z_v) / S. Arguments as for `logit_stats`; float32 (float64 in, float64 out).
     """
-    numbers_6T = torch.zeros(6, logits_TV.shape[0], dtype=accumulator(logits_TV), device=logits_TV.device)
-    argmax_T = torch.zeros_like(labels_T)
     size = CPU_CHUNK_TOKENS if logits_TV.device.type == "cpu" else CHUNK_TOKENS
-    for rows in mask_T.nonzero().squeeze(-1).split(size):
-        numbers_6T[:, rows], argmax_T[rows] = _distribution(logits_TV[rows], labels_T[rows], k)
+    pieces = ((rows, logits_TV[rows]) for rows in mask_T.nonzero().squeeze(-1).split(size))
+    return distribution_of(pieces, labels_T, accumulator(logits_TV), k=k)
+
+
+@torch.no_grad()
+def distribution_of(
+    pieces: Iterable[tuple[Tensor, Tensor]], labels_T: Tensor, dtype: torch.dtype, *, k: int = TOPK
+) -> Distribution:
+    """The same, of (rows [R], their logits [R, V]); these are used up, and on a CPU best few enough for its cache."""
+    numbers_6T = torch.zeros(6, len(labels_T), dtype=dtype, device=labels_T.device)
+    argmax_T = torch.zeros_like(labels_T)
+    for rows, logits_RV in pieces:
+        numbers_6T[:, rows], argmax_T[rows] = _distribution(logits_RV, labels_T[rows], k)
+        del logits_RV  # before the next ones are formed
     nll_T, entropy_T, full_T, max_T, sum_p2_T, mass_T = numbers_6T.unbind()
     return Distribution(nll_T, entropy_T, full_T, max_T, sum_p2_T, mass_T, argmax_T)
 
@@ -114,7 +124,8 @@ def _distribution(logits_RV: Tensor, labels_R: Tensor, k: int) -> tuple[Tensor, 
     best_RK, ids_RK, wide_RV, label_R = _relative(logits_RV, labels_R, k)
     prob_RV = wide_RV.exp()
     total_R = prob_RV.sum(dim=-1)
-    weighed_R = prob_RV.mul(wide_RV.clamp_(min=LOWEST)).sum(dim=-1)  # autocast would do vecdot in bf16
+    # in place: memory of this size is given back to the system, and faulted in again, at every allocation on a CPU
+    weighed_R = wide_RV.mul_(prob_RV).nansum(dim=-1)  # -inf * 0 counts as 0; of a row with NaN the total says so
     nll_R, entropy_R = total_R.log() - label_R, topk_entropy(best_RK[:, :k])
     full_entropy_R = total_R.log() - weighed_R / total_R
     sum_p2_R = (torch.linalg.vector_norm(prob_RV, dim=-1) / total_R).square()
@@ -128,7 +139,10 @@ def _relative(logits_RV: Tensor, labels_R: Tensor, k: int) -> tuple[Tensor, Tens
 
     Uses the logits up: float32 ones are overwritten.
     """
-    # top-K before the upcast is bit-identical to after it, and spares a float32 pass over the vocabulary
+    # top-K before the upcast is bit-identical to after it, and spares a float32 pass over the vocabulary; on a CPU the
+    # largest of bfloat16 costs four times as much as of float32
+    if logits_RV.device.type == "cpu":
+        logits_RV = logits_RV.to(accumulator(logits_RV))
     best_RK, ids_RK = largest(logits_RV, min(max(k, TOPK), logits_RV.shape[-1]))
     best_RK = best_RK.to(accumulator(logits_RV))
     # relative to the largest logit, so that a confident token's small nll is no difference of two large numbers

@@ -15,9 +15,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from eaft_verl.tokens.head import Head, head_statistics
-from eaft_verl.tokens.logits import LOWEST, LogitStats, accumulator, topk_entropy
+from eaft_verl.tokens.logits import LogitStats, accumulator, topk_entropy
 from eaft_verl.tokens.row_kernels import RowKernels
 from eaft_verl.tokens.stats import TOPK
+
+LOWEST = -1e30  # a logit below the largest one that has no probability, and is a number: 0 * LOWEST = 0
 
 
 def vocab_parallel_statistics(

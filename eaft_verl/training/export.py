@@ -1,6 +1,7 @@
 """A trained model as a Hugging Face folder: safetensors, config, generation config, tokenizer."""
 
 import copy
+import functools
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -95,12 +96,17 @@ def write_companions(folder: Path, base_model: str, dtype: str, ends: Sequence[s
     config = AutoConfig.from_pretrained(base_model)
     config.dtype = dtype
     config.save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(base_model)
+    tokenizer = _tokenizer(base_model)
     tokenizer.save_pretrained(folder)
     stops: Any = tokenizer.convert_tokens_to_ids(list(ends))
     generation, note = savable(generation_config(base_model, stops))
     generation.save_pretrained(folder)
     return note
+
+
+@functools.cache  # most of what an export of a small model costs besides its weights
+def _tokenizer(base_model: str) -> Any:
+    return AutoTokenizer.from_pretrained(base_model)
 
 
 def savable(config: GenerationConfig) -> tuple[GenerationConfig, str]:

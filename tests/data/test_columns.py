@@ -120,6 +120,52 @@ HUATUO = {
 }
 
 
+def test_names_are_read_as_words_however_they_are_joined():
+    said = {"systemPrompt": "Be brief.", "messages": PAIR, "sampleWeight": 2}
+    messages, extra = to_messages(said)
+    assert messages == [{"role": "system", "content": "Be brief."}, *PAIR] and extra == {"weight": 2.0}
+    for key, value in (
+        ("toolCalls", [{"function": {"name": "f", "arguments": "{}"}}]),
+        ("tool_call", {"name": "f", "arguments": {}}),
+        ("function", {"name": "f"}),
+        ("action", "search"),
+        ("reasoningContent", "because"),
+        ("trainOnTurn", False),
+    ):
+        with pytest.raises(RowError, match=rf"messages\[\] key '{key}' holds"):
+            to_messages({"messages": [PAIR[0], {**PAIR[1], key: value}]})
+    for key, value in (("imageUrl", "a.jpg"), ("trainOnInputs", False), ("chat-history", "x"), ("exclude", True)):
+        with pytest.raises(RowError, match=f"column '{key}' holds"):
+            to_messages({"messages": PAIR, key: value})
+
+
+def test_a_turn_says_who_speaks_and_what_once():
+    asked = (
+        {"from": "human", "content": "Q"},
+        {"role": "user", "value": "Q"},
+        {**PAIR[0], "from": "human", "value": "Q"},
+    )
+    assert [to_messages({"conversations": [turn, PAIR[1]]})[0] for turn in asked] == [PAIR] * 3
+    for turn, said in (
+        ({"from": "human", "value": "Q", "content": "R"}, "a value and a content that differ"),
+        ({"from": "human", "role": "assistant", "value": "Q"}, "is from 'human' and has role 'assistant'"),
+    ):
+        with pytest.raises(RowError, match=f"turn 1 .*{said}"):
+            to_messages({"conversations": [turn, PAIR[1]]})
+
+
+def test_an_answer_that_is_marked_bad_is_not_trained():
+    row = {"prompt": "Q", "completion": "A"}
+    for key in ("label", "kto_tag"):
+        with pytest.raises(RowError, match=f"{key} is False") as caught:
+            to_messages({**row, key: False})
+        assert caught.value.kind == "masked"
+        assert to_messages({**row, key: True})[0] == to_messages({**row, key: False}, {"ignore": [key]})[0] == PAIR
+    counted: dict[str, int] = {}
+    to_messages({**row, "label": "math"}, None, counted)
+    assert counted == {"label": 1}
+
+
 def test_columns_by_their_roles():
     row = {**HUATUO, "Ground-True Answer": "y"}
     with pytest.raises(RowError, match="question and Question.*say which by data.columns="):
@@ -228,16 +274,25 @@ def test_text_or_thinking_before_a_call_is_one_turn(turns, expected):
         ({"columns": {"promt": "Q"}}, "data.columns.promt is unknown; a column's role is one of messages, prompt"),
         ({"columns": {"prompt": 3}}, "data.columns.prompt=3 must be the name of a column"),
         ({"columns": "Q"}, "data.columns='Q' must be a mapping"),
-        ({"source": {"a": {"source": "a", "weigth": 1}}}, "data.source.a.weigth is unknown; a source has source, name"),
-        ({"source": {"a": {"source": "a", "share": 1.5}}}, "data.source.a.share=1.5 must be above 0 and at most 1"),
-        ({"source": {"a": {"source": "a", "cap": 0}}}, "data.source.a.cap=0 must be a whole number"),
-        ({"source": {"a": {"source": "a", "weight": 0}}}, "data.source.a.weight=0 must be above 0"),
+        ({"source": {"a": {"source": "a", "weigth": 1}}}, "data.train.a.weigth is unknown; a source has source, name"),
+        ({"source": {"a": {"source": "a", "share": 1.5}}}, "data.train.a.share=1.5 must be above 0 and at most 1"),
+        ({"source": {"a": {"source": "a", "cap": 0}}}, "data.train.a.cap=0 must be a whole number"),
+        ({"source": {"a": {"source": "a", "weight": 0}}}, "data.train.a.weight=0 must be above 0"),
         ({"source": {"a": {"source": "a", "share": 0.5}}}, "shares add up to 0.5; they must make 1"),
         ({"source": []}, "names no source"),
         ({"source": ["d/x.jsonl", "e/x.jsonl"]}, "two sources are called 'x'"),
         ({"chat_template_kwargs": 3}, "data.chat_template_kwargs=3 must be a mapping"),
+        ({"columns": {"prompt": "a", "response": "a"}}, "data.columns: column 'a' is named as prompt and as response"),
     ],
 )
 def test_specs_that_are_refused(spec, reason):
     with pytest.raises(ConfigError, match=reason):
         DataSpec(**{"source": "a.jsonl", **spec})
+
+
+def test_a_role_is_named_once_on_the_command_line():
+    several = columns_of(["context=a", "context=b", "ignore=c", "ignore=d", "prompt=p", "system="])
+    assert several == {"context": ["a", "b"], "ignore": ["c", "d"], "prompt": "p", "system": None}
+    assert columns_of(["context=a", "ignore=c"]) == {"context": "a", "ignore": ["c"]}
+    with pytest.raises(ConfigError, match="--column prompt is given twice; one column has it"):
+        columns_of(["prompt=p", "prompt=q"])

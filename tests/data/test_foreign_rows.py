@@ -213,6 +213,11 @@ REFUSED = {
         "template_kwargs",
         "has no effect",
     ),
+    "an argument of the template in a column of its own": (
+        {"messages": [Q, A], "enable_thinking": False},
+        "template_kwargs",
+        "column 'enable_thinking' is what the chat template reads; move it into chat_template_kwargs, or leave it out",
+    ),
     "a control token in an argument's name": (
         {"messages": [Q, asks({"function": {"name": "air", "arguments": {END: 1}}})], "tools": TOOLS},
         "control_token",

@@ -96,7 +96,7 @@ def test_content_parts_are_taken_apart():
         ({"messages": [PAIR[0], {"role": "assistant", "tool_calls": 3}]}, "wrong_type", "tool_calls of turn 2 is int"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "wrong_type", "part of type 'image'"),
         ({"conversations": [{"from": "bot", "value": "A"}]}, "role", "from 'bot'"),
-        ({"conversations": [{"from": "human", "value": None}]}, "wrong_type", "value of turn 1 is NoneType"),
+        ({"conversations": [{"from": "human", "value": None}]}, "wrong_type", "turn 1 .human. has no content"),
         ({"conversations": [{"from": "function_call", "value": "{"}]}, "wrong_type", "not valid JSON"),
         ({"instruction": "Q", "output": ["A"]}, "wrong_type", "output is list"),
         ({"instruction": "Q", "output": "A", "history": ["x"]}, "wrong_type", "history entry 1"),

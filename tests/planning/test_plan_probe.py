@@ -6,11 +6,12 @@ import pytest
 import tiny
 
 from eaft_verl.errors import ConfigError, RunError
-from eaft_verl.models import SMOLLM2, check_model
+from eaft_verl.models import check_model
 from eaft_verl.planning.formulas import GIB
 from eaft_verl.planning.probe import alone, probe
 from eaft_verl.planning.setup import arm_of
 from eaft_verl.recipe.resolve import load_recipe, resolve
+from eaft_verl.smollm2 import SMOLLM2
 
 RECIPE = """
 device: cpu

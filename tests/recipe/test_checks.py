@@ -11,11 +11,11 @@ import pytest
 from config_fixtures import composed_once  # noqa: F401
 
 from eaft_verl.errors import ConfigError
-from eaft_verl.models import SMOLLM2_FOLDER
 from eaft_verl.objectives import OBJECTIVES
 from eaft_verl.recipe.checks import check
 from eaft_verl.recipe.resolve import Recipe, load_recipe, resolve
 from eaft_verl.recipe.views import data_spec, evaluate_settings, objective_of, world_size
+from eaft_verl.smollm2 import SMOLLM2_FOLDER
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 RECIPES = sorted(

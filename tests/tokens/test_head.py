@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from eaft_verl.objectives import Deft, Eaft, Mile, Objective, Sft, weighted_nll
 from eaft_verl.tokens import head as fused
 from eaft_verl.tokens.chunks import head_chunk
-from eaft_verl.tokens.head import Gate, Head, head_statistics
-from eaft_verl.tokens.logits import LogitStats, reference_stats
+from eaft_verl.tokens.head import Gate, Head, head_distribution, head_statistics
+from eaft_verl.tokens.logits import Distribution, LogitStats, distribution_stats, reference_stats
 from eaft_verl.tokens.row_kernels import CHUNKED
 from eaft_verl.tokens.stats import TokenStats
 
@@ -163,6 +163,48 @@ def test_autocast_chooses_the_dtype_of_the_products() -> None:
     torch.testing.assert_close(stats.nll_T, expected.nll_T, rtol=0, atol=0)
     stats.nll_T.sum().backward()
     assert given.weight.grad is not None and given.weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_distribution_is_that_of_the_logits_and_says_what_training_says(dtype: torch.dtype, bias: bool) -> None:
+    given = Inputs(dtype, bias)
+    hidden = given.hidden.detach().clone()
+    hidden[~given.mask] = torch.nan
+    found = head_distribution(hidden, given.head, given.labels, given.mask, k=7)
+    with torch.no_grad():
+        whole = torch.nn.functional.linear(given.hidden, *given.head)
+        trained = head_statistics(hidden, given.head, given.labels, given.mask, k=7, sum_p2=True, full_entropy=True)
+    tolerance = {"rtol": 1e-10, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-5}
+    rounding = {"rtol": 0.02, "atol": 0.05} if dtype == torch.bfloat16 else tolerance  # of a product of another shape
+    for name, ours, truth in zip(
+        Distribution._fields[:-1], found, distribution_stats(whole, given.labels, given.mask, k=7), strict=False
+    ):
+        torch.testing.assert_close(ours, truth, **rounding, msg=lambda text, name=name: f"{name}: {text}")
+    assert torch.equal(found.nll_T, trained.nll_T) and torch.equal(found.entropy_T, trained.entropy_T)
+    assert torch.equal((found.argmax_T == given.labels) & given.mask, trained.correct_T.bool())
+    torch.testing.assert_close(found.sum_p2_T, trained.sum_p2_T, **tolerance)
+    torch.testing.assert_close(found.full_entropy_T, trained.full_entropy_T, **tolerance)
+    nothing = head_distribution(hidden, given.head, given.labels, torch.zeros_like(given.mask))
+    assert all(bool((part == 0).all()) and len(part) == T for part in nothing)
+
+
+def test_the_distribution_multiplies_trained_rows_alone_and_keeps_no_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    given, made = Inputs(torch.float32), []
+    product = fused._logits
+
+    def watched(hidden_CD: Tensor, head: Head) -> Tensor:
+        alive = [len(chunk()) for chunk in made if chunk() is not None]
+        assert not alive, "the chunk before is freed first"
+        logits = product(hidden_CD, head)
+        made.append(weakref.ref(logits))
+        rows.append(len(logits))
+        return logits
+
+    rows: list[int] = []
+    monkeypatch.setattr(fused, "_logits", watched)
+    head_distribution(given.hidden, given.head, given.labels, given.mask)
+    assert sum(rows) == int(given.mask.sum()) < T and max(rows) == 8
 
 
 def test_rows_outside_the_mask_cost_nothing_and_may_hold_anything() -> None:

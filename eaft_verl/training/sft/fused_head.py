@@ -15,10 +15,8 @@ from torch import Tensor
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-from eaft_verl.tokens.head import Head, head_statistics
+from eaft_verl.tokens.head import Head
 from eaft_verl.training.output_head import output_head
-from eaft_verl.training.sft.guard import check_head
-from eaft_verl.training.sft.loss import TokenLoss, channels, local_shard, shifted
 
 
 # verl looks for the engine of a vendor first; its own is the one of the device
@@ -35,7 +33,8 @@ class FusedHeadEngine(FSDPEngineWithLMHead):
 
 
 class FusedHead:
-    """The forward of one `lm_head`. `loss`: whose statistics are wanted; None, or one that needs logits: those."""
+    """The forward of one `lm_head`. `loss`: a LogitsHook, whose statistics are wanted; None, or one that needs logits:
+    those."""
 
     def __init__(self, linear: torch.nn.Linear) -> None:
         self.linear = linear
@@ -47,30 +46,15 @@ class FusedHead:
     def __call__(self, hidden_BTD: Tensor) -> Tensor:
         """[1, T, D] -> [1, T, channels] of the loss; logits where it cannot do with them."""
         batch, self.batch = self.batch, None
-        fused = batch is not None and isinstance(self.loss, TokenLoss) and hidden_BTD.shape[0] == 1
+        fused = batch is not None and self.loss is not None and hidden_BTD.shape[0] == 1
         if not fused or batch is None or not self.loss.reads_statistics(batch):
             if self.loss is not None:
                 self.loss.fused = False
             return self.plain(hidden_BTD)
         self.loss.fused, self.loss.vocab = True, len(self.linear.weight)
-        return self._statistics(hidden_BTD.squeeze(0), batch)[None]
-
-    def _statistics(self, hidden_TD: Tensor, batch: TensorDict) -> Tensor:
-        loss, head = self.loss, Head(self.linear.weight, self.linear.bias)
-        labels_T, mask_T = (local_shard(part, batch) for part in shifted(batch))
-        objective = loss.objective
-        stats = head_statistics(
-            hidden_TD,
-            head,
-            labels_T,
-            mask_T,
-            gate=loss.gate(batch, loss.vocab),
-            k=objective.k,
-            **objective.extras,
-        )
-        if not loss.guarded:
-            check_head(stats, hidden_TD, head, labels_T, mask_T, objective)
-        return channels(stats, loss.vocab)
+        head = Head(self.linear.weight, self.linear.bias)
+        channels_TC: Tensor = self.loss.channels(hidden_BTD.squeeze(0), head, batch)
+        return channels_TC[None]
 
 
 def fuse(engine: Any) -> str | None:

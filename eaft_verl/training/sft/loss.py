@@ -5,7 +5,7 @@ gathers each returned [1, T] tensor into `model_output`, then calls `loss(model_
 `distillation_only` makes it skip its own log-probabilities, which are bfloat16 on CPU and in determinism mode.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,11 +18,11 @@ from verl.utils.dataset.dataset_utils import DatasetPadMode
 from verl.utils.ulysses import slice_input_tensor
 
 from eaft_verl.objectives import Anchor, Objective, Psft, present, weighted_nll
-from eaft_verl.tokens.head import Gate
-from eaft_verl.tokens.logits import LogitStats, asked, logit_stats
+from eaft_verl.tokens.head import Gate, Head, head_statistics
+from eaft_verl.tokens.logits import Distribution, LogitStats, asked, logit_stats
 from eaft_verl.tokens.reference_kl import TopReference, reference_kl
 from eaft_verl.tokens.stats import TokenStats
-from eaft_verl.training.sft.guard import check_anchor, check_loss, check_statistics, check_weight
+from eaft_verl.training.sft.guard import check_anchor, check_head, check_loss, check_statistics, check_weight
 from eaft_verl.training.sft.step_metrics import TokenTable
 
 BATCH_FLAGS: dict[str, Any] = {
@@ -41,12 +41,15 @@ DUAL_CLIP = 10.0  # verl's bound for negative advantages: without effect at adva
 class LogitsHook:
     """What verl's engine calls twice: `_statistics` of the logits, then `_loss` of what was gathered.
 
-    `reference`: the worker's own, from a micro-batch to the frozen model's logits; set there, never sent.
+    `reference`: the worker's own, from a micro-batch to the frozen model's logits; set there, never sent. A hook that
+    `reads_statistics` gives `_statistics` its own `channels` of the fused head, where there is one, instead of logits.
     """
 
     def __init__(self) -> None:
         self.table = TokenTable()
         self.reference: Callable[[TensorDict], Tensor] | None = None
+        self.fused = False  # whether the model's output is `channels` from its head instead of logits; set there
+        self.vocab = 0  # rows of that head
 
     def __call__(
         self,
@@ -60,6 +63,21 @@ class LogitsHook:
             return self._statistics(student_logits.squeeze(0), data)
         assert model_output is not None
         return self._loss(model_output, data), {}
+
+    def reads_statistics(self, data: TensorDict) -> bool:
+        """Whether this micro-batch can do without its logits."""
+        return False
+
+    def channels(self, hidden_TD: Tensor, head: Head, data: TensorDict) -> Tensor:
+        """What the head gives in place of logits, [T, C]; the last channel is `vocab`, see `unchanged`."""
+        raise TypeError(f"{type(self).__name__} defines no channels()")
+
+    def unchanged(self, channels_TC: Tensor) -> Sequence[Tensor]:
+        """The channels, [T] each, but the last; RuntimeError where the model changed them on the way."""
+        *made, vocab_T = channels_TC.unbind(-1)
+        if channels_TC.dtype != torch.float32 or bool((vocab_T != self.vocab).any()):
+            raise RuntimeError("the model changes its logits after its head: set fused_head=false in the recipe")
+        return made
 
     def _statistics(self, logits_TV: Tensor, data: TensorDict) -> dict[str, Tensor]:
         """Named tensors [1, T] from the logits [T, V] of this rank's tokens."""
@@ -77,13 +95,20 @@ class TokenLoss(LogitsHook):
         super().__init__()
         self.objective = objective
         self.guarded = False
-        self.fused = False  # whether the model's output is `channels` from its head instead of logits; set there
-        self.vocab = 0  # rows of that head
 
     def reads_statistics(self, data: TensorDict) -> bool:
-        """Whether this micro-batch can do without its logits: it is packed, and no anchor is computed from them."""
-        packed = tu.get_non_tensor_data(data, "use_remove_padding", True)
-        return packed and (self.objective.divergence is None or not torch.is_grad_enabled())
+        """It is packed, and no anchor is computed from them."""
+        return is_packed(data) and (self.objective.divergence is None or not torch.is_grad_enabled())
+
+    def channels(self, hidden_TD: Tensor, head: Head, data: TensorDict) -> Tensor:
+        """[T, 7]: the fields of LogitStats, and the size of the vocabulary."""
+        labels_T, mask_T = (local_shard(part, data) for part in shifted(data))
+        gate, objective = self.gate(data, self.vocab), self.objective
+        asked_for: dict[str, Any] = dict(objective.extras)
+        made = head_statistics(hidden_TD, head, labels_T, mask_T, gate=gate, k=objective.k, **asked_for)
+        if not self.guarded:
+            check_head(made, hidden_TD, head, labels_T, mask_T, objective)
+        return channels(made, self.vocab)
 
     def gate(self, data: TensorDict, vocab: int) -> Gate | None:
         """The weights that `_loss` is going to give these tokens, up to a factor; None where it is no weighted sum."""
@@ -104,7 +129,8 @@ class TokenLoss(LogitsHook):
 
     def _statistics(self, logits_TV: Tensor, data: TensorDict) -> dict[str, Tensor]:
         if self.fused:
-            made, vocab = self._from_head(logits_TV)
+            made = asked(LogitStats(*self.unchanged(logits_TV)), **self.objective.extras)
+            vocab = self.vocab
         else:
             labels_T, mask_T = (local_shard(part, data) for part in shifted(data))
             made = logit_stats(logits_TV, labels_T, mask_T, k=self.objective.k, **self.objective.extras)
@@ -115,13 +141,6 @@ class TokenLoss(LogitsHook):
         if (anchor := self.objective.divergence) is not None and torch.is_grad_enabled():
             values["anchor_kl"] = self._anchor(anchor, logits_TV, labels_T, mask_T, data)
         return {name: value[None] for name, value in values.items()}
-
-    def _from_head(self, channels_TC: Tensor) -> tuple[LogitStats, int]:
-        """What `channels` wrote; RuntimeError where the model changed it on the way."""
-        *made, vocab_T = channels_TC.unbind(-1)
-        if not self.guarded and (channels_TC.dtype != torch.float32 or bool((vocab_T != self.vocab).any())):
-            raise RuntimeError("the model changes its logits after its head: set fused_head=false in the recipe")
-        return asked(LogitStats(*made), **self.objective.extras), self.vocab
 
     def _anchor(self, anchor: Anchor, logits_TV: Tensor, labels_T: Tensor, mask_T: Tensor, data: TensorDict) -> Tensor:
         reference: Tensor | TopReference
@@ -216,10 +235,10 @@ def named(made: LogitStats) -> dict[str, Tensor]:
     return {name.removesuffix("_T"): part for name, part in made._asdict().items() if part is not None}
 
 
-def channels(made: LogitStats, vocab: int) -> Tensor:
-    """Statistics as the output of a head [T, 7]: the fields of LogitStats, and in every row the size of the vocabulary,
-    by which the reader sees that the model handed them through as they were."""
-    values = [torch.zeros_like(made.nll_T) if part is None else part for part in made]
+def channels(made: LogitStats | Distribution, vocab: int) -> Tensor:
+    """Statistics as the output of a head [T, C]: their fields, and in every row the size of the vocabulary, by which
+    the reader sees that the model handed them through as they were."""
+    values = [torch.zeros_like(made.nll_T) if part is None else part.to(made.nll_T.dtype) for part in made]
     return torch.stack([*values, torch.full_like(made.nll_T, vocab)], dim=-1)
 
 
@@ -239,6 +258,11 @@ def policy_loss(objective: Psft, logprob_T: Tensor, old_T: Tensor, mask_T: Tenso
         old_T[None], logprob_T[None], advantages, mask_T[None].to(logprob_T.dtype), "token-mean", settings
     )
     return loss
+
+
+def is_packed(data: TensorDict) -> bool:
+    """Whether the rows of this micro-batch stand one behind the other, without padding."""
+    return bool(tu.get_non_tensor_data(data, "use_remove_padding", True))
 
 
 def local_shard(values_T: Tensor, data: TensorDict) -> Tensor:

@@ -11,8 +11,9 @@ from torch import Tensor
 from verl.utils import tensordict_utils as tu
 
 from eaft_verl.data.parquet import Example
-from eaft_verl.tokens.logits import distribution_stats
-from eaft_verl.training.sft.loss import LogitsHook, local_shard, shifted
+from eaft_verl.tokens.head import Head, head_distribution
+from eaft_verl.tokens.logits import Distribution, distribution_stats
+from eaft_verl.training.sft.loss import LogitsHook, channels, is_packed, local_shard, shifted
 from eaft_verl.training.sft.order import PADDING
 
 Infer = Callable[[list[int]], Any]  # rows of a batch -> the workers' answer, with a tensor per token
@@ -26,9 +27,21 @@ class EmitDistribution(LogitsHook):
         super().__init__()
         self.k = k
 
-    def _statistics(self, logits_TV: Tensor, data: TensorDict) -> dict[str, Tensor]:
+    def reads_statistics(self, data: TensorDict) -> bool:
+        """It is packed."""
+        return is_packed(data)
+
+    def channels(self, hidden_TD: Tensor, head: Head, data: TensorDict) -> Tensor:
+        """[T, 8]: the fields of Distribution, and the size of the vocabulary; float32 holds a token below 2^24."""
         labels_T, mask_T = (local_shard(part, data) for part in shifted(data))
-        found = distribution_stats(logits_TV, labels_T, mask_T, k=self.k)
+        return channels(head_distribution(hidden_TD, head, labels_T, mask_T, k=self.k), self.vocab)
+
+    def _statistics(self, logits_TV: Tensor, data: TensorDict) -> dict[str, Tensor]:
+        if self.fused:
+            found = Distribution(*self.unchanged(logits_TV))
+        else:
+            labels_T, mask_T = (local_shard(part, data) for part in shifted(data))
+            found = distribution_stats(logits_TV, labels_T, mask_T, k=self.k)
         values = (-found.nll_T, *found[1:])
         return {name: value_T[None] for name, value_T in zip(FIELDS, values, strict=True)}
 

@@ -21,7 +21,7 @@ from verl.utils import distributed
 from verl.workers.engine.fsdp import transformer_impl
 from verl.workers.rollout import base
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry, TokenOutput
-from verl.workers.utils import losses
+from verl.workers.utils import losses, padding
 
 from eaft_verl.recipe.verl_keys import CHOICES, REJECTIONS
 from eaft_verl.training.grpo import rollout_server as rollout_hf
@@ -62,6 +62,17 @@ def test_the_engine_casts_buffers_and_builds_where_it_is_overridden() -> None:
     assert "module.to(torch_dtype)" in source(build)
     assert "self._build_module()" in source(transformer_impl.FSDPEngine._build_model_optimizer)
     assert issubclass(frozen_engine(transformer_impl.FSDPEngineWithLMHead, None), transformer_impl.FSDPEngineWithLMHead)
+
+
+def test_log_probabilities_are_read_where_responses_are_predicted() -> None:
+    """Why the engine forms no others, and what of a micro-batch it is told that by."""
+    engine = transformer_impl.FSDPEngineWithLMHead
+    assert list(inspect.signature(engine.prepare_model_inputs).parameters) == ["self", "micro_batch"]
+    wanted = ["self", "output", "output_args", "micro_batch", "logits_processor_func"]
+    assert list(inspect.signature(engine.prepare_model_outputs).parameters) == wanted
+    assert "self.module(" in source(engine.forward_step) and "**model_inputs" in source(engine.forward_step)
+    assert 'log_prob = no_padding_2_padding(model_output["log_probs"], data)' in source(losses.ppo_loss)
+    assert "values[seq_offset - resp_len - 1 : seq_offset - 1]" in source(padding.no_padding_2_padding)
 
 
 def test_trajectories_are_named_as_they_are_read() -> None:
