@@ -40,7 +40,9 @@ def export_weights(
     for name, weight in weights:
         tied = name == "lm_head.weight" and config.tie_word_embeddings
         if write and not tied:  # a tied head is the embedding; saving it twice doubles a small model's file
-            state[name] = weight.detach().to("cpu", DTYPES[dtype]).contiguous()
+            kept = weight.detach().to("cpu", DTYPES[dtype]).contiguous()
+            # Rows that do not divide by the ranks are gathered into a longer buffer, which safetensors refuses.
+            state[name] = kept if kept.untyped_storage().nbytes() == kept.nbytes else kept.clone()
             if not state[name].isfinite().all():
                 raise FloatingPointError(f"weight {name} is not finite in {dtype}: the model is not exported")
     if not write:
