@@ -21,13 +21,17 @@ def parsed(value: Any, where: str) -> Any:
         raise RowError("wrong_type", f"{where} is not valid JSON ({why_no_json(error)})") from None
 
 
-def tool_list(value: Any) -> list[dict[str, Any]]:
-    """Descriptions as [{type, function: {name, ...}}], from a list of objects or of their JSON texts, or its JSON."""
+def _listed(value: Any) -> Any:
+    """What `tools` holds, its JSON read; nothing, blank text and "null" are an empty list."""
     if value is None or (isinstance(value, str) and not value.strip()):
         return []
     given = parsed(value, "tools")
-    if given is None:  # "null"
-        return []
+    return [] if given is None else given
+
+
+def tool_list(value: Any) -> list[dict[str, Any]]:
+    """Descriptions as [{type, function: {name, ...}}], from a list of objects or of their JSON texts, or its JSON."""
+    given = _listed(value)
     if not isinstance(given, list):
         raise RowError("wrong_type", "tools must be a list of function descriptions, each with a name")
     tools = []

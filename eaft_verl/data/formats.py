@@ -86,6 +86,17 @@ def _extra(row: Row) -> dict[str, Any]:
         extra["tools"] = tools
     if (weight := row.take("weight")) is not None:
         extra["weight"] = _weight(weight)
+    _require_wanted(row)
+    if (given := row.take("chat_template_kwargs")) is not None:
+        kwargs = parsed(given, "chat_template_kwargs")
+        if not isinstance(kwargs, dict):
+            raise RowError("wrong_type", f"chat_template_kwargs is {type(kwargs).__name__}; an object is expected")
+        extra["chat_template_kwargs"] = {key: value for key, value in kwargs.items() if value is not None}
+    return extra
+
+
+def _require_wanted(row: Row) -> None:
+    """RowError for a row that one of its columns leaves out of training."""
     for key in MASK_KEYS:
         if (mask := row.take(key)) is not None and not switch(mask, f"{key} of the row"):
             raise RowError("masked", f"the row is not to be trained: {key} is {mask!r}")
@@ -95,12 +106,6 @@ def _extra(row: Row) -> dict[str, Any]:
             if not wanted:
                 said = f"{key} is False: an answer that is not wanted; where it means something else, {ignored(key)}"
                 raise RowError("masked", said)
-    if (given := row.take("chat_template_kwargs")) is not None:
-        kwargs = parsed(given, "chat_template_kwargs")
-        if not isinstance(kwargs, dict):
-            raise RowError("wrong_type", f"chat_template_kwargs is {type(kwargs).__name__}; an object is expected")
-        extra["chat_template_kwargs"] = {key: value for key, value in kwargs.items() if value is not None}
-    return extra
 
 
 def _weight(value: Any) -> float:

@@ -41,7 +41,7 @@ def export_weights(
         tied = name == "lm_head.weight" and config.tie_word_embeddings
         if write and not tied:  # a tied head is the embedding; saving it twice doubles a small model's file
             kept = weight.detach().to("cpu", DTYPES[dtype]).contiguous()
-            # rows that do not divide by the ranks are gathered into a longer buffer, which safetensors refuses
+            # Rows that do not divide by the ranks are gathered into a longer buffer, which safetensors refuses.
             state[name] = kept if kept.untyped_storage().nbytes() == kept.nbytes else kept.clone()
             if not state[name].isfinite().all():
                 raise FloatingPointError(f"weight {name} is not finite in {dtype}: the model is not exported")
