@@ -15,11 +15,7 @@ done
 echo "setup: .venv with $("$python" --version), a few minutes the first time"
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
-install() { # by uv where there is one, in a fraction of the time; what it does not find, pip may: its sources are its own
-  uv=$(command -v .venv/bin/uv || command -v uv || true)
-  [ -n "$uv" ] && VIRTUAL_ENV=$PWD/.venv "$uv" pip install -q "$@" 2>/dev/null && return
-  pip install -q --no-compile "$@" # Python compiles what is imported, a fifth of what is installed
-}
+install() { pip install -q --no-compile "$@"; } # Python compiles what is imported, a fifth of what is installed
 torch=$(grep '^torch==' "$locked")
 if [ "$locked" = docker/constraints-cpu.txt ] && ! .venv/bin/python -c 'import torch' 2>/dev/null; then
   # without a GPU the CUDA build of torch is gigabytes for nothing: take a CPU build where pip or uv finds one
