@@ -35,6 +35,14 @@ def write_details(run: Run, text: str, pids: Iterable[int] = ()) -> Path:
     return path
 
 
+def details_kept(run: Run, text: str, pids: Iterable[int] = ()) -> str:
+    """`; details in FILE`, or why there is no such file: a full disk must not hide what has happened."""
+    try:
+        return f"; details in {write_details(run, text, pids)}"
+    except OSError as error:
+        return f"; its details could not be written: {error.strerror or error}"
+
+
 def _tail(file: Path) -> list[str]:
     if not file.is_file():
         return []

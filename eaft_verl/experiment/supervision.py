@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from eaft_verl.cluster.demand import WAIT
-from eaft_verl.cluster.ray_logs import write_details
+from eaft_verl.cluster.ray_logs import details_kept
 from eaft_verl.errors import EXIT_CODES, HUNG, LOST, Interrupted, RunError
 from eaft_verl.runs import Run
 from eaft_verl.training import states
@@ -70,7 +70,7 @@ def _spoken_for(folder: Path, code: int) -> int:
     noted = bool(code) and _note(folder, "failed", told)
     if not ((noted and mute) or code < 0):
         return code
-    where = f"; the ends of Ray's logs are in {write_details(Run(folder), cause)}" if noted else ""
+    where = details_kept(Run(folder), cause) if noted else ""
     print(f"eaft: error: {cause}{where}; run the same command again", file=sys.stderr)
     return LOST
 

@@ -5,7 +5,7 @@ import re
 
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError, RayTaskError, WorkerCrashedError
 
-from eaft_verl.cluster.ray_logs import write_details
+from eaft_verl.cluster.ray_logs import details_kept
 from eaft_verl.errors import NO_SPACE, ConfigError, DiskFull, Diverged, Lost, OutOfMemory, RunError, WorkerFailed
 from eaft_verl.recipe.config import Config
 from eaft_verl.runs import Run
@@ -27,7 +27,7 @@ def explained(error: BaseException, config: Config, run: Run) -> BaseException:
     text, pids = f"{error}", [int(found) for found in re.findall(r"pid[=:] ?(\d+)", str(error))]
     if isinstance(cause, RunError | ConfigError):  # ours, raised in another process
         return RunError(str(cause))
-    where = f"; details in {write_details(run, text, pids)}"
+    where = details_kept(run, text, pids)
     said = " ".join(str(cause).split())
     if isinstance(error, OutOfMemoryError) or KILLED_FOR_MEMORY.search(text):
         return OutOfMemory(f"a host ran out of memory and Ray ended a worker: {on_host(config)}{where}")

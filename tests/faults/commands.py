@@ -39,7 +39,7 @@ def told(lab: Lab, number: int, words: list[str | Path], ready: Callable[[subpro
 
 @fault("SIGTERM, then Ctrl-C, to `prepare` and its processes", "143, 130, one line; nothing of OUT is there", slow=True)
 def _prepare(lab: Lab) -> Outcome:
-    rows = [{"prompt": f"What is {one} + 1?", "response": f"It is {one + 1}."} for one in range(4000)]
+    rows = [{"prompt": f"What is {one} + 1?", "response": f"It is {one + 1}."} for one in range(40_000)]
     (lab.folder / "many.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     words: list[str | Path] = ["prepare", "many.jsonl", "made/many.parquet", "--model", lab.model]
     for number in ENDS:

@@ -89,6 +89,16 @@ def test_the_file_has_the_traceback_and_the_worker_s_last_words(run: Run) -> Non
     assert "raylet line\n" in kept and "\x1b" not in kept
 
 
+def test_a_disk_too_full_for_the_details_hides_no_cause(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr("eaft_verl.cluster.ray_logs.write_text", full)
+    lost = explained(ActorDiedError(), config(), run)
+    assert "has died" in text(lost) and "details could not be written: No space left on device" in text(lost)
+    assert "while writing" in text(explained(raised(RuntimeError("basic_ios::clear: iostream error")), config(), run))
+
+
 def test_what_is_ours_or_unknown_stays_what_it_is(run: Run) -> None:
     for error in (RunError("told"), KeyError("x"), OSError(errno.ENOENT, "none", "x")):
         assert explained(error, config(), run) is error
