@@ -4,6 +4,7 @@ Data, answers, errors and file names are other people's. Everything printed pass
 into a run or handed to a launcher passes `masked`.
 """
 
+import asyncio
 import contextlib
 import ctypes
 import errno
@@ -13,8 +14,9 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from typing import Any, TextIO
+from collections.abc import Coroutine, Iterator
+from types import FrameType
+from typing import Any, TextIO, TypeVar
 
 # C0 but tab and line feed, DEL, C1; marks, embeddings, overrides and isolates of direction; halves of surrogate pairs;
 # what has no width: spaces, joiners that join nothing (they do in emoji and in Persian), tags, selectors in a row
@@ -34,6 +36,7 @@ _START = (  # `python -m` would run a random.py of the current folder, -P is of 
 )
 _REFERENCE = re.compile(r"\$\{oc\.env:\s*(\w+)")
 _KEPT: set[str] = set()  # variables that a recipe uses for a secret, whatever they are called
+_T = TypeVar("_T")
 _SHORTEST = 8  # characters of a value that is left out: shorter ones are switches and numbers
 
 
@@ -200,6 +203,46 @@ def stops_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         if came:
             signal.raise_signal(came[0])
+
+
+def run_async(work: Coroutine[Any, Any, _T]) -> _T:
+    """`asyncio.run`, where a signal that ends the command cancels `work` and KeyboardInterrupt follows in the end.
+
+    Raised wherever the loop is, it would break the end of the loop too, whose tasks then tell of their own destruction.
+    Python from 3.11 on does as much, but not in a script's background jobs, which ignore Ctrl-C and hear SIGTERM.
+    """
+    told: list[int] = []
+
+    async def cancellable() -> _T:
+        main, loop = asyncio.current_task(), asyncio.get_running_loop()
+        assert main is not None
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            if number == signal.SIGINT and before == signal.SIG_IGN:
+                return
+            if told:
+                raise KeyboardInterrupt
+            told.append(number)
+            main.cancel()
+            loop.call_soon_threadsafe(lambda: None)  # it may be waiting for its sockets
+
+        before = signal.signal(signal.SIGINT, stop)
+        try:
+            return await work
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    if threading.current_thread() is not threading.main_thread():  # no signal comes here
+        return asyncio.run(work)
+    try:
+        made = asyncio.run(cancellable())
+    except asyncio.CancelledError:
+        if told:
+            raise KeyboardInterrupt from None
+        raise
+    if told:
+        raise KeyboardInterrupt
+    return made
 
 
 def begin_worker() -> None:

@@ -168,3 +168,45 @@ def test_a_stop_that_another_thread_is_handed_waits_as_well(number: int) -> None
     finally:
         leave.set()
         signal.signal(number, before)
+
+
+IN_A_TASK = """
+import asyncio, os, signal
+from eaft_verl.boundary import run_async
+from eaft_verl.experiment.processes import Ending
+
+async def asked():
+    os.kill(os.getpid(), signal.SIGTERM)  # comes while a task runs, not while the loop waits
+    await asyncio.sleep(60)
+
+async def work():
+    tasks = [asyncio.create_task(asyncio.wait_for(asked(), 60))]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        await asyncio.gather(*tasks, return_exceptions=True)
+        print("closed")
+
+signal.signal(signal.SIGINT, {handler})
+with Ending() as ending:
+    try:
+        run_async(work())
+    except KeyboardInterrupt:
+        print(ending.name, signal.getsignal(signal.SIGINT) is {handler})
+"""
+
+
+@pytest.mark.parametrize("handler", ["signal.SIG_IGN", "signal.default_int_handler"])
+def test_a_signal_within_a_task_ends_the_loop_in_order(handler: str) -> None:
+    """A background job of a script ignores Ctrl-C: SIGTERM was raised in the task, and again at the loop's end."""
+    code = IN_A_TASK.replace("{handler}", handler)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stdout, done.stderr) == ("closed\nSIGTERM True\n", "")
+
+
+def test_ctrl_c_in_the_background_of_a_script_stays_unheard() -> None:
+    code = (
+        IN_A_TASK.replace("{handler}", "signal.SIG_IGN").replace("SIGTERM", "SIGINT").replace("sleep(60)", "sleep(0)")
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stdout, done.stderr) == ("closed\n", "")

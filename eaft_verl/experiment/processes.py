@@ -68,7 +68,7 @@ class Ending:
         interrupt = signal.getsignal(signal.SIGINT)
         if not callable(interrupt):  # ignored, as in the background jobs of a script
             raise KeyboardInterrupt
-        interrupt(signal.SIGINT, frame)
+        interrupt(number, frame)
 
     def _at_once(self) -> None:
         with contextlib.suppress(OSError):  # nobody may be there to read it

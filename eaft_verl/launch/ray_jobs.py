@@ -1,6 +1,5 @@
 """`eaft launch --on ray`: submit to a running cluster, follow the log, leave the job running on Ctrl-C."""
 
-import asyncio
 import os
 import shlex
 import sys
@@ -15,7 +14,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from ray.util.state import list_nodes
 from ray.util.state.common import NodeState
 
-from eaft_verl.boundary import looks_secret
+from eaft_verl.boundary import looks_secret, run_async
 from eaft_verl.cluster.demand import Offer, demand_of
 from eaft_verl.cluster.doctor import CONNECT_TIMEOUT_S
 from eaft_verl.cluster.findings import require, token_finding
@@ -68,7 +67,7 @@ def run_job(wanted: Launch, config: Config, name: str, *, dry_run: bool) -> int:
     stop = f"ray job stop --address {address} {name}"
     print(f"follow: {follow}\nstop:   {stop}  (saves; launch again to go on)", flush=True)
     try:
-        asyncio.run(_follow(client, name))
+        run_async(_follow(client, name))
         return _outcome(client, name)
     except KeyboardInterrupt:
         print(f"\ndetached; the job goes on. follow: {follow}", flush=True)

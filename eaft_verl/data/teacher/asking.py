@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from eaft_verl.boundary import run_async
 from eaft_verl.data.leakage import Against
 from eaft_verl.data.teacher.answer_file import AnswerFile
 from eaft_verl.data.teacher.endpoint import Teacher
@@ -82,7 +83,7 @@ class Asking:
             tqdm(total=total, desc="synthesize", unit=unit, mininterval=slow) as bar,
             ThreadPoolExecutor(grading.size if grading else 1) as threads,
         ):
-            asyncio.run(self._all(grading, threads, bar))
+            run_async(self._all(grading, threads, bar))
         return self.verdicts
 
     async def _all(self, grading: GradingPool | None, threads: ThreadPoolExecutor, bar: Any) -> None:
@@ -147,7 +148,7 @@ def model_to_ask(spec: SynthesisSpec) -> str:
 
     ConfigError if it cannot be reached, or serves several models and none is named, or refuses the one that is named.
     """
-    return asyncio.run(_model_to_ask(spec))
+    return run_async(_model_to_ask(spec))
 
 
 async def _model_to_ask(spec: SynthesisSpec) -> str:
