@@ -60,6 +60,8 @@ def load_spec(path: str, overrides: list[str], *, own: bool) -> tuple[SynthesisS
         tree.setdefault("grader", config.reward.grader)
         if own and not tree.get("prompts"):
             tree["prompts"] = _training_prompts(config)
+        if own:  # a longer answer makes no row, and servers refuse to be asked for more than their context
+            tree.setdefault("sampling", {}).setdefault("max_tokens", config.data.max_length)
     _check_said(tree, path, own=own)
     spec = parse_spec({**tree, "own": own}, path)
     return spec, _against(config, [sources] if isinstance(sources, str) else sources)

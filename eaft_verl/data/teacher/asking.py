@@ -124,9 +124,12 @@ class Asking:
         self._failed_in_a_row = self._failed_in_a_row + 1 if row["outcome"] == "failed" else 0
         assert self.spec.endpoint is not None
         if self._failed_in_a_row >= max(_IN_A_ROW, self.spec.endpoint.concurrency):
+            most = self.spec.sampling.max_tokens
+            lower = f"; lower sampling.max_tokens, which is {most}" if "max_tokens" in row["error"] else ""
+            kept = f"{len(self.file)} answers are kept in {self.file.path}: the same command goes on"
             raise Lost(
                 f"{self.spec.endpoint.url}: {self._failed_in_a_row} requests in a row have failed, the last with "
-                f"{row['error']}; {len(self.file)} answers are kept in {self.file.path}: the same command goes on"
+                f"{row['error']}; {kept if len(self.file) else 'no answer has come'}{lower}"
             )
 
 

@@ -16,7 +16,7 @@ from eaft_verl.data.leakage import Against
 from eaft_verl.data.sources import at_hand, source_hash
 from eaft_verl.data.spec import RowError
 from eaft_verl.data.teacher.account import Account, choose
-from eaft_verl.data.teacher.answer_file import AnswerFile
+from eaft_verl.data.teacher.answer_file import AnswerFile, holds_answers
 from eaft_verl.data.teacher.asking import Asking, Verdicts, cost_of, draw_order, model_to_ask
 from eaft_verl.data.teacher.endpoint import check_package
 from eaft_verl.data.teacher.given import draw_given
@@ -136,7 +136,9 @@ def check_out(spec: SynthesisSpec, out: Path) -> None:
     if not known or any(not isinstance(stored.get(part), dict) for part in parts):
         raise DataError(f"{stored_file} is not what this version writes; name another OUT")
     differs = _differences(stored["request"], wanted["request"], ignore_none=True)
-    advice = "name another OUT, or take the spec back"
+    advice = "name another OUT, or " + (
+        "take the spec back" if holds_answers(folder / "answers.jsonl") else f"delete {folder}: no answer came"
+    )
     if not differs and made:
         differs = _differences(stored["rows"], wanted["rows"])
         advice = f"name another OUT, or delete {out.name}: its answers are kept and used again"
