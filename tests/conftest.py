@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -21,6 +22,7 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
 )
 os.environ.pop("RAY_ADDRESS", None)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background job ignores it, and all that it starts
 if not shutil.which("nvidia-smi"):  # Triton asks when it is first imported
     os.environ["TRITON_INTERPRET"] = "1"
 
