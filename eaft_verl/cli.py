@@ -232,6 +232,8 @@ def _checkpoints(options: argparse.Namespace) -> None:
     from eaft_verl.experiment.checkpoints import export_step, listing
     from eaft_verl.runs import Run
 
+    if options.out and options.export is None:
+        raise ConfigError("--out is of --export STEP")
     run = Run(options.folder)
     if options.export is None:
         print("\n".join(listing(run)))
