@@ -206,12 +206,15 @@ def test_prepare_advises_its_own_options(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["checkpoints", "RUN", "--out", "x"], "--out is of --export STEP"),
+        (["checkpoints", "{run}", "--out", "x"], "--out is of --export STEP"),
         (["analyze", "quickstart", "--new-tokens", "9"], "--new-tokens is of --own N"),
     ],
 )
-def test_an_option_without_effect_is_refused(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(words) == 2
+def test_an_option_without_effect_is_refused(
+    words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Run.create(tmp_path / "run", info={"kind": "arm", "total_steps": 4}, config="a: 1\n", env={})
+    assert main([word.format(run=tmp_path / "run") for word in words]) == 2
     assert said in capsys.readouterr().err
 
 
