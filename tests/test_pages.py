@@ -96,6 +96,20 @@ def test_commands_are_understood(page: str, line: str) -> None:
     resolve(load_recipe(str(ROOT / "recipes/quickstart.yaml")), "eaft", overrides)
 
 
+def comments() -> list[str]:
+    """Every `eaft ...` with arguments in the comments of recipes, of their defaults and of what launches them."""
+    files = [*ROOT.glob("recipes/*.yaml"), *ROOT.glob("examples/*"), ROOT / "eaft_verl/recipe/defaults.yaml"]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in files if path.suffix in (".yaml", ".sh", ".sbatch"))
+    found = re.findall(r"`(eaft [a-z]+ [^`\n]+)`|^# +(eaft [a-z]+ [^\n(]+)", text, re.M)
+    return sorted({inline or line.strip() for inline, line in found})
+
+
+@pytest.mark.parametrize("line", comments())
+def test_commands_of_comments_are_understood(line: str) -> None:
+    if "ARGUMENTS" not in line and "$@" not in line:
+        parser().parse_known_args(shlex.split(line)[1:])  # ends the program where an argument is missing
+
+
 @pytest.fixture(scope="module")
 def newcomer(tmp_path_factory: pytest.TempPathFactory, tiny_model_path: Path) -> Path:
     """A folder as README's reader has it: chats.jsonl, the recipes, and what `eaft init` and a training leave."""
