@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from shlex import quote
 
 from eaft_verl.boundary import guard_streams, masked, python_command
 from eaft_verl.errors import (
@@ -167,7 +168,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     run = evaluate_command(options.what, options.recipe, options.out, options.overrides, options.base)
     print(f"evaluated {run.path}")
     if run.path.parent.name == "models":
-        print(f"beside its base and arms, once these are evaluated: eaft report {run.path.parents[1]}")
+        print(f"beside its base and arms, once these are evaluated: eaft report {quote(str(run.path.parents[1]))}")
 
 
 def _compare(options: argparse.Namespace) -> int:
@@ -234,7 +235,7 @@ def _checkpoints(options: argparse.Namespace) -> None:
 
     run = Run(options.folder)
     if options.export is None:
-        print("\n".join(listing(run)))
+        print("\n".join(listing(run, options.out)))
     else:
         print(f"wrote {export_step(run, options.export, options.out)}")
 

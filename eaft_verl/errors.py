@@ -11,7 +11,7 @@ REFUSED, OUT_OF_MEMORY, DISK_FULL, HUNG, DIVERGED, LOST = 2, 4, 5, 6, 7, 8
 SAVED, CTRL_C, UNREAD, ENDED = 75, 130, 141, 143  # EX_TEMPFAIL of sysexits.h; 128 + SIGINT, SIGPIPE, SIGTERM
 EXIT_CODES = {
     0: "done",
-    1: "an arm of a comparison failed, a check of `doctor` did, or this program has a fault",
+    1: "a stage of a comparison failed, a check of `doctor` did, or this program has a fault",
     REFUSED: "not possible as asked: recipe, data, model or run directory; nothing to retry unchanged",
     3: "`plan`: an arm does not fit; `reproduce`: a number came out different",
     OUT_OF_MEMORY: "out of memory, on a GPU or a host",

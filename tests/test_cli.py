@@ -189,6 +189,35 @@ def test_prepare_shows_what_is_trained(
     assert "nothing is kept of this" in shown and sorted(tmp_path.iterdir()) == before
 
 
+def test_prepare_advises_its_own_options(
+    tmp_path: Path, tiny_model_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A recipe's key in a message cannot be typed there; a prepared file takes no settings any more."""
+    rows, out = str(tiny.write_sums(tmp_path / "data.rows.jsonl", 3, seed=5)), str(tmp_path / "rows.parquet")
+    model = ("--model", str(tiny_model_path))
+    assert main(["prepare", rows, out, *model, "--max-length", "4"]) == 2
+    said = capsys.readouterr().err
+    assert "set --over-long drop or truncate, or --max-length " in said and f"{rows}: " in said
+    assert main(["prepare", rows, out, *model]) == 0
+    assert main(["prepare", out, *model, "--show", "1", "--rows", "2"]) == 2
+    assert "--rows has no effect" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["checkpoints", "{run}", "--out", "x"], "--out is of --export STEP"),
+        (["analyze", "quickstart", "--new-tokens", "9"], "--new-tokens is of --own N"),
+    ],
+)
+def test_an_option_without_effect_is_refused(
+    words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Run.create(tmp_path / "run", info={"kind": "arm", "total_steps": 4}, config="a: 1\n", env={})
+    assert main([word.format(run=tmp_path / "run") for word in words]) == 2
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("words", [["--help"], ["compare", "{recipe}", "--dry-run"]])
 def test_a_reader_that_goes_away_is_no_fault(recipe: Path, words: list[str]) -> None:
     command = [sys.executable, "-m", "eaft_verl.cli", *(word.format(recipe=recipe) for word in words)]

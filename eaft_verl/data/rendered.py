@@ -83,7 +83,7 @@ def holds_calls(messages: list[Message], whole: str) -> bool:
 
 
 def _dropped(field: str) -> str:
-    left_out = ", or leave its column out by data.columns={ignore: [NAME]} (--column ignore=NAME)"
+    left_out = ", or leave its column out by 'data.columns={ignore: [NAME]}' (--column ignore=NAME)"
     return (
         f"the chat template drops or changes its {field}; use a template that writes it, or put it into the content as "
         f"it should be generated{left_out * (field == 'reasoning_content')}"

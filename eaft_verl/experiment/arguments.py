@@ -118,7 +118,7 @@ def _add_synthesize(verbs: argparse._SubParsersAction) -> None:
         "overrides", nargs="*", metavar="key=value", help="e.g. endpoint.url=http://HOST:8000/v1 rows=100"
     )
     verb.add_argument(
-        "--own", action="store_true", help="answers of the model that will be trained: 4 a prompt, as it is"
+        "--own", action="store_true", help="answers of the model that will be trained: 4 a prompt at temperature 1"
     )
     verb.add_argument("--partial", action="store_true", help="write OUT even where requests have failed")
     verb.add_argument("--dry-run", action="store_true", help="read and screen the prompts, ask nothing")
@@ -139,7 +139,7 @@ def _add_evaluate(verbs: argparse._SubParsersAction) -> None:
     )
     verb.add_argument("--recipe", help=f"benchmarks for a MODEL (default: {DEFAULT_RECIPE})")
     verb.add_argument("--base", metavar="MODEL", help="drift of a MODEL is measured from this (default: the recipe's)")
-    where = "run directory for a MODEL (default: OUTPUT/models/NAME; OUTPUT/base for the base itself)"
+    where = "run directory for a MODEL (default: OUTPUT/models/NAME-HASH; OUTPUT/base for the base itself)"
     verb.add_argument("--out", type=Path, help=where)
     verb.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change, for a MODEL")
 
@@ -238,7 +238,9 @@ def _add_analyze(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument(
         "overrides", nargs="*", metavar="[DATA] key=value", help="data for a MODEL; keys to change, e.g. data.rows=60"
     )
-    verb.add_argument("--out", type=Path, help="folder to write (default: OUTPUT/analysis of the recipe)")
+    verb.add_argument(
+        "--out", type=Path, help="folder to write (default: OUTPUT/analysis; runs/analyze-MODEL-DATA; in the STORE)"
+    )
     verb.add_argument("--own", type=int, default=0, metavar="N", help="beside it, the model's own answers to N prompts")
     verb.add_argument("--temperature", type=float, default=1.0, help="of --own; 0 is greedy (default: %(default)s)")
     verb.add_argument("--top-p", type=float, default=1.0, help="of --own (default: %(default)s)")

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any, NamedTuple
 
 from eaft_verl.errors import RunError
@@ -34,9 +35,10 @@ def finished_run(config: Config, arm: str, why: str, otherwise: str = "") -> Run
     status = Run(folder).info["status"] if is_run(folder) else None
     if status != "finished":
         found = "does not exist" if status is None else f"has status {status!r}"
+        command = f"eaft train {quote(config.recipe)} --arm {arm} seed={config.seed}"
         raise RunError(
-            f"{why}, and {folder} {found}; first run `eaft train {config.recipe} --arm {arm} seed={config.seed}` with "
-            f"the same overrides, or `eaft compare`, which keeps the order{otherwise}"
+            f"{why}, and {folder} {found}; first run `{command}` with the same overrides, or "
+            f"`eaft compare`, which keeps the order{otherwise}"
         )
     return Run(folder)
 

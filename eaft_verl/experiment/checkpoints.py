@@ -3,7 +3,7 @@
 import time
 from pathlib import Path
 
-from eaft_verl.errors import RunError
+from eaft_verl.errors import RunError, require
 from eaft_verl.experiment.chain import began_at
 from eaft_verl.files import read_json
 from eaft_verl.models import resolve_model
@@ -14,8 +14,9 @@ GIB = 1024**3
 LENGTHS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
 
 
-def listing(run: Run) -> list[str]:
-    """A line per state, every byte of it verified, and one for the exports."""
+def listing(run: Run, out: Path | None = None) -> list[str]:
+    """A line per state, every byte of it verified, and one for the exports. ConfigError for an `out`."""
+    require(out is None, "--out is of --export STEP")
     keys, lines = run.info.get("keys"), [f"{run.path} ({run.info['status']})"]
     for folder in sorted((run.path / states.FOLDER).glob("*step_*")):
         lines.append(f"  {folder.name:<24} {_described(folder, keys)}")

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from eaft_verl.errors import RunError
+from eaft_verl.errors import ConfigError, RunError
 from eaft_verl.evaluation.model_files import check_checksums
 from eaft_verl.files import locked, read_json, write_json
 from eaft_verl.recipe.resolve import load_recipe, resolve
@@ -42,6 +42,10 @@ def choose_command(what: str, overrides: list[str], *, copy: bool) -> str:
 def _output(what: str, overrides: list[str]) -> Path:
     folder = Path(what)
     if folder.is_dir():
+        if overrides:
+            raise ConfigError(
+                f"{overrides[0]}: {what} is the output folder itself, where this has no effect; leave it out"
+            )
         return folder.resolve()
     recipe = load_recipe(what)
     return Path(resolve(recipe, next(iter(recipe.arms)), overrides).output)

@@ -5,6 +5,7 @@ A stage is a process of its own: what it leaves is a run directory, and GPU memo
 
 import contextlib
 import os
+import shlex
 import sys
 import tempfile
 import time
@@ -99,8 +100,8 @@ def _report(base: Path, finished: list[Path], failed: list[dict[str, Any]], rule
 def _show(configs: list[Config], base: Stage, stages: list[tuple[Stage, Stage]]) -> None:
     """What a run would do, stage by stage, and where it would stop."""
     for stage in (base, *(stage for pair in stages for stage in pair)):
-        print(f"{'done' if stage.done else 'todo'}  {stage.label:32} eaft {' '.join(stage.arguments)}")
-    runs = " ".join(str(stage.run) for stage in (base, *(pair[0] for pair in stages)))
+        print(f"{'done' if stage.done else 'todo'}  {stage.label:32} eaft {shlex.join(stage.arguments)}")
+    runs = shlex.join(str(stage.run) for stage in (base, *(pair[0] for pair in stages)))
     print(f"todo  {'report':32} eaft report {runs}")
     warn_of(idle_gpus(configs[0], len(gpus_here())))
     warn(list(dict.fromkeys(message for config in configs for message in pending(config, contents=True))))

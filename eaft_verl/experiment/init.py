@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import yaml
@@ -219,6 +220,7 @@ def _said(
     out: Path, found: Profile, split: Split, kept: int, plan: ArmPlan | ConfigError, settings: dict[str, Any]
 ) -> Iterator[str]:
     limit, batch = settings["max_length"], settings["verl"]["data"]["train_batch_size"]
+    recipe = quote(str(out))
     looked = f"the first {LOOKED_AT:,}" if found.manifest["counts"]["read"] < split.trained + split.held else "them"
     unused = f" ({split.unused:,} of {looked} at fault or copies, which are left out)" if split.unused else ""
     yield (
@@ -234,9 +236,9 @@ def _said(
         share = float(found.lengths_E.clip(max=limit).mean()) / limit  # the plan takes every example for the longest
         share *= split.usable / split.trained  # and every row for a good one
         seconds = max(60.0, plan.step_s * (plan.arm.updates or 0) * share)
-        yield f"{fit}: {gib(plan.peak)} GiB a device, training about {duration(seconds)} an arm (`eaft plan {out}`)"
+        yield f"{fit}: {gib(plan.peak)} GiB a device, training about {duration(seconds)} an arm (`eaft plan {recipe}`)"
         if seconds > PATIENCE_S:
             rows = max(batch, min(64, int(TRY_S * split.trained / seconds)))
             fewer = f"data.rows={rows} data.heldout_rows={min(16, split.held)} output=runs/{out.stem}-try"
-            yield f"first try, {duration(seconds * rows / split.trained)} an arm: eaft compare {out} {fewer}"
-    yield f"next: eaft compare {out} --dry-run, then without --dry-run"
+            yield f"first try, {duration(seconds * rows / split.trained)} an arm: eaft compare {recipe} {fewer}"
+    yield f"next: eaft compare {recipe} --dry-run, then without --dry-run"

@@ -1,6 +1,7 @@
 """What `eaft prepare` does with its arguments."""
 
 import argparse
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -11,18 +12,36 @@ from eaft_verl.data.leakage import Against, summary
 from eaft_verl.data.prepare import Prepared, check_leakage, load_prepared, manifest_path, prepare
 from eaft_verl.data.show import show
 from eaft_verl.data.spec import LEAKAGE, REPEATED, DataSpec
-from eaft_verl.errors import ConfigError
+from eaft_verl.errors import ConfigError, DataError
 from eaft_verl.models import load_tokenizer, resolve_model
 from eaft_verl.recipe.datasets import file_questions, recipe_questions
 from eaft_verl.recipe.resolve import load_recipe, resolve
+from eaft_verl.recipe.shipped import find_recipe
+
+# keys of a recipe in messages, which are options here
+_KEY = re.compile(r"(?<![\w/.])data\.(max_length|over_long|control_tokens|turns|rows|max_rejected|leakage)\b(?!\.\w)=?")
+_DECIDED = ("max_length", "over_long", "control_tokens", "turns", "rows")  # by what a prepared file was prepared with
 
 
 def prepare_command(options: argparse.Namespace) -> None:
     """Prepare SOURCE into OUT (or open SOURCE, if it is prepared data), say what came of it, show examples."""
+    try:
+        _prepare(options)
+    except (ConfigError, DataError) as error:
+        raise type(error)(_KEY.sub(_as_option, str(error))) from None
+
+
+def _as_option(key: re.Match[str]) -> str:
+    """'--over-long ' for 'data.over_long=', so that what a message advises can be typed."""
+    return f"--{key[1].replace('_', '-')}{' ' * key[0].endswith('=')}"
+
+
+def _prepare(options: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(resolve_model(options.model))
     source = Path(options.source)
     with tempfile.TemporaryDirectory() as scratch:
         if options.out is None and source.suffix == ".parquet" and manifest_path(source).exists():
+            _require_undecided(options)
             prepared = check_leakage(load_prepared(source, tokenizer), _against(options))
             check_rejected(prepared.manifest, options.max_rejected)
         elif options.out is None and not options.show:
@@ -33,11 +52,20 @@ def prepare_command(options: argparse.Namespace) -> None:
         else:
             out = options.out or Path(scratch) / "shown.parquet"
             prepared = prepare(_spec(options), tokenizer, out, _against(options), options.max_rejected)
-        print(_summary(prepared))
+        print(_KEY.sub(_as_option, _summary(prepared)))
         if scratch in str(prepared.path):
             print(f"nothing is kept of this: name OUT.parquet, or write data.train={options.source} into a recipe")
         if options.show:
             show(prepared, tokenizer, options.show, sys.stdout)
+
+
+def _require_undecided(options: argparse.Namespace) -> None:
+    given = [name for name in _DECIDED if name in vars(options).get("given", ())] + ["column"] * bool(options.column)
+    if given:
+        raise ConfigError(
+            f"--{given[0].replace('_', '-')} has no effect: {options.source} is prepared data, which decides this "
+            "itself; leave it out, or prepare the raw file again"
+        )
 
 
 def _spec(options: argparse.Namespace) -> DataSpec:
@@ -77,7 +105,7 @@ def _against(options: argparse.Namespace) -> Against | None:
                 f"--leakage {options.leakage} needs --against RECIPE or FILE: what to compare the rows with"
             )
         return None
-    if Path(options.against).suffix not in (".yaml", ".yml"):
+    if find_recipe(Path(options.against)).suffix not in (".yaml", ".yml"):
         return file_questions(options.against, options.leakage)
     recipe = load_recipe(options.against)
     return recipe_questions(resolve(recipe, next(iter(recipe.arms))), options.leakage)

@@ -4,6 +4,7 @@ Its own config.yaml decides: what it took from another run (a budget, the level 
 evaluation are stages of their own, as in `compare`; what is finished already is kept.
 """
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,7 @@ def _require_before(run: Run, config: Config) -> None:
     for arm in (config.start and config.start.arm, average.get("of"), average.get("with")):
         name = run_name(arm, config.seed) if arm and arm != BASE else ""
         if name and not is_run(Path(config.output) / name):
-            first = f"eaft reproduce {run.path.parent / name} --output {config.output}"
+            first = shlex.join(["eaft", "reproduce", str(run.path.parent / name), "--output", config.output])
             raise RunError(f"{run.path} is made from {name}, which {config.output} does not hold; first `{first}`")
 
 

@@ -1,5 +1,6 @@
 """What a trained model is good for: its folder, the lines that load and serve it, its way to a hub."""
 
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,8 @@ def how_to_use(run: Run, step: int | None = None) -> list[str]:
     """Lines to print when a model is trained: talk to it, serve it, load it."""
     folder = last_export(run, step)
     return [
-        f"talk:   eaft chat {run.path}",
-        f"serve:  vllm serve {folder}",
+        f"talk:   {shlex.join(['eaft', 'chat', str(run.path)])}",
+        f"serve:  {shlex.join(['vllm', 'serve', str(folder)])}",
         f"python: # weights in {_dtype(folder)}, as the base model's{_merged(run)}",
         "  from transformers import pipeline",
         f'  chat = pipeline("text-generation", {str(folder)!r})',

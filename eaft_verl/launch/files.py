@@ -36,8 +36,8 @@ def kuberay_job(wanted: Launch, config: Config, name: str) -> tuple[str, str, li
     demand = demand_of(config)
     job = yaml.safe_load(_template("rayjob.yaml"))
     job["metadata"]["name"] = name.replace(".", "-")[-47:].lstrip("-")  # KubeRay appends; Kubernetes allows 63
-    words = ["eaft", "launch", *wanted.words(), "--on", "local", "--wait", str(JOIN_S)]
-    job["spec"]["entrypoint"] = shlex.join(words)
+    waits = [] if wanted.wait else ["--wait", str(JOIN_S)]
+    job["spec"]["entrypoint"] = shlex.join(["eaft", "launch", *wanted.words(), "--on", "local", *waits])
     text = OmegaConf.to_yaml(OmegaConf.create(read_recipe(Path(wanted.recipe))))
     carried = base64.b64encode(text.encode()).decode()  # a shell of KubeRay's and Ray expand ${...} in variables
     runtime_env = build_runtime_env(os.environ, defaults=JOB_ENV, asked={RECIPE: carried})

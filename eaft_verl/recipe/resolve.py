@@ -201,7 +201,8 @@ def _device(layers: list[tuple[str, dict[str, Any]]]) -> str:
         if chosen not in DEVICES:
             raise ConfigError(f"{where}: device={chosen!r} is not one of {', '.join(DEVICES)}")
     if chosen == "auto":
-        return "cuda" if shutil.which("nvidia-smi") or os.environ.get("RAY_ADDRESS") else "cpu"
+        cluster = os.environ.get("RAY_ADDRESS", "") not in ("", "local")
+        return "cuda" if shutil.which("nvidia-smi") or cluster else "cpu"
     return chosen
 
 

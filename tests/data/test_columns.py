@@ -168,7 +168,7 @@ def test_an_answer_that_is_marked_bad_is_not_trained():
 
 def test_columns_by_their_roles():
     row = {**HUATUO, "Ground-True Answer": "y"}
-    with pytest.raises(RowError, match="question and Question.*say which by data.columns="):
+    with pytest.raises(RowError, match="question and Question.*say which by 'data.columns="):
         to_messages(row)
     named, unused = {"prompt": "Question", "reasoning": "Complex_CoT", "response": "Response"}, {}
     messages, extra = to_messages(row, named, unused)

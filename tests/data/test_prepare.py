@@ -130,7 +130,7 @@ def test_rows_that_differ_in_what_they_quote_are_named_together(write, make_toke
     prepared = prepare(DataSpec(write([*asked, *copies, *named])), make_tokenizer(), tmp_path / "t.parquet")
     lines = rows_used(prepared.manifest).split("\n  ")[1:]
     assert lines[0].startswith("row 1: column 'options' holds '{\"A\": \"the first one")
-    assert lines[0].endswith("put it into a turn as text, or leave it out by data.columns={ignore: [options]} "
+    assert lines[0].endswith("put it into a turn as text, or leave it out by 'data.columns={ignore: [options]}' "
                              "(--column ignore='options') (2 more of this kind)")  # fmt: skip
     assert lines[1] == "row 5: duplicate of row 4 (1 more of this kind)"
     assert [line.split(" which")[0] for line in lines[2:]] == [

@@ -151,7 +151,7 @@ def test_rows_that_cannot_be_asked_say_why(tmp_path: Path) -> None:
 
 def test_advice_is_in_the_words_of_the_spec(tmp_path: Path) -> None:
     ((_, _, error),) = prompts(tmp_path, {"problem": "a", "question": "b"})
-    assert str(error).endswith("or say which by prompts.p.columns={prompt: problem, ignore: [question]}")
+    assert str(error).endswith("or say which by 'prompts.p.columns={prompt: problem, ignore: [question]}'")
 
 
 def test_screen_finds_copies_leaks_and_answers_that_cannot_be_graded(tmp_path: Path) -> None:

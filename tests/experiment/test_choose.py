@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from eaft_verl.errors import RunError
+from eaft_verl.errors import ConfigError, RunError
 from eaft_verl.experiment.choose import choose_command
 from eaft_verl.files import read_json, write_json
 
@@ -69,5 +69,7 @@ def test_what_cannot_be_done_is_said_and_changes_nothing(tmp_path: Path) -> None
     with pytest.raises(RunError, match="was not made by `eaft choose`"):
         choose_command(str(other), [], copy=True)
     assert (other / "chosen" / "mine").exists()
+    with pytest.raises(ConfigError, match="output=runs/mine: .* is the output folder itself"):
+        choose_command(str(folder), ["output=runs/mine"], copy=False)
     with pytest.raises(RunError, match="does not exist: run `eaft compare`"):
         choose_command(str(tmp_path), [], copy=False)

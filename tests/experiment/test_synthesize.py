@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,8 +21,10 @@ from eaft_verl.cli import main
 from eaft_verl.data.formats import to_messages
 from eaft_verl.data.teacher import endpoint as endpoint_module
 from eaft_verl.data.teacher import synthesis
+from eaft_verl.data.teacher.synthesis import GREEDY
 from eaft_verl.errors import LOST, REFUSED, DiskFull, RunError
 from eaft_verl.files import locked
+from eaft_verl.recipe.resolve import overrides_tree
 
 FAST = ("grader=number", "endpoint.backoff=0.01", "endpoint.attempts=3", "endpoint.timeout=5")
 ROOT = Path(__file__).parents[2]
@@ -437,3 +440,8 @@ def test_rows_with_answers_are_drawn_without_an_endpoint(desk: Desk) -> None:
         messages, extra = to_messages(row)
         assert [turn["role"] for turn in messages] == ["user", "assistant", "tool", "assistant"] and extra["tools"]
         assert messages[1]["tool_calls"][0]["function"]["arguments"] == {"x": int(messages[0]["content"].split()[1])}
+
+
+def test_the_way_out_of_greedy_answers_can_be_typed() -> None:
+    (word,) = shlex.split(GREEDY.partition(" samples only with ")[2])
+    assert overrides_tree([word]) == {"sampling": {"extra": {"generation_config": '{"do_sample": true}'}}}

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -195,3 +196,10 @@ def test_a_folders_runs_and_the_place_of_their_report(output: Path, capsys: pyte
     (output / "report/report.json").write_text(json.dumps({"seeds": {"eaft": [0], "sft": [0], "gone": [0]}}))
     assert place_of(output, runs[1:]) == output / "report"
     assert place_of(output, runs[1:2]) == output / "report-eaft-seed0"
+
+
+def test_the_lines_can_be_typed_whatever_the_folder_is_called(output: Path) -> None:
+    apart = output.rename(output.with_name("my runs"))
+    talk, serve, *_ = how_to_use(Run(apart / "eaft-seed0"))
+    assert shlex.split(talk)[1:] == ["eaft", "chat", str(apart / "eaft-seed0")]
+    assert shlex.split(serve)[3] == str(apart / "eaft-seed0/checkpoints/step_000004")

@@ -73,7 +73,7 @@ def _most_rows_prepared(lab: Lab) -> Outcome:
     write(lab, misspelt(rows[:12]) + rows[12:])
     words = ("prepare", lab.folder / "train.jsonl", lab.folder / "p.parquet", "--model", lab.model)
     words += ("--max-length", "256")  # as in the recipe
-    lab.eaft(*words, "--max-rejected", "0.5").refused("12 of 16 rows are faulty, more than data.max_rejected=0.5")
+    lab.eaft(*words, "--max-rejected", "0.5").refused("12 of 16 rows are faulty, more than --max-rejected 0.5")
     assert not (lab.folder / "p.parquet").exists()
     seen = lab.eaft(*words)
     assert seen.code == 0 and "4 of 16 rows are used; 12 are not: role 12" in seen.said

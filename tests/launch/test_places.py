@@ -105,6 +105,25 @@ def test_kuberay_gets_one_pod_per_node_with_the_gpus_of_a_node(monkeypatch: pyte
     assert all(type(value) is str for value in variables.values())
 
 
+def test_kuberay_waits_as_long_as_is_asked() -> None:
+    asked = wanted(wait=30.0)
+    entrypoint = yaml.safe_load(kuberay_job(asked, resolved(asked), "job-1")[1])["spec"]["entrypoint"]
+    assert entrypoint.count("--wait") == 1 and "--wait 30 " in entrypoint
+
+
+@pytest.mark.parametrize(
+    ("file", "taken", "usual"), [("slurm.sbatch", "set -- {}", 300), ("skypilot.yaml", "arguments=({})", 600)]
+)
+def test_the_scripts_wait_as_long_as_is_asked(file: str, taken: str, usual: int) -> None:
+    """Their own number of seconds would be a second --wait, which is refused."""
+    text = (LAUNCHERS / file).read_text()
+    lines = [line for line in text.splitlines() if '" --wait "' in line or "RAY_ADDRESS=$head" in line]
+    for given, seconds in (("--wait 30", 30), ("--seeds 0", usual)):
+        script = "\n".join(["eaft() { echo $*; }", taken.format(f"launch q.yaml {given}"), *lines, "wait"])
+        out = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout
+        assert out.count("--wait") == 1 and f"--wait {seconds}" in out
+
+
 def test_kuberay_on_cpu_asks_for_no_gpu() -> None:
     asked = wanted("device=cpu", "verl.model.override_config.attn_implementation=sdpa")
     _, text, _ = kuberay_job(asked, resolved(asked), "job-1")

@@ -29,7 +29,7 @@ from eaft_verl.files import bytes_hash, locked, read_json, write_json, write_jso
 SCHEMA = 1
 GREEDY = (
     "warning: all answers of a prompt are the same, as if nothing were sampled. `transformers serve` samples only with "
-    """sampling.extra={generation_config: '{"do_sample": true}'}"""
+    r'''"sampling.extra={generation_config: '{\"do_sample\": true}'}"'''
 )
 
 
