@@ -34,6 +34,7 @@ COUNTED = (
     *("reward_timeouts", "reward_errors"),
 )
 FAULTS = ("reward_timeouts", "reward_errors")
+MOSTLY_CUT = 0.9  # share of responses at the length limit, by which equal rewards are explained
 TOTALS = ("seconds", "tokens", "samples", "generated_tokens")
 
 
@@ -127,9 +128,11 @@ class Watch:
         if no_signal(row):
             self.silent += 1
             if self.silent == 1:
+                cut = row.get("clip_share", 0.0)
+                advice = f"; {cut:.0%} of the responses were cut off: raise verl.data.max_response_length"
                 print(
                     f"eaft: warning: step {row['step']}: all rewards of a prompt are equal, for every prompt (mean "
-                    f"{row['reward']:.3g}): the policy gradient of such a step is zero",
+                    f"{row['reward']:.3g}): the policy gradient of such a step is zero{advice * (cut >= MOSTLY_CUT)}",
                     file=sys.stderr,
                 )
 

@@ -114,7 +114,10 @@ def test_steps_that_teach_nothing_are_told_once_and_counted(capsys: pytest.Captu
         watch.see(one)
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 1 and "step 2: all rewards of a prompt are equal, for every prompt (mean 0.25)" in told[0]
+    assert told[0].endswith("gradient of such a step is zero")
     assert [no_signal(one) for one in rows] == [False, True, True]
+    Watch(0).see(row(1, equal=2) | {"clip_share": 0.95})
+    assert "95% of the responses were cut off: raise verl.data.max_response_length" in capsys.readouterr().err
 
 
 def test_a_step_whose_rewards_could_not_be_graded_ends_the_run() -> None:
