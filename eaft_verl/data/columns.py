@@ -131,7 +131,7 @@ class Row:
             return ""
         if _is_one(_TRAINING, spelt):
             return "training"
-        asked = not {"prompt", "messages"}.isdisjoint(self.columns)  # the user has said what the prompt is
+        asked = "prompt" in self.columns or "messages" in self.columns  # the user has said what the prompt is
         if asked and not _claims(spelt, "reasoning"):
             return ""
         number = isinstance(value, int | float)
