@@ -19,6 +19,7 @@ from eaft_verl.data.spec import DataSpec, RowError
 from eaft_verl.data.template import check_unused, normal_form
 from eaft_verl.data.validate import check_fields, check_row
 
+_LEAST, _MOST = 1e-30, 1e30  # weights, which are kept as 32-bit numbers
 RawRow = tuple[int, int, dict[str, Any]]  # index of its source, number in it (1-based), columns
 
 
@@ -71,7 +72,7 @@ class Taker:
             try:
                 drafts.append(self._read(taken, row, chunk))
             except RowError as error:
-                taken.fault = (error.kind, str(error))
+                taken.fault = _fault(error)
             except RecursionError:
                 taken.fault = ("wrong_type", "its values are nested too deeply")
         tokens = tokenize(self.tokenizer, (one.text for draft in drafts for one in draft.written))
@@ -80,7 +81,7 @@ class Taker:
             try:
                 examples += self._examples(draft, found)
             except RowError as error:
-                draft.taken.fault = (error.kind, str(error))
+                draft.taken.fault = _fault(error)
         chunk.batch = to_batch(examples)
         return chunk
 
@@ -90,6 +91,8 @@ class Taker:
         messages, extra = to_messages(row, source.columns, unused)
         if unused:
             check_unused(self.tokenizer, unused)
+            if not all(map(str.isascii, unused)):
+                check_fields({"the name of a column": list(unused)})
             chunk.unused.update(unused)
         check_fields({name: extra[name] for name in ("id", "answer") if name in extra})
         common, own = dict(spec.chat_template_kwargs or {}), extra.get("chat_template_kwargs")
@@ -110,6 +113,8 @@ class Taker:
 
     def _examples(self, draft: "_Draft", tokens: Sequence[Tokens]) -> list[Example]:
         spec, taken, messages = self.spec, draft.taken, draft.messages
+        source = spec.sources[taken.source]
+        weight = _weight(draft.extra.get("weight", 1.0), source.weight)
         encoded = finish(draft.written, tokens, spec.max_length, spec.over_long, spec.turns)
         taken.examples = len(encoded)
         taken.truncated = sum(one.truncated for one in encoded)
@@ -118,8 +123,6 @@ class Taker:
         taken.ends = tuple(end for one in encoded for end in one.ends)
         if self.against:
             taken.hits = self.against.find(messages)
-        source = spec.sources[taken.source]
-        weight = draft.extra.get("weight", 1.0) * source.weight
         return [_example(one, draft, weight, source.name) for one in encoded]
 
 
@@ -132,6 +135,21 @@ class _Draft:
     extra: Mapping[str, Any]
     kwargs: dict[str, Any]
     written: list[Written]
+
+
+def _fault(error: RowError) -> tuple[str, str]:
+    """Kind and reason; what is quoted of the row may hold what cannot be written to the manifest."""
+    return error.kind, str(error).encode("utf-8", "backslashreplace").decode()
+
+
+def _weight(own: float, of_source: float) -> float:
+    """The weight of the row times its source's; RowError for one that the file would keep as infinite or as 0."""
+    weight = own * of_source
+    if not _LEAST <= weight <= _MOST:
+        raise RowError(
+            "mask", f"weight of the row is {weight:g}, its source's included; from {_LEAST:g} to {_MOST:g} is allowed"
+        )
+    return weight
 
 
 def _digest(said: list[Any]) -> str:

@@ -8,6 +8,7 @@ from eaft_verl.data.spec import RowError, unrepeated, why_no_json
 
 Message = dict[str, Any]
 _ARGUMENTS = ("arguments", "parameters", "args", "input")  # OpenAI, Llama, LangChain, Anthropic
+_SCHEMAS = ("parameters", "input_schema", "inputSchema")  # of a tool's arguments: OpenAI, Anthropic, MCP
 _THOUGHT = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
 
 
@@ -46,8 +47,21 @@ def tool_list(value: Any) -> list[dict[str, Any]]:
         function = tool.get("function", {key: value for key, value in tool.items() if key != "type"})
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"].strip():
             raise RowError("wrong_type", f"tools must be a list of function descriptions; tool {number} has no name")
-        tools.append({**tool, "type": "function"} if "function" in tool else {"type": "function", "function": function})
+        function = _with_parameters(function)
+        tools.append(
+            {**tool, "type": "function", "function": function}
+            if "function" in tool
+            else {"type": "function", "function": function}
+        )
     return tools
+
+
+def _with_parameters(function: dict[str, Any]) -> dict[str, Any]:
+    """A description whose schema goes by the name that chat templates read; Anthropic and MCP have others."""
+    named = [name for name in _SCHEMAS if name in function]
+    if len(named) > 1:
+        raise RowError("clash", f"tool {function['name']!r} has {' and '.join(named)}; keep one of them")
+    return {"parameters" if key in _SCHEMAS else key: item for key, item in function.items()}
 
 
 def without_nulls(value: Any) -> Any:
@@ -62,10 +76,10 @@ def without_nulls(value: Any) -> Any:
 def tool_call(call: Any, where: str) -> dict[str, Any]:
     """A call as {type, function: {name, arguments: dict}}, and its id where it has one."""
     call = parsed(call, where)
-    function = call.get("function") or call if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"].strip():
+    function = _function_of(call, where) if isinstance(call, dict) else {}
+    if not isinstance(function.get("name"), str) or not function["name"].strip():
         raise RowError("wrong_type", f"{where} has no function name: {str(call)[:60]!r}")
-    given = _arguments(call, function, where)
+    given = _arguments(function, where)
     # Null in an object is Arrow's padding; null in JSON text is what somebody wrote.
     arguments = (
         (parsed(given, f"arguments of {where}") if given.strip() else {})
@@ -76,17 +90,29 @@ def tool_call(call: Any, where: str) -> dict[str, Any]:
         arguments = parsed(arguments, f"arguments of {where}")
     if not isinstance(arguments, dict):
         raise RowError("wrong_type", f"arguments of {where} are {type(arguments).__name__}; an object is expected")
-    named = {"id": call["id"]} if isinstance(call.get("id"), str) and call["id"] else {}
+    named = {"id": function["id"]} if isinstance(function.get("id"), str) and function["id"] else {}
     return {**named, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
 
-def _arguments(call: dict[str, Any], function: dict[str, Any], where: str) -> Any:
+def _function_of(call: dict[str, Any], where: str) -> dict[str, Any]:
+    """Name, arguments and id of a call, which may stand in its `function` or beside it; RowError if they differ."""
+    inner = call.get("function")
+    if not isinstance(inner, dict):
+        return call
+    outer = {key: item for key, item in call.items() if key != "function" and item is not None}
+    for key, item in inner.items():
+        if key != "type" and item is not None and outer.get(key, item) != item:
+            raise RowError("clash", f"{where} has a {key} in its function and another beside it; keep one of them")
+    return outer | {key: item for key, item in inner.items() if item is not None}
+
+
+def _arguments(function: dict[str, Any], where: str) -> Any:
     """What stands under one of the usual names; RowError for two of them, and for a key that would be left out."""
     named = [name for name in _ARGUMENTS if function.get(name) is not None]
     if len(named) > 1:
         raise RowError("clash", f"{where} has {' and '.join(named)}; keep one of them")
     known = {"function", "name", "type", "id", "index", *_ARGUMENTS}
-    for key, item in (*call.items(), *function.items()):
+    for key, item in function.items():
         if key not in known and item not in (None, "", [], {}):
             raise RowError("column", f"{where} holds {key!r}, which would be left out of training; remove it")
     return function[named[0]] if named else None
@@ -121,6 +147,8 @@ def join_turns(messages: list[Message]) -> list[Message]:
             calls = [*before.get("tool_calls", []), *message.get("tool_calls", [])]
             joined[-1] = {**message, **{key: value for key, value in before.items() if value}}
             joined[-1] |= {"tool_calls": calls} if calls else {}
+            if joined[-1].get("reasoning_content") and "</think>" in joined[-1]["content"]:
+                raise RowError("clash", "a turn of reasoning stands before one with <think> in its content; keep one")
         else:
             joined.append(message)
     return joined

@@ -8,6 +8,7 @@ train; metadata, which is counted by name; or a copy of what the conversation sa
 import functools
 import json
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -37,7 +38,10 @@ for _role, _names in USUAL.items():
     for _name in _names:
         _ROLES.setdefault(_name, []).append(_role)
 # What a model of text cannot be shown.
-_MEDIA = re.compile(r"^(image|video|audio|picture|pixel|frame|wav|mel)s?(_|$)|_(image|video|audio)s?$")
+_MEDIA = re.compile(
+    r"^(image|img|video|audio|picture|photo|screenshot|pixel|frame|wav|mel)s?(_|$)|"
+    r"^(media|mm_data|attachments?|pdfs?)$|_(image|video|audio)s?$"
+)
 # What decides what is trained, by a spelling that is not ours; whatever its value is.
 _TRAINING = re.compile(
     r"(^|_)(loss|masks?|masked|train|trained|trainable|training|supervised?|weights?)(_|$)|"
@@ -50,7 +54,7 @@ _CARRIERS = re.compile(
     r"knowledge|persona|role|character|scenario|facts?|schema|table|code_.*|examples?|few_shots?|demonstrations?|starter_code|inputs|files|"
     r"(dialog(ue)?|conversation|chat|message)(_history)?|turns|instructions?|constraints?|channel|recipient|tools|functions|"
     r"sys|sys_prompt|system_instructions?|preamble|developer|thoughts?|cot|.*_cot|chain_of_thoughts?|rationales?|"
-    r"explanations?|analysis|scratchpad|think|thinking_(content|text|process)|reasoning_(text|trace|details|steps)|"
+    r"texts?|contents?|utterances?|explanations?|analysis|scratchpad|think|thinking_(content|text|process)|reasoning_(text|trace|details|steps)|"
     r"(tool|function)_(calls?|names?|inputs?|outputs?|results?|responses?|args|arguments|call_ids?)|function|arguments|"
     r"actions?|action_inputs?|observations?)$"
 )
@@ -62,6 +66,7 @@ _METADATA = re.compile(
     r"version|count|length|tokens|split|dir|path|answer_idx|chosen|rejected|embedding|embeddings|metrics|stats)$|"
     r"^(original|raw|gold|expected|generated)_"
 )
+_WORD = re.compile(r"(?!(?i:true|false|yes|no|on|off|null|y|n)$)[^\W\d]\w*([ .-]\w+)*")  # that YAML takes for itself
 _IDENTIFIER = re.compile(r"[\x21-\x7e]{1,300}|[\d\s:.,/+TZ-]*")
 # A file that this project prepared: what was made of the messages stands beside them.
 _PREPARED = ("input_ids", "loss_mask", "attention_mask", "labels", "position_ids")
@@ -112,17 +117,27 @@ class Row:
     def unused(self, messages: list[dict[str, Any]]) -> list[str]:
         """Names of the columns left over, all of them metadata or copies; RowError for one that is neither."""
         left = [name for name in self.filled if name not in self.used]
-        told = not {"prompt", "messages"}.isdisjoint(self.columns)  # the user has said what the prompt is
         for name in left:
-            value, spelt = self.filled[name], spellings(name)
-            media = _is_one(_MEDIA, spelt)
-            number = isinstance(value, int | float)
-            carries = _is_one(_TRAINING, spelt) or (not number and (_is_one(_CARRIERS, spelt) or _claims(spelt)))
-            meant = media or not (told or (_is_metadata(spelt, value) and not carries))
-            if meant and (media or not _is_copy(value, messages)):
-                fits = isinstance(value, str) and not media and self.takes_context
-                raise RowError("column", _meaning(name, value, media, fits))
+            value = self.filled[name]
+            if (kind := self._meant(name, value)) and (kind != "text" or not _is_copy(value, messages)):
+                raise RowError("column", _meaning(name, value, kind, self.takes_context))
         return left
+
+    def _meant(self, name: str, value: Any) -> str:
+        """media, training or text, which cannot be left behind; '' for what the user or its name says is neither."""
+        spelt = spellings(name)
+        if _is_one(_MEDIA, spelt):
+            return "media"
+        if any(_claims(spelt, role) for role, column in self.columns.items() if column is None):
+            return ""
+        if _is_one(_TRAINING, spelt):
+            return "training"
+        asked = "prompt" in self.columns or "messages" in self.columns  # the user has said what the prompt is
+        if asked and not _claims(spelt, "reasoning"):
+            return ""
+        number = isinstance(value, int | float)
+        carries = not number and (_is_one(_CARRIERS, spelt) or _claims(spelt))
+        return "text" if carries or not _is_metadata(spelt, value) else ""
 
 
 def _by_role(names: Iterable[str]) -> dict[str, list[str]]:
@@ -153,32 +168,51 @@ def absent(value: Any) -> bool:
 def several(role: str, names: list[str], kind: str = "format") -> RowError:
     """The refusal of a row in which more than one column may have a role."""
     ways = [
-        f"--column {role}={name!r}{''.join(f' --column ignore={other!r}' for other in names if other != name)}"
-        for name in names
+        " ".join((option(role, name), *(option("ignore", other) for other in names if other != name))) for name in names
     ]
+    first, *others = map(_in_yaml, names)
+    setting = f"data.columns={{{role}: {first}, ignore: [{', '.join(others)}]}}"
     return RowError(
         kind,
         f"found {' and '.join(names)}, which may say the same thing; keep one of them, or say which by "
-        f"'data.columns={{{role}: {names[0]}, ignore: [{', '.join(names[1:])}]}}' ({' or '.join(ways)})",
+        f"{shlex.quote(setting)} ({' or '.join(ways)})",
     )
 
 
-def _meaning(name: str, value: Any, media: bool, fits: bool) -> str:
-    """The refusal of a column; fits: it could be named as context."""
+def _meaning(name: str, value: Any, kind: str, takes_context: bool) -> str:
+    """The refusal of a column that is media, training or text."""
+    fits = takes_context and kind == "text" and isinstance(value, str)
     shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    what = "which text alone cannot show" if media else "which would be left out of training"
-    say = f"say what it is by data.columns (--column context={name!r})" if fits else "put it into a turn as text"
-    return f"column {name!r} holds {shown[:60]!r}, {what}; {say}, or {ignored(name)}"
+    what = {"media": "which text alone cannot show", "training": "which may say how to train"}
+    say = "say it by a column weight (a number) or train (true, false)" if kind == "training" else ""
+    say = say or (
+        f"say what it is by data.columns ({option('context', name)})" if fits else "put it into a turn as text"
+    )
+    lost = what.get(kind, "which would be left out of training")
+    return f"column {name!r} holds {shown[:60]!r}, {lost}; {say}, or {ignored(name)}"
 
 
 def ignored(name: str) -> str:
     """How a column is left out, for an error."""
-    return f"leave it out by 'data.columns={{ignore: [{name}]}}' (--column ignore={name!r})"
+    setting = f"data.columns={{ignore: [{_in_yaml(name)}]}}"
+    return f"leave it out by {shlex.quote(setting)} ({option('ignore', name)})"
 
 
-def _claims(spelt: tuple[str, ...]) -> bool:
-    """Whether the name usually has a role in the conversation, in which it is then not used."""
-    return any(role != "id" for name in spelt for role in _ROLES.get(name, ()))
+def option(role: str, name: str) -> str:
+    """The option that names a column, as a shell takes it."""
+    quoted = name.replace("'", "'\"'\"'")
+    return f"--column {role}='{quoted}'"
+
+
+def _in_yaml(name: str) -> str:
+    """The name as a list of YAML takes it."""
+    return name if _WORD.fullmatch(name) else json.dumps(name, ensure_ascii=False)
+
+
+def _claims(spelt: tuple[str, ...], wanted: str | None = None) -> bool:
+    """Whether the name usually has a role (the wanted one) in the conversation, in which it is then not used."""
+    roles = {role for name in spelt for role in _ROLES.get(name, ())}
+    return wanted in roles if wanted else bool(roles - {"id"})
 
 
 def _is_metadata(spelt: tuple[str, ...], value: Any) -> bool:

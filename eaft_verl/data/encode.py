@@ -147,6 +147,7 @@ def _write(template: ChatTemplate, messages: list[Message], trained: list[int]) 
     last = trained[-1]
     whole = template.render(messages[: last + 1])
     spans = [_locate(template, messages, index, whole, last) for index in trained]
+    template.require_tools()
     check_context(messages[: last + 1], template.tools, whole)
     if spans[-1].body == spans[-1].end:
         whole += _next_opening(template, messages[: last + 1], whole)

@@ -1,16 +1,20 @@
 """Any of the usual chat formats to one: a list of messages with role and content."""
 
 import json
+import re
 from collections.abc import MutableMapping
 from typing import Any
 
 from eaft_verl.data.calls import join_turns, link_results, parsed, tool_list
 from eaft_verl.data.columns import MASK_KEYS, PROMPT_KEYS, RESPONSE_KEYS, Row, absent, ignored, several
 from eaft_verl.data.spec import Columns, RowError
-from eaft_verl.data.turns import TURN_MASKS, add_reasoning, mask_of, read_turns, switch, text_of
+from eaft_verl.data.turns import TURN_MASKS, add_reasoning, read_turns, switch, text_of
 
 Message = dict[str, Any]
 _WANTED = ("label", "kto_tag", "kto_label")  # of answers that people marked good or bad (KTO)
+_TURNS = re.compile(
+    r"""\s*\[\s*\{[^{}]*?["'](role|from)["']\s*:\s*["'](system|developer|user|human|assistant|gpt|tool)["']"""
+)
 ACCEPTED = (
     "messages: [{role, content}], conversations: [{from, value}], instruction + output (+ input, system, history), "
     f"or one of {'|'.join(PROMPT_KEYS)} with one of {'|'.join(RESPONSE_KEYS)}"
@@ -32,8 +36,7 @@ def to_messages(
     columns_of = Row(row, columns)
     if (conversation := columns_of.take("messages")) is not None:
         name = next(iter(columns_of.find("messages")), "messages")
-        messages, left = read_turns(conversation, name)
-        messages = _masked_by_list(messages, columns_of)
+        messages, left = read_turns(conversation, name, _lists_of_masks(columns_of))
     else:
         messages, left = _exchange(columns_of)
     messages = [message for message in messages if message["role"] != "system" or message["content"].strip()]
@@ -46,22 +49,13 @@ def to_messages(
     return messages, extra
 
 
-def _masked_by_list(messages: list[Message], row: Row) -> list[Message]:
-    """A row's list of masks, one for each turn."""
-    for key in TURN_MASKS:
-        masks = row.filled.get(key)
-        if key in row.used or not isinstance(masks, list):
-            continue
-        row.used.add(key)
-        if len(masks) != len(messages):
-            raise RowError(
-                "mask", f"{key} lists {len(masks)} values for {len(messages)} turns; one per turn is expected"
-            )
-        messages = [
-            message | mask_of({key: mask if message["role"] == "assistant" else None}, message["role"], number)
-            for number, (message, mask) in enumerate(zip(messages, masks, strict=True), 1)
-        ]
-    return messages
+def _lists_of_masks(row: Row) -> dict[str, list[Any]]:
+    """A row's lists of masks, one value for each turn."""
+    masks = {
+        key: row.filled[key] for key in TURN_MASKS if isinstance(row.filled.get(key), list) and key not in row.used
+    }
+    row.used.update(masks)
+    return masks
 
 
 def _with_system(messages: list[Message], system: Any) -> list[Message]:
@@ -101,10 +95,11 @@ def _require_wanted(row: Row) -> None:
         if (mask := row.take(key)) is not None and not switch(mask, f"{key} of the row"):
             raise RowError("masked", f"the row is not to be trained: {key} is {mask!r}")
     for key in _WANTED:
-        if isinstance(wanted := row.filled.get(key), bool) and key not in row.used:
+        wanted = row.filled.get(key)
+        if key not in row.used and wanted is not None and (key != "label" or str(wanted).lower() in ("true", "false")):
             row.used.add(key)
-            if not wanted:
-                said = f"{key} is False: an answer that is not wanted; where it means something else, {ignored(key)}"
+            if not switch(wanted, key):
+                said = f"{key} is {wanted}: an answer that is not wanted; where it means something else, {ignored(key)}"
                 raise RowError("masked", said)
 
 
@@ -124,6 +119,8 @@ def _exchange(row: Row) -> tuple[list[Message], list[str]]:
     """Prompt and response in columns of their own, with what goes before and into the prompt."""
     asks, answers, contexts = _exchange_columns(row)
     prompt, response = row.value(asks), row.value(answers)
+    if _is_text_of_turns(prompt):
+        prompt = parsed(prompt, asks)
     if isinstance(prompt, list) and prompt and isinstance(prompt[0], dict):
         return _conversational(prompt, response, asks, answers)
     row.takes_context = True
@@ -132,7 +129,13 @@ def _exchange(row: Row) -> tuple[list[Message], list[str]]:
     if not absent(reasoning := row.take("reasoning")):
         add_reasoning(answer, {"reasoning": reasoning}, 2)
     asked = {"role": "user", "content": "\n".join(piece for piece in pieces if piece)}
-    return [*_history(row.take("history")), asked, answer], []
+    before, left = _history(row.take("history"))
+    return [*before, asked, answer], left
+
+
+def _is_text_of_turns(value: Any) -> bool:
+    """Whether it is the text of a list of turns, as tables without lists keep one, and nothing else."""
+    return isinstance(value, str) and bool(_TURNS.match(value)) and value.rstrip().endswith("]")
 
 
 def _exchange_columns(row: Row) -> tuple[str, str, list[str]]:
@@ -157,22 +160,23 @@ def _conversational(prompt: Any, response: Any, prompt_key: str, key: str) -> tu
     """Messages as prompt, and as completion, which alone is trained."""
     asked, left = read_turns(prompt, prompt_key)
     asked = [message | ({"train": False} if message["role"] == "assistant" else {}) for message in asked]
-    turns = [{"role": "assistant", "content": response}] if isinstance(response, str) else response
+    told = isinstance(response, str) and not _is_text_of_turns(response)
+    turns = [{"role": "assistant", "content": response}] if told else response
     answered, more = read_turns(turns, key)
     return asked + answered, left + more
 
 
-def _history(given: Any) -> list[Message]:
-    """Earlier exchanges as [[user, assistant]] or as messages."""
+def _history(given: Any) -> tuple[list[Message], list[str]]:
+    """Earlier exchanges as [[user, assistant]] or as messages, and the keys of these that were not used."""
     history = parsed(given, "history") if isinstance(given, str) else given or []
     if not isinstance(history, list):
         raise RowError("wrong_type", f"history is {type(history).__name__}; a list of [user, assistant] is expected")
     if history and all(isinstance(turn, dict) for turn in history):
-        return read_turns(history, "history")[0]
+        return read_turns(history, "history")
     messages: list[Message] = []
     for number, pair in enumerate(history, 1):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise RowError("wrong_type", f"history entry {number} must be [user, assistant]")
         for role, text in zip(("user", "assistant"), pair, strict=True):
             messages.append({"role": role, "content": text_of(text, f"history entry {number}")})
-    return messages
+    return messages, []

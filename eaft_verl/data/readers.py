@@ -189,7 +189,7 @@ def _wrapped(file: str, value: Any) -> list[Any]:
     """The rows of an object that holds nothing but a list of them, {data: [...]}."""
     lists = list(value.values()) if isinstance(value, dict) else []
     if len(lists) == 1 and isinstance(lists[0], list) and all(isinstance(row, dict) for row in lists[0]):
-        return lists[0]
+        return lists[0] if _is_array(lists[0]) else [value]  # one row, of turns
     raise DataError(f"{file} holds {type(value).__name__}; a list of objects is expected (or use .jsonl)")
 
 
@@ -238,6 +238,7 @@ def _read_parquet(file: str) -> Iterator[Any]:
         with _open(file) as stream:
             parquet = pq.ParquetFile(stream)
             types = {field.name: field.type for field in parquet.schema_arrow}
+            _require_names(parquet.schema_arrow.names, file)
             for batch in parquet.iter_batches(1024):
                 try:
                     rows = batch.to_pylist(maps_as_pydicts="strict")
@@ -252,6 +253,12 @@ def _read_parquet(file: str) -> Iterator[Any]:
         raise
     except (pa.ArrowException, ValueError, OverflowError, RecursionError, OSError, KeyError) as error:
         raise DataError(f"{file} is not a readable parquet file ({error})") from None
+
+
+def _require_names(names: list[str], file: str) -> None:
+    """DataError for two columns of one name: a row holds one of them only."""
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise DataError(f"{file} has two columns named {twice!r}; rename one of them, or leave it out of the file")
 
 
 def _arrow_row(batch: Any, where: str) -> dict[str, Any]:

@@ -145,7 +145,7 @@ def check_columns(columns: Columns | None, key: str) -> None:
         if role not in COLUMN_ROLES:
             raise ConfigError(f"{key}.{role} is unknown; a column's role is one of {', '.join(COLUMN_ROLES)}")
         names = column if isinstance(column, list | tuple) and role in REPEATED else [column]
-        if not all(isinstance(name, str) and name for name in names) and column is not None:
+        if not all(isinstance(name, str) and len(name) >= (role != "ignore") for name in names) and column is not None:
             raise ConfigError(f"{key}.{role}={column!r} must be the name of a column")
         for name in names if role in _APART and column is not None else ():
             if (other := role_of.setdefault(name, role)) != role:

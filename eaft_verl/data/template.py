@@ -44,6 +44,7 @@ _OURS = frozenset(
     )
 )
 _SPECIALS: weakref.WeakKeyDictionary[Any, tuple[str, ...]] = weakref.WeakKeyDictionary()
+_READS_TOOLS = re.compile(r"\btools\b")
 _ASKS = ("defined", "undefined", "none", "default", "d")
 _READ: weakref.WeakKeyDictionary[Any, frozenset[str]] = weakref.WeakKeyDictionary()
 _NORMAL_FORMS: weakref.WeakKeyDictionary[Any, Callable[[str], str] | None] = weakref.WeakKeyDictionary()
@@ -128,6 +129,13 @@ class ChatTemplate:
     def specials(self) -> tuple[str, ...]:
         """Texts of the special tokens, longest first."""
         return special_tokens(self.tokenizer)
+
+    def require_tools(self) -> None:
+        """RowError if there are tools and the template reads none: their names may stand in the conversation anyway."""
+        if self.tools and not _READS_TOOLS.search(_source(self.tokenizer)):
+            raise RowError(
+                "template_drops", "the chat template does not write out the tools; use a model with tool support"
+            )
 
     def render(self, messages: list[Message], generate: bool = False) -> str:
         """The conversation as the chat template writes it; `generate` adds the opening of an assistant turn."""
@@ -218,6 +226,12 @@ def template_for(
 
 
 def _source(tokenizer: Any) -> str:
-    """The template's own text; of several by name, the one that apply_chat_template takes."""
+    """What the template does, by which it is known what it reads; of several by name, all of them."""
     source = tokenizer.chat_template
-    return source if isinstance(source, str) else json.dumps(source)
+    return _uncommented(source if isinstance(source, str) else json.dumps(source))
+
+
+@functools.lru_cache(64)
+def _uncommented(source: str) -> str:
+    """Without the comments, which name what a template leaves out."""
+    return re.sub(r"\{#.*?#\}", "", source, flags=re.DOTALL)

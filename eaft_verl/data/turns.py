@@ -1,5 +1,7 @@
 """One turn of a conversation, as {role, content} or {from, value}, to a message, and what of it means nothing."""
 
+import re
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from eaft_verl.data.calls import call_turn, calls_in, parsed
@@ -36,6 +38,14 @@ REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 TURN_MASKS = (*MASK_KEYS, "weight")
 _TURN_KEYS = {"role", "content", "from", "value", "tool_calls", "function_call", *REASONING_KEYS, *TURN_MASKS}
 _PLAIN = {"role", "content"}
+_SAYS = ("text", "value")  # keys of a part of the content, besides one of its type's name
+# type of a part: where it belongs, and what it is called
+_PARTS = {
+    "reasoning": ("reasoning_content", "reasoning part"),
+    "thinking": ("reasoning_content", "reasoning part"),
+    "text": ("content", "text part"),
+    "tool_call": ("tool_calls", "tool call"),
+}
 _SAID = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}  # True is 1
 
 
@@ -46,8 +56,11 @@ def text_of(value: Any, where: str) -> str:
     return value
 
 
-def read_turns(given: Any, name: str) -> tuple[list[Message], list[str]]:
-    """Messages of a list of turns, or of its JSON, and the keys of turns that were not used."""
+def read_turns(given: Any, name: str, masks: Mapping[str, list[Any]] | None = None) -> tuple[list[Message], list[str]]:
+    """Messages of a list of turns, or of its JSON, and the keys of turns that were not used.
+
+    masks: what the row says of every turn, by the key under which the turn itself would say it.
+    """
     turns = given
     if isinstance(given, str) and given.lstrip().startswith("["):
         turns = parsed(given, name)
@@ -58,26 +71,50 @@ def read_turns(given: Any, name: str) -> tuple[list[Message], list[str]]:
         parsed(turn, f"turn {at}") if isinstance(turn, str) and turn[:1] == "{" else turn
         for at, turn in enumerate(turns, 1)
     ]
+    for key, values in (masks or {}).items():
+        turns = _marked(turns, key, values)
     messages = [_message(turn, number) for number, turn in enumerate(turns, 1)]
-    left = {
-        f"{name}[].{key}": None for turn, made in zip(turns, messages, strict=True) for key in _left(turn, made, name)
-    }
+    left = {key: None for turn, made in zip(turns, messages, strict=True) for key in _left(turn, made, f"{name}[]")}
     return messages, list(left)
 
 
-def _left(turn: dict[str, Any], made: Message, name: str) -> list[str]:
-    """Keys of a turn that are not used: metadata all of them, or RowError."""
-    if turn.keys() == _PLAIN:
+def _marked(turns: list[Any], key: str, values: list[Any]) -> list[Any]:
+    """The turns, each with its value of the row's list; RowError where a turn's own is another."""
+    if len(values) != len(turns):
+        raise RowError("mask", f"{key} lists {len(values)} values for {len(turns)} turns; one per turn is expected")
+    marked = []
+    for number, (turn, value) in enumerate(zip(turns, values, strict=True), 1):
+        if isinstance(turn, dict) and not absent(value):
+            own = turn.get(key)
+            if not absent(own) and switch(own, f"{key} of turn {number}") != switch(value, f"{key} of turn {number}"):
+                raise RowError("clash", f"{key} of turn {number} is {own!r}, and {value!r} in the row's list {key}")
+            turn = {**turn, key: value}
+        marked.append(turn)
+    return marked
+
+
+def _left(turn: dict[str, Any], made: Message, where: str) -> list[str]:
+    """Keys of a turn, and of the parts of its content, that are not used: metadata all of them, or RowError."""
+    if turn.keys() == _PLAIN and isinstance(turn["content"], str):
         return []
-    used = _TURN_KEYS | made.keys()
-    others = {key: value for key, value in turn.items() if key not in used and not absent(value)}
+    left = _others(turn, _TURN_KEYS | made.keys(), where)
+    for key in ("content", "value"):
+        for part in turn[key] if isinstance(turn.get(key), list) else ():
+            if part["type"] != "tool_call" or not _is_flat(part):
+                left += _others(part, {"type", *_SAYS, part["type"]}, f"{where}.{key}[]")
+    return left
+
+
+def _others(said: dict[str, Any], used: Collection[str], where: str) -> list[str]:
+    others = {key: value for key, value in said.items() if key not in used and not absent(value)}
     if not others:
         return []
     try:
-        return Row(others).unused([])
+        return [f"{where}.{key}" for key in Row(others).unused([])]
     except RowError as error:
-        said = str(error).replace("column '", f"{name}[] key '", 1).split("; put it")[0]
-        raise RowError("column", f"{said}; put it into the turn's text, or remove it") from None
+        reason = re.split("; (put|say) it ", str(error).replace("column '", f"{where} key '", 1))[0]
+        say = "say it by train (true, false)" if "how to train" in reason else "put it into the turn's text"
+        raise RowError("column", f"{reason}; {say}, or remove it") from None
 
 
 def _message(turn: Any, number: int) -> Message:
@@ -94,9 +131,7 @@ def _message(turn: Any, number: int) -> Message:
     if turn.get("content") not in (None, "", value):
         raise RowError("clash", f"turn {number} has a value and a content that differ; keep one of them")
     if role in ("call", "thought"):
-        text = text_of(value, f"{key} of turn {number}")
-        thought = {"role": "assistant", "content": "", "reasoning_content": text}
-        message = call_turn(text, number) if role == "call" else thought
+        message = _half(role, text_of(value, f"{key} of turn {number}"), turn, number)
         role = "assistant"
     else:
         message = {"role": role, **_said(value, key, turn, number)}
@@ -108,6 +143,14 @@ def _message(turn: Any, number: int) -> Message:
     if role == "tool":
         message |= {key: text_of(turn[key], key) for key in ("tool_call_id", "name") if not absent(turn.get(key))}
     return message | mask_of(turn, role, number)
+
+
+def _half(role: str, text: str, turn: dict[str, Any], number: int) -> Message:
+    """An assistant turn of a call or a thought alone, with the calls that stand beside it."""
+    thought: Message = {"role": "assistant", "content": "", "reasoning_content": text}
+    message = call_turn(text, number) if role == "call" else thought
+    calls = _calls_said(number, message.get("tool_calls", []), turn)
+    return {**message, "tool_calls": calls} if calls else message
 
 
 def _role(turn: dict[str, Any], number: int) -> str:
@@ -127,8 +170,7 @@ def _role(turn: dict[str, Any], number: int) -> str:
 def _said(value: Any, key: str, turn: dict[str, Any], number: int) -> Message:
     """Content, reasoning and calls of a turn; content may be a list of typed parts."""
     parts = _parts(value, key, number)
-    calls = [*parts["tool_calls"], *calls_in(turn.get("tool_calls"), f"tool_calls of turn {number}")]
-    calls += calls_in(turn.get("function_call"), f"function_call of turn {number}")
+    calls = _calls_said(number, parts["tool_calls"], turn)
     if parts["content"] is None:
         if not calls and absent(parts["reasoning_content"]):
             speaker = turn.get("from") or turn.get("role")
@@ -138,30 +180,63 @@ def _said(value: Any, key: str, turn: dict[str, Any], number: int) -> Message:
     return {"content": parts["content"], **{name: item for name, item in optional.items() if item}}
 
 
+def _calls_said(number: int, written: list[dict[str, Any]], turn: dict[str, Any]) -> list[dict[str, Any]]:
+    """The calls of a turn: those `written` in its text, or under either key; twice the same is once."""
+    keyed = [calls_in(turn.get(key), f"{key} of turn {number}") for key in ("tool_calls", "function_call")]
+    places = [calls for calls in (*keyed, written) if calls]
+    functions = [[call["function"] for call in calls] for calls in places]
+    if any(one != functions[0] for one in functions):
+        where = "its text, tool_calls and function_call"
+        raise RowError("clash", f"turn {number} makes different calls in {where}; keep them all in one of these places")
+    return places[0] if places else []
+
+
 def _parts(content: Any, key: str, number: int) -> dict[str, Any]:
-    """Content as text; a list of {type, text|value} parts is taken apart by type."""
-    found: dict[str, Any] = {"content": None, "reasoning_content": "", "tool_calls": []}
+    """Content as text; a list of {type, text|value} parts is taken apart by type.
+
+    A message holds reasoning, then text, then calls: parts in another order would be trained in this one.
+    """
+    found: dict[str, Any] = {"reasoning_content": "", "content": None, "tool_calls": []}
     if content is None:
         return found
     if not isinstance(content, list):
         return {**found, "content": text_of(content, f"{key} of turn {number}")}
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
-        value = (
-            next((part[name] for name in ("text", "value", kind) if part.get(name) is not None), None) if kind else None
-        )
-        if kind == "text":
-            found["content"] = (found["content"] or "") + text_of(value, f"text part of turn {number}")
-        elif kind in ("reasoning", "thinking"):
-            found["reasoning_content"] += text_of(value, f"reasoning part of turn {number}")
-        elif kind == "tool_call":
-            found["tool_calls"] += calls_in(value, f"tool call of turn {number}")
-        else:
+        if not isinstance(kind, str) or kind not in _PARTS:
             shape = f"part of type {kind!r}" if isinstance(part, dict) else type(part).__name__
             raise RowError(
                 "wrong_type", f"content of turn {number} holds a {shape}; allowed are text, reasoning, tool_call"
             )
+        field, what = _PARTS[kind]
+        value, where = _part_value(part, kind, number), f"{what} of turn {number}"
+        said = calls_in(value, where) if kind == "tool_call" else text_of(value, where)
+        later = list(found)[list(found).index(field) + 1 :]
+        if not absent(said) and any(not absent(found[name]) for name in later):
+            raise RowError(
+                "role_order",
+                f"turn {number} has a {what} behind a later kind of part; the order of a turn is reasoning, text, "
+                "calls: make it several turns, or one text",
+            )
+        found[field] = said if found[field] is None else found[field] + said
     return found
+
+
+def _is_flat(part: dict[str, Any]) -> bool:
+    """Whether the part itself is the call: {type: tool_call, name, args}, as LangChain has it."""
+    return all(absent(part.get(name)) for name in (*_SAYS, "tool_call"))
+
+
+def _part_value(part: dict[str, Any], kind: str, number: int) -> Any:
+    """What a part says, under whichever of its names."""
+    if kind == "tool_call" and _is_flat(part):
+        return {key: value for key, value in part.items() if key not in ("type", kind, *_SAYS)}
+    names = list(dict.fromkeys((*_SAYS, kind)))
+    given = [part[name] for name in names if part.get(name) is not None]
+    said = [value for value in given if not absent(value)] or given
+    if any(value != said[0] for value in said):
+        raise RowError("clash", f"a part of turn {number} says two things ({', '.join(names)}); keep one")
+    return said[0] if said else None
 
 
 def add_reasoning(message: Message, turn: dict[str, Any], number: int) -> None:

@@ -5,9 +5,10 @@ import math
 
 import numpy as np
 import pytest
-from template_families import tokenizer_of
+from template_families import FAMILIES, tokenizer_of
 
 from eaft_verl.data.accept import Taker
+from eaft_verl.data.prepare import prepare
 from eaft_verl.data.spec import DataSpec
 
 IM, END = "<|im_start|>", "<|im_end|>"
@@ -243,3 +244,39 @@ def test_six_hundred_turns_split_and_whole():
     assert found == [[f"t{at}{END}" for at in range(1, 600, 2)]]
     found, _ = take({"messages": turns}, family="chatml", turns="split")
     assert found == [[f"t{at}{END}"] for at in range(1, 600, 2)]
+
+
+@pytest.mark.parametrize("weight", [1e300, 1e-50, 2e30])
+def test_a_weight_that_the_file_cannot_keep_is_refused(weight):
+    taker = Taker(DataSpec("a.jsonl"), tokenizer_of("chatml"))
+    fault = taker([(0, 1, {"messages": [Q, A], "weight": weight})]).rows[0].fault
+    assert fault and fault[0] == "mask" and "from 1e-30 to 1e+30 is allowed" in fault[1]
+
+
+def test_half_a_surrogate_pair_in_a_columns_name_is_a_fault_of_its_row(tmp_path):
+    rows = [
+        {"messages": [Q, A]},
+        {"messages": [Q, {**A, "content": "B"}], "\ud800x": 1},
+        {"messages": [Q, A], "\ud800y": "a b"},
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    made = prepare(DataSpec(str(tmp_path / "a.jsonl")), tokenizer_of("chatml"), tmp_path / "out.parquet")
+    assert [entry["row"] for entry in made.manifest["rejected"]] == [2, 3]
+    assert made.manifest["counts"]["rejected"] == {"invalid_utf8": 1, "column": 1}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tools_that_a_template_leaves_out_are_missed_though_the_conversation_names_them(family):
+    said = "Please search the web; the query is rain."
+    schema = {"type": "object", "properties": {"query": {"type": "string", "description": "What to look for"}}}
+    tool = {"name": "search", "description": "Looks it up.", "parameters": schema}
+    found = take({"messages": [{**Q, "content": said}, A], "tools": [tool]}, family)
+    if family in ("chatml", "gemma3"):  # their public templates know no tools
+        assert found[0] == "template_drops" and "does not write out the tools" in found[1]
+    else:
+        assert "Looks it up." in found[1]
+
+
+def test_an_argument_that_only_a_comment_of_the_template_names_has_no_effect():
+    found = take({"messages": [Q, A], "chat_template_kwargs": {"no": True}}, "chatml")
+    assert "no" in tokenizer_of("chatml").chat_template and found[0] == "template_kwargs"

@@ -181,3 +181,16 @@ def test_generated_rows_are_a_source():
     rows = read_rows("generate:neutral_prompts")
     assert rows and all(isinstance(row, dict) for row in rows)
     assert source_hash("generate:neutral_prompts") == source_hash("generate:neutral_prompts")
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    table = pa.table([pa.array(["Q"]), pa.array(["A"]), pa.array(["B"])], names=["prompt", "response", "response"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="two columns named 'response'"):
+        read_rows(str(tmp_path / "a.parquet"))
+
+
+def test_one_row_over_several_lines_is_one_row(tmp_path):
+    row = {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}
+    (tmp_path / "a.json").write_text(json.dumps(row, indent=1))
+    assert read_rows(str(tmp_path / "a.json")) == [row]
