@@ -215,7 +215,7 @@ def test_the_kuberay_job_brings_the_recipe_it_was_launched_with(
     assert (
         read_recipe(image / "recipes" / "my own.yaml") == here and recipe_hash(Path("recipes/my own.yaml")) == checked
     )
-    assert "eaft train recipes/my own.yaml --arm eaft" in capfd.readouterr().out
+    assert "eaft train 'recipes/my own.yaml' --arm eaft" in capfd.readouterr().out
     shutil.rmtree(image / "recipes")
     (image / "recipes").write_text("")
     with pytest.raises(ConfigError, match="recipe recipes/my own.yaml cannot be written in this image"):
