@@ -23,7 +23,7 @@ from eaft_verl.planning.machine import cpus_here
 _ROOM = {"sft": 0, "grpo": 16}  # logical CPUs, which cost nothing, for the actors of verl's that are no workers
 
 # glibc gives every freed tensor back to the system, and a step of SmolLM2 then takes 240,000 page faults to get its
-# memory again: a fifth of its CPU time. One arena, as the others cannot grow to the size of a tensor.
+# memory again: 14 to 19 % of its CPU time was measured. One arena, as the others cannot grow to the size of a tensor.
 FREED_IS_KEPT = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
