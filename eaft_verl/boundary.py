@@ -169,6 +169,11 @@ def unguarded(stream: Any) -> Any:
     return LastingStream(stream.guarded) if isinstance(stream, GuardedStream) else stream
 
 
+def in_cluster() -> bool:
+    """Whether RAY_ADDRESS names a cluster; otherwise Ray is started here."""
+    return os.environ.get("RAY_ADDRESS", "") not in ("", "local")
+
+
 def python_command(module: str, *arguments: str) -> list[str]:
     """`python -m MODULE ARGUMENTS`, with the current folder not on the path of what may be imported.
 

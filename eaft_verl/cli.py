@@ -1,6 +1,7 @@
 """The `eaft` command: one verb per stage. Heavy imports happen inside a verb, so that `eaft --help` answers at once."""
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -47,10 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str] | None) -> int:
     options = _parsed(sys.argv[1:] if arguments is None else arguments)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault(
-        "OMP_WAIT_POLICY", "passive"
-    )  # threads that spin while they wait starve whoever they wait for
+    for name, value in {"TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "passive"}.items():
+        os.environ.setdefault(name, value)  # threads that spin while they wait starve whoever they wait for
     if is_stage():
         begin_stage()
     try:
@@ -62,7 +61,8 @@ def _run(arguments: Sequence[str] | None) -> int:
     except (ConfigError, DataError, RunError) as error:
         print(f"eaft: error: {error}", file=sys.stderr)
         if path := os.environ.get(CAUSE_FILE):
-            Path(path).write_text(masked(f"{type(error).__name__}: {error}"), encoding="utf-8")
+            with contextlib.suppress(OSError):  # on a full disk the report says what run.json does
+                Path(path).write_text(masked(f"{type(error).__name__}: {error}"), encoding="utf-8")
         return error.code if isinstance(error, RunError) else REFUSED
     except (OSError, RuntimeError) as error:
         if (told := refusal(error)) is None:

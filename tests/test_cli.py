@@ -225,3 +225,11 @@ def test_a_reader_that_goes_away_is_no_fault(recipe: Path, words: list[str]) -> 
     assert child.stdout and child.stderr
     child.stdout.close()
     assert child.stderr.read() == "" and child.wait() in (0, 141)  # argparse lets what it cannot write go
+
+
+def test_a_cause_that_cannot_be_left_for_the_report_hides_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("EAFT_CAUSE_FILE", str(tmp_path / "gone" / "cause"))
+    assert main(["train", str(tmp_path / "none.yaml"), "--arm", "sft"]) == 2
+    assert capsys.readouterr().err.startswith("eaft: error: ")

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from eaft_verl.boundary import in_cluster
 from eaft_verl.cluster import findings as judge
 from eaft_verl.cluster.demand import Offer, demand_of
 from eaft_verl.cluster.findings import Finding, node_findings, token_finding, verdict
@@ -49,7 +50,7 @@ def _findings(config: Config, wait_s: float) -> Iterator[Finding]:
     yield model_finding(config)
     if any(found.status == "fail" and found.check.startswith("ray ") for found in machine):
         yield Finding("cluster", "skip", "not asked: it cannot be reached")
-    elif os.environ.get("RAY_ADDRESS", "") not in ("", "local"):
+    elif in_cluster():
         from eaft_verl.cluster.preflight import connected_findings  # Ray takes a second to import
 
         yield from connected_findings(config, wait_s)
@@ -107,7 +108,7 @@ def local_findings(config: Config, probe: NodeProbe) -> list[Finding]:
 def idle_gpus(config: Config, visible: int) -> list[str]:
     """What to set where this machine shows more GPUs than the arm uses; nothing where all are used, or a cluster."""
     used = config.verl.trainer.n_gpus_per_node if config.device == "cuda" else 0
-    if visible <= used or os.environ.get("RAY_ADDRESS", "") not in ("", "local"):
+    if visible <= used or in_cluster():
         return []
     how = f"verl.trainer.n_gpus_per_node={visible}" + " device=cuda" * (config.device != "cuda")
     return [f"{visible} GPUs are visible and {used} used: {how} uses all"]

@@ -15,6 +15,7 @@ from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray._raylet import Config as RayConfig  # type: ignore[attr-defined] # compiled, its stub lacks it
 from ray.job_config import JobConfig
 
+from eaft_verl.boundary import in_cluster
 from eaft_verl.cluster.demand import CPUS_PER_WORKER
 from eaft_verl.cluster.runtime_env import build_runtime_env
 from eaft_verl.errors import ConfigError, Lost
@@ -87,11 +88,6 @@ def ray_session(
             yield
         finally:
             ray.shutdown()
-
-
-def in_cluster() -> bool:
-    """Whether RAY_ADDRESS names a cluster; otherwise Ray is started here."""
-    return os.environ.get("RAY_ADDRESS", "") not in ("", "local")
 
 
 def want_token() -> None:

@@ -6,7 +6,6 @@ recipe, its arm, `key=value` overrides. A key that is not in the tree is an erro
 
 import copy
 import difflib
-import os
 import re
 import shutil
 from collections.abc import Iterable
@@ -14,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from eaft_verl.boundary import in_cluster
 from eaft_verl.errors import ConfigError, did_you_mean
 from eaft_verl.recipe.chains import KEYS, check_no_circle, check_only_in_arms, needed_arms, own_blocks
 from eaft_verl.recipe.config import OF_SFT, Config, configuration, own_defaults
@@ -201,8 +201,7 @@ def _device(layers: list[tuple[str, dict[str, Any]]]) -> str:
         if chosen not in DEVICES:
             raise ConfigError(f"{where}: device={chosen!r} is not one of {', '.join(DEVICES)}")
     if chosen == "auto":
-        cluster = os.environ.get("RAY_ADDRESS", "") not in ("", "local")
-        return "cuda" if shutil.which("nvidia-smi") or cluster else "cpu"
+        return "cuda" if shutil.which("nvidia-smi") or in_cluster() else "cpu"
     return chosen
 
 
