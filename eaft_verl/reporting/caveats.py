@@ -65,6 +65,13 @@ def interruptions(arms: list[Arm]) -> list[str]:
     return lines
 
 
+def together(arms: list[Arm]) -> list[str]:
+    """One line where an evaluation went on beside a training: neither had the processors to itself."""
+    runs = ", ".join(run.label for arm in arms for run in arm.runs if run.info.get("beside"))
+    said = "trained while another model was evaluated on the same processors, so that seconds and tokens per second"
+    return [f"{said} are not those of a machine of its own (`eaft compare --alone` gives these): {runs}"] * bool(runs)
+
+
 def _small(report: dict[str, Any]) -> list[str]:
     small = [f"{item['name']} ({item['n']:,})" for item in report["columns"] if item["n"] and item["n"] < SMALL]
     names = ", ".join(dict.fromkeys(small))
