@@ -31,6 +31,11 @@ def caveats(report: dict[str, Any], notes: list[str]) -> list[str]:
     return lines + list(dict.fromkeys(notes))
 
 
+def run_notes(base: Arm, arms: list[Arm]) -> list[str]:
+    """What happened to single runs that a reader of their numbers must know."""
+    return [*interruptions(arms), *together(arms), *truncations(base, arms)]
+
+
 def truncations(base: Arm, arms: list[Arm]) -> list[str]:
     """One line per benchmark that had to cut prompts or answers at the end of a run: in which run, how many."""
     found: dict[str, list[str]] = {}

@@ -10,7 +10,7 @@ from eaft_verl.recipe.choose import Rule
 from eaft_verl.reporting import page
 from eaft_verl.reporting.answer import answer
 from eaft_verl.reporting.answers import held_out_answers
-from eaft_verl.reporting.caveats import caveats, interruptions, together, truncations
+from eaft_verl.reporting.caveats import caveats, run_notes
 from eaft_verl.reporting.chains import chain_notes
 from eaft_verl.reporting.choice import choice, recorded_rule
 from eaft_verl.reporting.collect import Arm, load, load_models
@@ -131,8 +131,7 @@ def measure(
         **_evidence(base, arms, models, out, seed),
     }
     set_marks(found)
-    of_runs = [*interruptions(arms), *together(arms), *truncations(base, arms)]
-    notes = [*chain_notes(arms), *control_notes(arms), *of_runs, *board.notes]
+    notes = [*chain_notes(arms), *control_notes(arms), *run_notes(base, arms), *board.notes]
     return found | {"answer": answer(found), "headline": headline(found), "caveats": caveats(found, notes)}
 
 
