@@ -13,7 +13,7 @@ from typing import Any
 
 from eaft_verl.cluster.doctor import idle_gpus
 from eaft_verl.errors import ConfigError, RunError
-from eaft_verl.experiment.stages import Beside, Stage, fits_beside, run
+from eaft_verl.experiment.stages import Lane, Stage, fits_beside, run
 from eaft_verl.experiment.stored import require_same
 from eaft_verl.experiment.use import how_to_use
 from eaft_verl.planning.machine import gpus_here
@@ -150,35 +150,38 @@ def _run_arms(
     """Evaluate the base, train and evaluate every arm; {name of a run: why it failed}, the others go on. None where
     the base failed.
 
-    Each evaluation goes on beside the next training where that fits, unless all are to be alone.
+    Evaluations go on beside the next trainings where that fits, unless all are to be alone.
     """
     failed: dict[str, str] = {}
     trainings = [*zip(configs, (pair[0] for pair in stages), strict=True)]
+    lane = Lane(vital=base)
 
-    def settle(stage: Stage, error: str | None) -> None:
-        if error:
-            failed[stage.run.name] = error
+    def settle(*of_one: tuple[Stage, str | None]) -> None:
+        failed.update({stage.run.name: error for stage, error in (*lane.settled(), *of_one) if error})
 
-    def evaluate(stage: Stage, following: int) -> Beside | None:
+    def evaluate(stage: Stage, following: int) -> None:
         for config, training in [] if alone or stage.done else trainings[following : following + 1]:
             if not training.done and fits_beside(config):
-                return Beside(stage)
-        settle(stage, run(stage, 0))
+                return lane.add(stage)
+        lane.finish()
+        settle()
+        if base.run.name not in failed:
+            settle((stage, run(stage, 0)))
         return None
 
-    beside = evaluate(base, 0)
     try:
-        for number, (config, (training, evaluation)) in enumerate(zip(configs, stages, strict=True)):
+        evaluate(base, 0)
+        for number, (config, (training, evaluation)) in enumerate(zip(configs, stages, strict=True), 1):
             if base.run.name in failed:
                 break
-            error = _not_now(config, training, failed) or run(training, restarts, beside, vital=number == 0)
-            if beside:
-                settle(beside.stage, beside.result())
-            settle(training, error)
-            beside = None if error or base.run.name in failed else evaluate(evaluation, number + 1)
+            error = _not_now(config, training, failed) or run(training, restarts, lane)
+            settle((training, error))
+            if not error and base.run.name not in failed:
+                evaluate(evaluation, number)
+        lane.finish()
+        settle()
     finally:
-        if beside:
-            beside.close()
+        lane.close()
     return None if base.run.name in failed else failed
 
 

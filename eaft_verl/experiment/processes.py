@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import psutil
 
@@ -94,11 +94,6 @@ class Child:
         variables = {**os.environ, **(environ or {}), FAMILY: self.token}
         self.process = subprocess.Popen(command, env=variables, start_new_session=True, stdout=output, stderr=output)
 
-    @property
-    def failed(self) -> bool:
-        """Whether it has ended, and not well."""
-        return bool(self.process.poll())
-
     def end(self, patience: float) -> None:
         """Give it `patience` seconds to end by itself, then kill it with everything that it started."""
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -109,33 +104,38 @@ class Child:
         _end_family(self.token, patience)
 
 
-def run_stage(
-    command: Sequence[str],
-    environ: Mapping[str, str] | None = None,
-    beside: Child | None = None,
-    *,
-    vital: bool = False,
-) -> int:
+class Companion(Protocol):
+    """What goes on beside a stage."""
+
+    def look(self) -> bool:
+        """Carry it on; false where the stage should end."""
+        ...
+
+    def tell(self, number: int) -> None:
+        """Pass a signal on, and begin nothing any more."""
+        ...
+
+
+def run_stage(command: Sequence[str], environ: Mapping[str, str] | None = None, beside: Companion | None = None) -> int:
     """Exit code of the command, negative where a signal ended it; nothing that it started is left running.
 
-    beside: a stage that goes on meanwhile and is told of every signal too; where it is vital and fails, this one is
-    told to stop. Raises Interrupted when this process was told to stop, or the child says that it was.
+    beside: looked after meanwhile, and told of every signal. Raises Interrupted when this process was told to stop, or
+    the child says that it was.
     """
-    return attend(lambda: Child(command, environ), beside, vital=vital)
+    return attend(lambda: Child(command, environ), beside)
 
 
-def attend(start: Callable[[], Child], beside: Child | None = None, *, vital: bool = False) -> int:
+def attend(start: Callable[[], Child], beside: Companion | None = None) -> int:
     """The same of a stage that `start` gives, called when signals are already heard."""
-    told, patience, given_up = _Told(beside), 0.0, False
+    told, patience, go_on = _Told(beside), 0.0, True
     before = {one: signal.signal(one, told) for one in stop_signals()}
     child: Child | None = None
     try:
         told.child = child = start()
         told.pass_on()
         while (code := child.process.poll()) is None:
-            if vital and not given_up and beside and beside.failed:
+            if beside and go_on and not (go_on := beside.look()):
                 child.process.send_signal(signal.SIGTERM)
-                given_up = True
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.process.wait(WATCH_S if beside else None)
         patience = PATIENCE_S
@@ -144,7 +144,7 @@ def attend(start: Callable[[], Child], beside: Child | None = None, *, vital: bo
             signal.signal(one, handler)
         if child:
             child.end(patience)
-    if told.number is None and (code not in STOPPED or given_up):
+    if told.number is None and (code not in STOPPED or not go_on):
         return code
     text = f"told to stop: `{child.words}` was ended; run the same command again"
     raise Interrupted(text, _final(code, told.number), said=_is_ours(code))
@@ -170,10 +170,10 @@ def whole_number(text: str) -> int:
 
 
 class _Told:
-    """The signals that came: a handler that passes the first one on to `child`, and to the one `beside` it, and raises
+    """The signals that came: a handler that passes the first one on to `child`, and to what is `beside` it, and raises
     Interrupted at the next."""
 
-    def __init__(self, beside: Child | None) -> None:
+    def __init__(self, beside: Companion | None) -> None:
         self.number: int | None = None
         self.at = 0.0
         self.child: Child | None = None
@@ -191,8 +191,10 @@ class _Told:
     def pass_on(self) -> None:
         """Send the child what came, if anything did; SIGHUP of a closed terminal as SIGTERM, on which a stage saves."""
         if self.number is not None and self.child:
-            for one in filter(None, (self.child, self.beside)):
-                one.process.send_signal(signal.SIGTERM if self.number == signal.SIGHUP else self.number)
+            number = signal.SIGTERM if self.number == signal.SIGHUP else self.number
+            self.child.process.send_signal(number)
+            if self.beside:
+                self.beside.tell(number)
 
 
 def _end_family(token: str, patience: float) -> None:

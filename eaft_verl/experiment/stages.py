@@ -5,9 +5,12 @@ A GPU's memory is one stage's alone.
 """
 
 import contextlib
+import signal
 import sys
 import tempfile
 import time
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +24,9 @@ from eaft_verl.planning.formulas import GIB
 from eaft_verl.planning.machine import cpus_here, machine_of, memory_here
 from eaft_verl.recipe.config import Config
 from eaft_verl.runs import Run, is_run
+
+
+NICENESS = 15
 
 
 @dataclass(frozen=True)
@@ -44,50 +50,119 @@ class Stage:
         return self.run.parent / "logs" / f"{self.label.replace(': ', '-')}.log"
 
 
-class Beside:
-    """A stage that goes on while others run; what it says is kept until somebody waits for it."""
+class Lane:
+    """Evaluations that go on beside the trainings, one at a time in the order they were given.
+
+    What each says is kept until `settled` shows it. vital: a stage without which nothing else is worth while.
+    """
+
+    def __init__(self, vital: Stage) -> None:
+        self.vital, self.broken, self.stopped = vital, False, False
+        self.waiting: deque[Stage] = deque()
+        self.current: _Going | None = None
+        self.ended: list[_Going] = []
+        self.beside: list[str] = []  # labels of those that went on since somebody asked
+
+    def add(self, stage: Stage) -> None:
+        """Begin it as soon as those before it have ended."""
+        print(f"[{stage.label}] goes on beside the trainings; what it says follows when it is done", flush=True)
+        self.waiting.append(stage)
+        self.look()
+
+    def look(self) -> bool:
+        """Begin the next one where one has ended; false where the vital one has failed."""
+        if self.current and self.current.child.process.poll() is not None:
+            self._put_aside()
+        if not self.current and self.waiting and not self.stopped:
+            self.current = _Going(self.waiting.popleft())
+            self.beside.append(self.current.stage.label)
+        return not self.broken
+
+    def tell(self, number: int) -> None:
+        """Pass a signal on, and begin nothing any more."""
+        self.stopped = True
+        if self.current:
+            self.current.child.process.send_signal(number)
+
+    def finish(self) -> None:
+        """Wait for all of them. Raises Interrupted as `run_stage` does."""
+        while self.look() and self.current:
+            attend(self.current.going)
+            self._put_aside()
+
+    def settled(self) -> Iterator[tuple[Stage, str | None]]:
+        """Show what those said that have ended, and give why each failed, None where it is done."""
+        ended, self.ended = self.ended, []
+        for one in ended:
+            yield one.stage, one.told()
+
+    def went_on(self) -> list[str]:
+        """Labels of those that went on since this was asked."""
+        labels, self.beside = self.beside, [self.current.stage.label] if self.current else []
+        return labels
+
+    def close(self) -> None:
+        """End the one that goes on, and show what all said."""
+        self.tell(signal.SIGTERM)
+        if self.current:
+            self._put_aside()
+        for _ in self.settled():
+            pass
+
+    def _put_aside(self) -> None:
+        assert self.current
+        self.current.child.end(PATIENCE_S)
+        self.broken |= self.current.stage is self.vital and self.current.child.process.poll() != 0
+        self.stopped |= self.broken
+        self.ended.append(self.current)
+        self.current = None
+
+
+class _Going:
+    """A stage that goes on, and the folder of what it says."""
 
     def __init__(self, stage: Stage) -> None:
         self.stage, self.started = stage, time.monotonic()
         self.folder = tempfile.TemporaryDirectory()
-        print(f"[{stage.label}] goes on beside the next training; what it says follows when it is done", flush=True)
-        with (Path(self.folder.name) / "output").open("wb") as output:
+        with self.output.open("wb") as output:
             self.child = Child(_command(stage), _environ(stage, Path(self.folder.name)), output)
+        with contextlib.suppress(psutil.Error):  # as Ray's workers have, so that neither starves the other
+            psutil.Process(self.child.process.pid).nice(NICENESS)
 
-    def result(self) -> str | None:
-        """Why it failed, once it has ended; None when it is done. Raises Interrupted as `run_stage` does."""
-        try:
-            code = attend(lambda: self.child)
-        finally:
-            self.close()
-        return _outcome(self.stage, code, self.started, Path(self.folder.name))
+    def going(self) -> Child:
+        """Its process."""
+        return self.child
 
-    def close(self) -> None:
-        """End it, if it goes on, and show what it said."""
-        self.child.end(PATIENCE_S)
-        output = Path(self.folder.name) / "output"
-        if output.exists():
-            said = output.read_text(encoding="utf-8", errors="replace")
-            print(f"[{self.stage.label}]\n{said}", end="", flush=True)
-            output.unlink()
+    @property
+    def output(self) -> Path:
+        """What it says."""
+        return Path(self.folder.name) / "output"
+
+    def told(self) -> str | None:
+        """Show what it said, and give why it failed."""
+        said = self.output.read_text(encoding="utf-8", errors="replace")
+        print(f"[{self.stage.label}]\n{said}", end="", flush=True)
+        return _outcome(self.stage, self.child.process.wait(), self.started, Path(self.folder.name))
 
 
-def run(stage: Stage, restarts: int, beside: Beside | None = None, *, vital: bool = False) -> str | None:
-    """Why the stage failed; None when it is done. beside, vital: as of `run_stage`."""
+def run(stage: Stage, restarts: int, lane: Lane | None = None) -> str | None:
+    """Why the stage failed; None when it is done. lane: of evaluations that go on beside it."""
     if stage.done:
         print(f"[{stage.label}] done already", flush=True)
         return None
     print(f"[{stage.label}]", flush=True)
     started = time.monotonic()
+    if lane:
+        lane.went_on()  # before this one began
     with tempfile.TemporaryDirectory() as folder:
         environ = _environ(stage, Path(folder))
 
         def attempt() -> int:
-            return run_stage(_command(stage), environ, beside.child if beside else None, vital=vital)
+            return run_stage(_command(stage), environ, lane)
 
         code = supervised(attempt, stage.run, restarts) if stage.arguments[0] == "train" else attempt()
-        if beside and code == 0:
-            Run(stage.run).update(beside=beside.stage.label)
+        if lane and (labels := lane.went_on()) and code == 0:
+            Run(stage.run).update(beside=labels)
         return _outcome(stage, code, started, Path(folder))
 
 

@@ -85,17 +85,40 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     return made
 
 
-def test_every_evaluation_goes_on_beside_the_next_training(world: World, capsys: pytest.CaptureFixture[str]) -> None:
-    world.seconds = {"base: evaluate": 1.0, "a: evaluate": 1.0, "b: evaluate": 1.0}
+def most_at_once(events: list[str], kind: str) -> int:
+    """The largest number of stages of a kind that had begun and not ended."""
+    going, most = 0, 0
+    for event in events:
+        if event.endswith(kind):
+            going += 1 if event.startswith("begin") else -1
+            most = max(most, going)
+    return most
+
+
+def test_evaluations_go_on_beside_the_trainings(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    world.seconds = {"base: evaluate": 2.0, "a: train": 0.2, "c: train": 3.0}
     assert world.run() == {}
-    order = [event for event in world.events if event.startswith("begin") or "evaluate" in event]
-    assert sorted(order[:2]) == ["begin a: train", "begin base: evaluate"] and order[2] == "end base: evaluate"
-    assert sorted(order[3:5]) == ["begin a: evaluate", "begin b: train"] and order[5] == "end a: evaluate"
-    assert order[-2:] == ["begin c: evaluate", "end c: evaluate"]  # nothing is left that it could go on beside
-    assert [world.beside(arm) for arm in "abc"] == ["base: evaluate", "a: evaluate", "b: evaluate"]
+    events = world.events
+    assert events.index("begin b: train") < events.index("end base: evaluate")  # no training waits for an evaluation
+    assert events.index("end b: evaluate") < events.index("end c: train")
+    begun = [event for event in events if event.startswith("begin") and "evaluate" in event]
+    assert begun == [f"begin {name}: evaluate" for name in ("base", "a", "b", "c")]
+    assert most_at_once(events, "evaluate") == most_at_once(events, "train") == 1
+    assert world.beside("a") == ["base: evaluate"] and world.beside("b")[0] == "base: evaluate"
+    assert world.beside("c")[-2:] == ["a: evaluate", "b: evaluate"]
     said = capsys.readouterr().out
-    assert said.count("goes on beside the next training") == 3
+    assert said.count("goes on beside the trainings") == 3  # nothing is left that the last one could go on beside
     assert "[a: evaluate]\nsaid by a: evaluate\n[a: evaluate] done, " in said
+
+
+def test_a_training_that_leaves_no_room_waits_for_the_evaluations(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare, "fits_beside", lambda config: config.arm != "c")
+    world.seconds = dict.fromkeys(("base: evaluate", "a: evaluate", "b: evaluate"), 1.0)
+    assert world.run() == {}
+    assert world.events.index("end b: evaluate") < world.events.index("begin c: train")
+    assert world.beside("c") is None
 
 
 def test_alone_one_after_the_other(world: World) -> None:
@@ -136,9 +159,9 @@ def test_where_the_base_fails_the_first_training_is_told_and_nothing_else_starts
 def test_a_base_that_fails_late_still_ends_it(world: World, tmp_path: Path, arms: str) -> None:
     later = World(tmp_path, arms)
     world.configs, world.stages = later.configs, later.stages
-    world.codes, world.seconds = {"base: evaluate": 1}, {"base: evaluate": 1.0, "a: train": 0.1}
+    world.codes, world.seconds = {"base: evaluate": 1}, {"base: evaluate": 1.0, "a: train": 0.1, "b: train": 30.0}
     assert world.run() is None
-    assert not [event for event in world.events if event in ("begin b: train", "begin a: evaluate")]
+    assert not [event for event in world.events if event in ("begin b: evaluate", "begin a: evaluate")]
 
 
 def test_a_signal_reaches_both_and_nothing_is_left(world: World, capsys: pytest.CaptureFixture[str]) -> None:
@@ -164,6 +187,7 @@ os.kill({os.getpid()}, signal.SIGTERM)
 
 
 def test_a_signal_while_only_the_evaluation_goes_on(world: World) -> None:
+    world.configs, world.stages = world.configs[:1], world.stages[:1]
     world.seconds = {"base: evaluate": 60.0, "a: train": 0.1}
     child = subprocess.Popen(
         [
