@@ -108,11 +108,11 @@ def layer_activations(setup: Setup) -> float:
     norms = 4 if setup.model.family == "glm4" else 2
     per_token = norms * d * (4 + (c if setup.adapter else 2 * c)) + c * 4 * f
     square = 0.0
-    if setup.attention == "sdpa" and not setup.cuda:  # in fp32 and row by row (training/verl_cpu/packed_attention.py)
+    if setup.attention == "sdpa" and not setup.cuda:  # in fp32 and row by row (training/packed_attention.py)
         per_token += 4 * (2 * h + 2 * k) + (c * h if c < 4 else 0)
-    elif setup.attention == "flash_attention_2" or (setup.attention == "sdpa" and not setup.packed):
+    elif setup.attention == "flash_attention_2" or (setup.attention == "sdpa" and (not setup.packed or c < 4)):
         per_token += c * (2 * h + 2 * k)
-    elif setup.attention == "sdpa":  # several sequences need a mask, for which keys and values are repeated
+    elif setup.attention == "sdpa":  # in fp32 several sequences need a mask, for which keys and values are repeated
         per_token += c * 4 * h
         square = c
     else:
