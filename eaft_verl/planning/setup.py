@@ -87,6 +87,7 @@ def setup_of(config: Config, amount: Amount, objective: Objective | None) -> Set
         master=master,
         reduce=_BYTES[precision.get("reduce_dtype", "fp32")],
         optimizer=optimizer,
+        one_pass=bool((config.verl.optim.override_optimizer_config or {}).get("fused")),
         adapter=architecture.adapter(model.lora_rank, model.target_modules) if model.lora_rank else 0,
         offload_policy=engine.offload_policy,
         parked=_parked(config, master, OPTIMIZERS[optimizer] or 2 * master) if rollout else 0,
