@@ -67,21 +67,10 @@ def _statistics(
 
 @triton.jit
 def _entropies(
-    logits: tl.tensor,
-    stride: int,
-    out: tl.tensor,
-    sums: tl.tensor,
-    best: tl.tensor,
-    first: tl.tensor,
-    rows: int,
-    k: int,
-    V: tl.constexpr,
-    G: tl.constexpr,
-    GROUPS: tl.constexpr,
-    GROUP: tl.constexpr,
-    TOPK: tl.constexpr,
+    logits: tl.tensor, stride: int, out: tl.tensor, sums: tl.tensor, best: tl.tensor, first: tl.tensor, rows: int,
+    k: int, V: tl.constexpr, G: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, TOPK: tl.constexpr,
     MOST: tl.constexpr,
-) -> None:
+) -> None:  # fmt: skip
     """Of one row: entropies of its k and its TOPK largest logits, all that are equal taken at once; sum exp(z) of the
     k, and the column of the largest.
     With z relative to the largest and S = sum exp(z): H = ln S - sum z exp(z) / S, both terms positive.
