@@ -25,7 +25,6 @@ from eaft_verl.planning.machine import cpus_here, machine_of, memory_here
 from eaft_verl.recipe.config import Config
 from eaft_verl.runs import Run, is_run
 
-
 NICENESS = 15
 
 

@@ -59,6 +59,7 @@ class Setup:
     master: int = 4  # bytes of a stored weight and its gradient
     reduce: int = 4  # bytes in which gradients are reduced
     optimizer: str = "AdamW"
+    one_pass: bool = False  # torch's fused AdamW
     adapter: int = 0  # parameters of a LoRA adapter; 0: every weight is trained
     offload_policy: bool = False
     parked: int = 0  # bytes per parameter that verl moves to the host between training and rollout
@@ -108,11 +109,11 @@ def layer_activations(setup: Setup) -> float:
     norms = 4 if setup.model.family == "glm4" else 2
     per_token = norms * d * (4 + (c if setup.adapter else 2 * c)) + c * 4 * f
     square = 0.0
-    if setup.attention == "sdpa" and not setup.cuda:  # in fp32 and row by row (training/verl_cpu/packed_attention.py)
+    if setup.attention == "sdpa" and not setup.cuda:  # in fp32 and row by row (training/packed_attention.py)
         per_token += 4 * (2 * h + 2 * k) + (c * h if c < 4 else 0)
-    elif setup.attention == "flash_attention_2" or (setup.attention == "sdpa" and not setup.packed):
+    elif setup.attention == "flash_attention_2" or (setup.attention == "sdpa" and (not setup.packed or c < 4)):
         per_token += c * (2 * h + 2 * k)
-    elif setup.attention == "sdpa":  # several sequences need a mask, for which keys and values are repeated
+    elif setup.attention == "sdpa":  # in fp32 several sequences need a mask, for which keys and values are repeated
         per_token += c * 4 * h
         square = c
     else:
@@ -203,12 +204,13 @@ def root_units(setup: Setup) -> float:
 
 
 def update_scratch(setup: Setup) -> float:
-    """Temporaries of the optimizer: on a GPU AdamW's root of every second moment (foreach), else of one matrix's."""
+    """Temporaries of the optimizer: on a GPU AdamW's root of every second moment (foreach), none of a fused one; else
+    of one matrix's."""
     largest = setup.model.embedding if not setup.adapter else setup.adapter / setup.model.layers
     if setup.optimizer.endswith("8bit"):
         return 3 * 4 * largest / setup.shards
     if setup.cuda and not setup.offload_policy:
-        return setup.master * setup.trained / setup.shards
+        return 0.0 if setup.one_pass else setup.master * setup.trained / setup.shards
     return 2 * setup.master * largest / setup.shards
 
 

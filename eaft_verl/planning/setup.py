@@ -86,7 +86,7 @@ def setup_of(config: Config, amount: Amount, objective: Objective | None) -> Set
         compute=_BYTES[precision.get("param_dtype", "bf16")],
         master=master,
         reduce=_BYTES[precision.get("reduce_dtype", "fp32")],
-        optimizer=optimizer,
+        **_update(config, optimizer),
         adapter=architecture.adapter(model.lora_rank, model.target_modules) if model.lora_rank else 0,
         offload_policy=engine.offload_policy,
         parked=_parked(config, master, OPTIMIZERS[optimizer] or 2 * master) if rollout else 0,
@@ -95,6 +95,11 @@ def setup_of(config: Config, amount: Amount, objective: Objective | None) -> Set
         **_loss_terms(config, architecture, objective, rollout),
         extra_forwards=_extra_forwards(objective, rollout),
     )
+
+
+def _update(config: Config, optimizer: str) -> dict[str, Any]:
+    options = config.verl.optim.override_optimizer_config or {}
+    return {"optimizer": optimizer, "one_pass": bool(options.get("fused"))}
 
 
 def micro_batch(config: Config, sequences: int, mean: float, longest: int, devices: int) -> tuple[int, int]:

@@ -150,6 +150,7 @@ class VerlOptim:
 
     optimizer: str
     optimizer_impl: str
+    override_optimizer_config: Any
     lr: float
     lr_scheduler_type: str
     lr_warmup_steps_ratio: float

@@ -36,7 +36,7 @@ from eaft_verl.recipe.overrides import arm_words, check_shared, overrides_tree
 from eaft_verl.recipe.shipped import find_recipe, require_no_spec
 from eaft_verl.recipe.verl_keys import grpo_tree, lay, verl_defaults
 
-FUSED_ON_CPU = ("torch.optim", "AdamW")
+FUSED = ("torch.optim", "AdamW")
 DEVICES = ("auto", "cpu", "cuda")
 _OF_VERL = {  # keys without effect in an arm with trainer: grpo: why
     **dict.fromkeys(("objective", "fused_head"), "whose loss is verl's"),
@@ -96,8 +96,7 @@ def resolve(recipe: Recipe, arm: str, overrides: Iterable[str] = ()) -> Config:
     pristine = copy.deepcopy(tree)
     for where, layer in layers:
         _merge(tree, layer, where, pristine)
-    if device == "cpu":
-        _fuse_optimizer(tree["verl"]["optim"])
+    _fuse_optimizer(tree["verl"]["optim"])
     if trainer == "grpo":
         tree |= dict.fromkeys(OF_SFT)
     tree["name"] = tree["name"] or recipe.name
@@ -215,8 +214,9 @@ def _apply_device(tree: dict[str, Any], device: str) -> None:
 
 
 def _fuse_optimizer(optim: dict[str, Any]) -> None:
-    """AdamW in one pass over the weights where nothing is said: torch chooses that by itself on a GPU only."""
-    if optim["override_optimizer_config"] is None and (optim["optimizer_impl"], optim["optimizer"]) == FUSED_ON_CPU:
+    """AdamW in one pass over the weights where nothing is said. By itself torch takes them one by one on a CPU, and all
+    of them operation by operation on a GPU, which holds the root of every second moment at once."""
+    if optim["override_optimizer_config"] is None and (optim["optimizer_impl"], optim["optimizer"]) == FUSED:
         optim["override_optimizer_config"] = {"fused": True}
 
 

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from eaft_verl.tokens.chunks import head_chunk
 from eaft_verl.tokens.logits import CPU_CHUNK_TOKENS, Distribution, LogitStats, accumulator, asked, distribution_of
-from eaft_verl.tokens.row_kernels import CHUNKED, COMPARED, RowKernels, kernels_for
+from eaft_verl.tokens.row_kernels import COMPARED, RowKernels, kernels_for
 from eaft_verl.tokens.stats import TOPK
 
 Gate = Callable[[LogitStats, Tensor], Tensor]  # statistics [C] of some tokens and which of the T they are -> weight [C]
@@ -58,11 +58,7 @@ def head_statistics(
     rows_R = mask_T.nonzero().squeeze(-1)
     with torch.autocast(device, enabled=False):
         if kernels is None:
-            few_R = rows_R[:COMPARED]
-            kernels = kernels_for(
-                *(device, hidden_TD.dtype, len(head.weight_VD)),
-                lambda: (_logits(hidden_TD[few_R], head).detach(), labels_T[few_R]),
-            )
+            kernels = _kernels(hidden_TD, head, labels_T, rows_R)
         made = _FusedHead.apply(
             *(hidden_TD, head.weight_VD, head.bias_V, labels_T, rows_R),
             *(gate, k, sum_p2, full_entropy, kernels, torch.is_grad_enabled()),
@@ -77,14 +73,24 @@ def head_distribution(
     """`distribution_stats(hidden @ weight^T + bias, ...)`, from the chunks of logits that `head_statistics` forms of
     the same rows: training and a pass that trains nothing multiply alike."""
     hidden_TD, head = _as_linear(hidden_TD, head)
+    rows_R = mask_T.nonzero().squeeze(-1)
     with torch.autocast(hidden_TD.device.type, enabled=False):
-        pieces = _pieces(mask_T.nonzero().squeeze(-1), hidden_TD, head)
-        return distribution_of(pieces, labels_T, accumulator(hidden_TD), k=k)
+        kernels = _kernels(hidden_TD, head, labels_T, rows_R)
+        pieces = _pieces(rows_R, hidden_TD, head, kernels)
+        return distribution_of(pieces, labels_T, accumulator(hidden_TD), k=k, by=kernels.distribution)
 
 
-def _pieces(rows_R: Tensor, hidden_TD: Tensor, head: Head) -> Iterator[tuple[Tensor, Tensor]]:
+def _kernels(hidden_TD: Tensor, head: Head, labels_T: Tensor, rows_R: Tensor) -> RowKernels:
+    few_R = rows_R[:COMPARED]
+    return kernels_for(
+        *(hidden_TD.device.type, hidden_TD.dtype, len(head.weight_VD)),
+        lambda: (_logits(hidden_TD[few_R], head).detach(), labels_T[few_R]),
+    )
+
+
+def _pieces(rows_R: Tensor, hidden_TD: Tensor, head: Head, kernels: RowKernels) -> Iterator[tuple[Tensor, Tensor]]:
     """Rows and their logits, chunk by chunk, and on a CPU in parts of one that stay in a core's cache."""
-    for _, rows in _chunks(rows_R, head, CHUNKED):
+    for _, rows in _chunks(rows_R, head, kernels):
         logits_CV = _logits(hidden_TD[rows], head)
         size = CPU_CHUNK_TOKENS if logits_CV.device.type == "cpu" else len(rows)
         yield from zip(rows.split(size), logits_CV.split(size), strict=True)

@@ -5,7 +5,7 @@ All arithmetic is float32 (float64 for float64 logits), whatever the dtype of th
 wrong by more than its own size on the low-entropy tokens that the objectives are about.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -107,20 +107,28 @@ def distribution_stats(logits_TV: Tensor, labels_T: Tensor, mask_T: Tensor, *, k
 
 @torch.no_grad()
 def distribution_of(
-    pieces: Iterable[tuple[Tensor, Tensor]], labels_T: Tensor, dtype: torch.dtype, *, k: int = TOPK
+    pieces: Iterable[tuple[Tensor, Tensor]],
+    labels_T: Tensor,
+    dtype: torch.dtype,
+    *,
+    k: int = TOPK,
+    by: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] | None = None,
 ) -> Distribution:
-    """The same, of (rows [R], their logits [R, V]); these are used up, and on a CPU best few enough for its cache."""
+    """The same, of (rows [R], their logits [R, V]); these are used up, and on a CPU best few enough for its cache.
+
+    by: what takes the place of `row_distribution`.
+    """
     numbers_6T = torch.zeros(6, len(labels_T), dtype=dtype, device=labels_T.device)
     argmax_T = torch.zeros_like(labels_T)
     for rows, logits_RV in pieces:
-        numbers_6T[:, rows], argmax_T[rows] = _distribution(logits_RV, labels_T[rows], k)
+        numbers_6T[:, rows], argmax_T[rows] = (by or row_distribution)(logits_RV, labels_T[rows], k)
         del logits_RV  # before the next ones are formed
     nll_T, entropy_T, full_T, max_T, sum_p2_T, mass_T = numbers_6T.unbind()
     return Distribution(nll_T, entropy_T, full_T, max_T, sum_p2_T, mass_T, argmax_T)
 
 
-def _distribution(logits_RV: Tensor, labels_R: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Six numbers [6, R] and the most likely token [R] of some rows."""
+def row_distribution(logits_RV: Tensor, labels_R: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Six numbers [6, R] in the order of Distribution and the most likely token [R] of some rows; uses them up."""
     best_RK, ids_RK, wide_RV, label_R = _relative(logits_RV, labels_R, k)
     prob_RV = wide_RV.exp()
     total_R = prob_RV.sum(dim=-1)

@@ -1,4 +1,4 @@
-"""By which code the two steps of a chunk of logits run, statistics and gradient: chosen here and nowhere else.
+"""By which code the steps of a chunk of logits run, statistics, gradient, distribution: chosen here and nowhere else.
 
 On a GPU the Triton kernels, once they have given the numbers of chunked torch on rows of the caller's own; elsewhere,
 and where they do not, chunked torch. Dimension letters: R rows, V vocabulary.
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eaft_verl.tokens.logits import row_gradient, row_statistics
+from eaft_verl.tokens.logits import row_distribution, row_gradient, row_statistics
 from eaft_verl.tokens.stats import TOPK
 
 COMPARED = 64  # rows
@@ -19,13 +19,15 @@ TOLERANCE = 1e-5  # of statistics, relative and absolute; of the gradient beside
 
 
 class RowKernels(NamedTuple):
-    """`statistics` and `gradient` take and give what `row_statistics` and `row_gradient` do; what the first hands to
-    the second is their own affair. in_place: the gradient takes the place of the logits, whatever their dtype."""
+    """`statistics`, `gradient`, `distribution` take and give what `row_statistics`, `row_gradient`, `row_distribution`
+    do; what the first hands to the second is their own affair. in_place: the gradient takes the place of the logits,
+    whatever their dtype."""
 
     name: str
     statistics: Callable[[Tensor, Tensor, int, bool, bool], tuple[Tensor, Tensor, Tensor]]
     gradient: Callable[[Tensor, Tensor, Tensor, Tensor, torch.dtype], Tensor]
     in_place: bool = False
+    distribution: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] = row_distribution
 
 
 CHUNKED = RowKernels("chunked", row_statistics, row_gradient)
@@ -34,9 +36,9 @@ chosen: dict[tuple[torch.dtype, int], tuple[RowKernels, str | None]] = {}  # by 
 
 def triton_kernels() -> RowKernels:
     """ImportError where there is no Triton."""
-    from eaft_verl.tokens.triton_rows import triton_gradient, triton_statistics
+    from eaft_verl.tokens.triton_rows import triton_distribution, triton_gradient, triton_statistics
 
-    return RowKernels("triton", triton_statistics, triton_gradient, in_place=True)
+    return RowKernels("triton", triton_statistics, triton_gradient, True, triton_distribution)
 
 
 def kernels_for(
@@ -61,21 +63,24 @@ def verified(logits_RV: Tensor, labels_R: Tensor) -> tuple[RowKernels, str | Non
     """The Triton kernels where they run and agree with chunked torch on these rows; else that, and why."""
     try:
         kernels = triton_kernels()
-        ours, theirs = (_both(each, logits_RV.clone(), labels_R) for each in (kernels, CHUNKED))
+        ours, theirs = (_all(each, logits_RV, labels_R) for each in (kernels, CHUNKED))
     except Exception as error:  # whatever a compiler and a driver may say
         said = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         return CHUNKED, f"the Triton kernels do not run here ({said})"
     rounding = 0.0 if logits_RV.dtype.itemsize >= 4 else torch.finfo(logits_RV.dtype).eps
-    for name, one, other, tolerance in zip(
-        ("other statistics", "another gradient"), ours, theirs, (TOLERANCE, TOLERANCE + rounding), strict=True
-    ):
+    names = ("other statistics", "another distribution", "another likeliest token", "another gradient")
+    tolerances = (TOLERANCE, TOLERANCE, 0.0, TOLERANCE + rounding)
+    for name, one, other, tolerance in zip(names, ours, theirs, tolerances, strict=True):
         if not torch.allclose(one, other, rtol=tolerance, atol=TOLERANCE, equal_nan=True):
             return CHUNKED, f"the Triton kernels give {name} than torch"
     return kernels, None
 
 
-def _both(kernels: RowKernels, logits_RV: Tensor, labels_R: Tensor) -> tuple[Tensor, Tensor]:
+def _all(kernels: RowKernels, logits_RV: Tensor, labels_R: Tensor) -> tuple[Tensor, ...]:
     dtype = logits_RV.dtype
-    stats_6R, held_RV, sums = kernels.statistics(logits_RV, labels_R, TOPK, True, True)
+    numbers_6R, likeliest_R = kernels.distribution(logits_RV.clone(), labels_R, TOPK)
+    highest_R = logits_RV.gather(-1, likeliest_R[:, None]).float()  # equal logits may be told apart either way
+    stats_6R, held_RV, sums = kernels.statistics(logits_RV.clone(), labels_R, TOPK, True, True)
     weight_R = stats_6R[1]  # EAFT's, up to a constant
-    return stats_6R, kernels.gradient(held_RV, sums, labels_R, weight_R.contiguous(), dtype).float()
+    gradient_RV = kernels.gradient(held_RV, sums, labels_R, weight_R.contiguous(), dtype).float()
+    return stats_6R, numbers_6R, highest_R, gradient_RV

@@ -1,8 +1,9 @@
-"""The two steps of a chunk of logits as Triton kernels: one reading pass for all statistics, one pass for the gradient.
+"""The steps of a chunk of logits as Triton kernels: one reading pass for all statistics, one pass for the gradient.
 
-The same numbers as `row_statistics` and `row_gradient` of logits.py, without a float32 copy of the logits: the gradient
-takes their place. Float32 arithmetic. Exact top-K without a sort: the pass that sums exponentials keeps the largest
-logit of every group of GROUP columns; the next largest logit of the row is then always the largest of those.
+The same numbers as `row_statistics`, `row_gradient` and `row_distribution` of logits.py, without a float32 copy of the
+logits: the gradient takes their place. Float32 arithmetic. Exact top-K without a sort: the pass that sums exponentials
+keeps the largest logit of every group of GROUP columns; the next largest logit of the row is then always the largest
+of those.
 
 Dimension letters: R rows, V vocabulary, G groups. Not imported where there is no Triton.
 """
@@ -66,21 +67,12 @@ def _statistics(
 
 @triton.jit
 def _entropies(
-    logits: tl.tensor,
-    stride: int,
-    out: tl.tensor,
-    sums: tl.tensor,
-    best: tl.tensor,
-    rows: int,
-    k: int,
-    V: tl.constexpr,
-    G: tl.constexpr,
-    GROUPS: tl.constexpr,
-    GROUP: tl.constexpr,
-    TOPK: tl.constexpr,
+    logits: tl.tensor, stride: int, out: tl.tensor, sums: tl.tensor, best: tl.tensor, first: tl.tensor, rows: int,
+    k: int, V: tl.constexpr, G: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, TOPK: tl.constexpr,
     MOST: tl.constexpr,
-) -> None:
-    """Of one row: entropies of its k and its TOPK largest logits, all that are equal taken at once.
+) -> None:  # fmt: skip
+    """Of one row: entropies of its k and its TOPK largest logits, all that are equal taken at once; sum exp(z) of the
+    k, and the column of the largest.
     With z relative to the largest and S = sum exp(z): H = ln S - sum z exp(z) / S, both terms positive.
     """
     row = tl.program_id(0)
@@ -88,13 +80,15 @@ def _entropies(
     top = tl.load(sums + row)
     groups = tl.arange(0, GROUPS)
     left = tl.load(best + row * G + groups, mask=groups < G, other=float("-inf"))
-    taken, total, weighed, total20, weighed20 = 0, 0.0, 0.0, 0.0, 0.0
-    for _ in range(MOST):
+    taken, total, weighed, total20, weighed20, argmax = 0, 0.0, 0.0, 0.0, 0.0, V
+    for number in range(MOST):
         largest = tl.max(left, axis=0)
         where = tl.argmax(left, axis=0)
         column = where * GROUP + tl.arange(0, GROUP)
         value = tl.load(line + column, mask=column < V, other=float("-inf")).to(tl.float32)
         equal = tl.sum(tl.where(value == largest, 1, 0), axis=0)
+        if number == 0:
+            argmax = tl.min(tl.where(value == largest, column, V - 1), axis=0)
         share = tl.exp(largest - top)
         product = tl.where(share > 0.0, (largest - top) * share, 0.0)
         count = tl.minimum(tl.maximum(k - taken, 0), equal).to(tl.float32)
@@ -105,6 +99,8 @@ def _entropies(
         left = tl.where(groups == where, tl.max(tl.where(value < largest, value, float("-inf")), axis=0), left)
     tl.store(out + rows + row, tl.log(total) - weighed / total)
     tl.store(out + 2 * rows + row, tl.log(total20) - weighed20 / total20)
+    tl.store(sums + 2 * rows + row, total)
+    tl.store(first + row, argmax)
 
 
 @triton.jit
@@ -135,26 +131,42 @@ def triton_statistics(
 
     sum_p2 is formed always: a multiplication beside what memory takes.
     """
+    out_6R, sums_3R, _ = _passes(logits_RV, labels_R, k, full_entropy)
+    return out_6R, logits_RV, sums_3R[:2]
+
+
+def triton_distribution(logits_RV: Tensor, labels_R: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Six numbers [6, R] in the order of Distribution, and the most likely token [R]; the logits stay as they are."""
+    out_6R, sums_3R, first_R = _passes(logits_RV, labels_R, k, True)
+    nll_R, entropy_R, _, _, sum_p2_R, full_R = out_6R
+    _, total_R, most_R = sums_3R
+    numbers_6R = torch.stack([nll_R, entropy_R, full_R, 1 / total_R, sum_p2_R, (most_R / total_R).clamp(max=1.0)])
+    return numbers_6R, first_R.long()
+
+
+def _passes(logits_RV: Tensor, labels_R: Tensor, k: int, full_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(statistics [6, R], the largest logit, sum exp(z) of all and of the k largest [3, R], column of the largest)."""
     rows, vocab = logits_RV.shape
     blocks = triton.cdiv(vocab, BLOCK)
     groups = blocks * (BLOCK // GROUP)
-    out_6R, sums_2R = (torch.empty(n, rows, dtype=torch.float32, device=logits_RV.device) for n in (6, 2))
-    best_RG = out_6R.new_empty(rows, groups)
+    out_6R, sums_3R = (torch.empty(n, rows, dtype=torch.float32, device=logits_RV.device) for n in (6, 3))
+    best_RG, first_R = out_6R.new_empty(rows, groups), labels_R.new_empty(rows, dtype=torch.int32)
     line = logits_RV.stride(0)
     _statistics[(rows,)](
-        *(logits_RV, line, labels_R, out_6R, sums_2R, best_RG, rows, vocab, groups),
+        *(logits_RV, line, labels_R, out_6R, sums_3R, best_RG, rows, vocab, groups),
         *(full_entropy, BLOCK, GROUP),
         num_warps=8,
     )
     searched = min(k, vocab) if k <= MOST else TOPK
     _entropies[(rows,)](
-        *(logits_RV, line, out_6R, sums_2R, best_RG, rows, searched, vocab, groups, triton.next_power_of_2(groups)),
-        *(GROUP, TOPK, max(searched, min(TOPK, vocab))),
+        *(logits_RV, line, out_6R, sums_3R, best_RG, first_R, rows, searched, vocab, groups),
+        *(triton.next_power_of_2(groups), GROUP, TOPK, max(searched, min(TOPK, vocab))),
         num_warps=4,
     )
     if k > MOST:
-        out_6R[1] = topk_entropy(logits_RV.topk(min(k, vocab), dim=-1).values.float())
-    return out_6R, logits_RV, sums_2R
+        best_RK = logits_RV.topk(min(k, vocab), dim=-1).values.float()
+        out_6R[1], sums_3R[2] = topk_entropy(best_RK), (best_RK - best_RK[:, :1]).exp().sum(dim=-1)
+    return out_6R, sums_3R, first_R
 
 
 def triton_gradient(

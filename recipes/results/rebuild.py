@@ -50,7 +50,6 @@ KEPT = ("columns", "results", "versus", "noise", "equal_gain", "paths", "arms", 
 TABLE = "| quickstart, "  # how the table's first line begins
 COLUMNS = (("two_shot_sums", 1), ("heldout", 3), ("general_mean", 1), ("drift.kl", 4))  # and decimals
 GROUPS = {"commit": r"[0-9a-f]{7,40}|unknown", "command": r"[^`]+"}
-H100_COMMIT = "6b829c0"
 LOSSES = {  # as the benchmark calls them: as the page does
     "3 products": "three bare matrix products",
     "EAFT, ours Triton": "EAFT here",
@@ -210,9 +209,8 @@ def _of_quickstart(found: Row) -> list[Row]:
 
 def _of_h100(found: Row) -> list[Row]:
     """The rows of its two tables, of losses and of the study, and the memory of a training."""
-    about = {"low": None, "high": None, "command": found["command"], "commit": H100_COMMIT}
-    about |= {"machine": found["about"]["device"]}
-    rows = []
+    about = {"low": None, "high": None, "command": found["command"], "machine": found["about"]["device"]}
+    commits, rows = found["commits"], []
     losses = next(one for one in found["losses"]["ways"] if one["shape"] == "32B")["ms_MB_dX_dW"]
     for way, words in LOSSES.items():
         time, memory = losses[way][:2]
@@ -220,13 +218,34 @@ def _of_h100(found: Row) -> list[Row]:
         rows.append(
             {"name": f"h100.{way}.MB", "value": memory, "unit": "MB", "says": [f"| {words} |… | {{value:,.0f}} |"]}
         )
+    rows = [row | {"commit": commits["losses"]} for row in rows]
     for name, unit, says in (
         ("sft: GiB measured", "GiB", "peaked at {value:.2f} GiB"),
         ("sft: GiB planned", "GiB", "planned {value:.2f} GiB"),
     ):
-        rows.append({"name": f"h100.{name}", "value": found["trainers"][name], "unit": unit, "says": [says]})
+        row = {"name": f"h100.{name}", "value": found["trainers"][name], "unit": unit, "says": [says]}
+        rows.append(row | {"commit": commits["trainers"]})
     worst = max(value for key, value in found["engine"].items() if "worst" in key)
-    rows.append({"name": "h100.engine", "value": worst, "unit": "relative", "says": ["at worst {value:.0e} apart"]})
+    row = {"name": "h100.engine", "value": worst, "unit": "relative", "says": ["at worst {value:.0e} apart"]}
+    rows.append(row | {"commit": commits["engine"]})
+    return [row | about for row in [*rows, *_of_steps(found["step"], commits["step"]), *_of_study(found)]]
+
+
+def _of_steps(found: Row, commit: str) -> list[Row]:
+    """An update beside TRL's, at two sizes."""
+    short, long = (found[name]["our sft / TRL"] for name in ("fused AdamW too", "twice the tokens"))
+    return [
+        {"name": f"h100.trl.{name}", "value": value, "unit": "times", "says": [says], "commit": commit}
+        for name, value, says in (
+            ("short", short["s"], "H100 it took {value:.2f} times TRL's"),
+            ("long", long["s"], "of 512 tokens and {value:.2f} times at 1,024"),
+            ("memory", long["GiB"], "in {value:.2f} times the memory"),
+        )
+    ]
+
+
+def _of_study(found: Row) -> list[Row]:
+    rows = []
     for arm, words in STUDY.items():
         runs = [
             steps for name, steps in found["study"]["runs"].items() if name.rpartition("-seed")[0] == arm or name == arm
@@ -239,7 +258,7 @@ def _of_h100(found: Row) -> list[Row]:
             rows.append(
                 {"name": f"study.{arm}.kl", "value": kl, "unit": "nats", "says": [f"| {words} |… |… | {{value:.3f}} |"]}
             )
-    return [row | about for row in rows]
+    return [row | {"commit": found["commits"]["study"]} for row in rows]
 
 
 def tables() -> dict[str, str]:

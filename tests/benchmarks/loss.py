@@ -230,11 +230,14 @@ def errors(kind: str, given: tuple[Tensor, Tensor, Tensor, Tensor], exact: Any =
 
 
 def on_gpu(options: argparse.Namespace, names: list[str]) -> list[dict[str, Any]]:
-    """All ways in this process, in turns: three to warm up, then the median of the rounds; errors from the last."""
+    """All ways in this process, in turns: three to warm up, then the median of the rounds; errors from the last.
+
+    Every second round runs backwards: how fast a clock the card keeps depends on what ran just before.
+    """
     given, found = inputs(options), {name: {"way": name, "rounds": []} for name in names}
-    for _ in range(3 + options.repeat):
-        for name, row in found.items():
-            if "failed" not in row:
+    for number in range(3 + options.repeat):
+        for name in names[:: 1 if number % 2 else -1]:
+            if "failed" not in (row := found[name]):
                 try:
                     row["rounds"].append(timed(WAYS[name][0], given))
                 except Exception as error:

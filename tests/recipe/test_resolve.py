@@ -55,6 +55,16 @@ def test_each_layer_wins_over_the_one_before(recipe: Any) -> None:
     assert resolve(recipe, "fast", ["seed=8", "seed=9"]).seed == 9
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_adamw_is_fused_unless_something_is_said(recipe: Any, device: str) -> None:
+    def said(*words: str) -> Any:
+        return resolve(recipe, "plain", [f"device={device}", *words]).verl.optim.override_optimizer_config
+
+    assert said() == {"fused": True}
+    assert said("verl.optim.override_optimizer_config.fused=false") == {"fused": False}
+    assert said("verl.optim.optimizer=SGD") is None
+
+
 def test_a_word_of_one_arm_changes_that_arm_and_is_declared(recipe: Any) -> None:
     words = ["verl.optim.lr=1e-5", "arms.fast.verl.optim.lr=5e-5", "arms.sft.objective.name=eaft"]
     assert [resolve(recipe, arm, words).verl.optim.lr for arm in ("plain", "fast")] == [1e-5, 5e-5]

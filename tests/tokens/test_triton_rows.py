@@ -4,7 +4,7 @@ import importlib
 import math
 import os
 from collections.abc import Iterator
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ from torch import Tensor
 from eaft_verl.objectives import Eaft, weighted_nll
 from eaft_verl.tokens import row_kernels
 from eaft_verl.tokens.head import Head, head_statistics
-from eaft_verl.tokens.logits import reference_stats, row_gradient, row_statistics
+from eaft_verl.tokens.logits import reference_stats, row_distribution, row_gradient, row_statistics
 from eaft_verl.tokens.row_kernels import CHUNKED, RowKernels, kernels_for, verified
 from eaft_verl.tokens.stats import TokenStats
 
@@ -76,9 +76,28 @@ def test_statistics_and_gradient_of_every_kind_of_row(rows: ModuleType, dtype: t
     assert gradient.data_ptr() == held.data_ptr()  # in place
 
 
+@pytest.mark.parametrize(
+    ("dtype", "k"), [(torch.float32, 1), (torch.float32, 20), (torch.float32, V), (torch.bfloat16, 20)], ids=str
+)
+def test_distribution_of_every_kind_of_row(rows: ModuleType, dtype: torch.dtype, k: int) -> None:
+    given = logits(dtype)
+    labels = torch.tensor([0, 5, int(given[2].float().argmax()), 7, 293, 1])
+    numbers, likeliest = rows.triton_distribution(given, labels, k)
+    assert torch.equal(given, logits(dtype)) and likeliest.dtype == torch.int64
+    for row, label in enumerate(labels.tolist()):
+        line = given[row].double()
+        (nll, entropy, _, _, squares, full), _ = definition(line, label, k, 1.0)
+        prob = line.softmax(dim=-1)
+        expected = [nll, entropy, full, float(prob.max()), squares, float(prob.topk(k).values.sum())]
+        torch.testing.assert_close(numbers[:, row].double(), torch.tensor(expected).double(), rtol=2e-5, atol=2e-6)
+        assert int(likeliest[row]) == int((line == line.max()).nonzero()[0])
+
+
 def test_a_row_that_is_not_finite_shows_it(rows: ModuleType) -> None:
     broken = torch.zeros(2, V)
     broken[0, 3] = math.nan
+    numbers, likeliest = rows.triton_distribution(broken, torch.tensor([0, 0]), 20)
+    assert numbers[0, 0].isnan() and 0 <= int(likeliest.min()) <= int(likeliest.max()) < V
     stats, _, _ = rows.triton_statistics(broken, torch.tensor([0, 0]), 20, False)
     assert stats[0, 0].isnan() and stats[0, 1] == pytest.approx(math.log(V), rel=1e-6)
 
@@ -131,6 +150,27 @@ def test_chosen_on_a_gpu_only_where_they_give_the_numbers_of_torch(monkeypatch: 
     assert kernels_for("cuda", torch.bfloat16, V, some) is CHUNKED  # said once
 
 
+def _next_token(logits_RV: Tensor, labels_R: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    numbers_6R, likeliest_R = row_distribution(logits_RV, labels_R, k)
+    return numbers_6R, (likeliest_R + 1) % V
+
+
+@pytest.mark.parametrize(
+    ("distribution", "said"),
+    [
+        (_next_token, "another likeliest token"),
+        (lambda *given: (row_distribution(*given)[0].roll(1, dims=0), row_distribution(*given)[1]), "another distrib"),
+    ],
+    ids=["token", "numbers"],
+)
+def test_a_wrong_distribution_is_not_chosen(distribution: Any, said: str) -> None:
+    wrong = RowKernels("triton", row_statistics, row_gradient, distribution=distribution)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(row_kernels, "triton_kernels", lambda: wrong)
+        kernels, why = verified(torch.randn(4, V), torch.arange(4))
+    assert kernels is CHUNKED and said in str(why)
+
+
 @pytest.mark.parametrize(
     "error", [ImportError("No module named 'triton'"), RuntimeError("ptxas failed\nlong"), KeyError()]
 )
@@ -148,6 +188,6 @@ def test_entropies_that_are_slightly_off_are_seen(monkeypatch: pytest.MonkeyPatc
         stats, held, sums = row_statistics(*given)
         return stats + torch.tensor([0.0, 1e-3, 0.0, 0.0, 0.0, 0.0])[:, None], held, sums
 
-    bad = SimpleNamespace(statistics=off, gradient=row_gradient)
+    bad = RowKernels("triton", off, row_gradient)
     monkeypatch.setattr(row_kernels, "triton_kernels", lambda: bad)
     assert "statistics" in str(verified(torch.randn(2, V), torch.arange(2))[1])

@@ -16,6 +16,7 @@ from verl.utils.fsdp_utils import merged_lora_context, normalize_peft_param_name
 from verl.workers.engine_workers import TrainingWorker, TrainingWorkerConfig
 
 from eaft_verl.tokens.row_kernels import chosen
+from eaft_verl.training import packed_attention
 from eaft_verl.training.dcp import DcpCheckpoints, finite
 from eaft_verl.training.export import export_weights
 from eaft_verl.training.sft.anchor_model import AdapterOff, Reference
@@ -25,7 +26,6 @@ from eaft_verl.training.sft.self_check import plain_nll
 from eaft_verl.training.sft.step_metrics import summarize
 from eaft_verl.training.sft.update import Update
 from eaft_verl.training.stacks import write_stacks_when_asked
-from eaft_verl.training.verl_cpu import packed_attention
 
 _PER_DP_RANK = make_nd_compute_dataproto_dispatch_fn(mesh_name="train")
 COLLECTIVE_TIMEOUT_S = 1800  # verl waits 10 h for a rank that hangs
@@ -37,10 +37,9 @@ class EaftWorker(TrainingWorker):
     loss_fn: Any
 
     def __init__(self, config: TrainingWorkerConfig) -> None:
+        packed_attention.register()
         # on CPU verl's own backend string names the device twice, which torch refuses; it skips an initialised group
         backend = "gloo" if get_device_name() == "cpu" else None
-        if backend:
-            packed_attention.register()
         write_stacks_when_asked()
         initialize_global_process_group_ray(timeout_second=COLLECTIVE_TIMEOUT_S, backend=backend)
         super().__init__(config=config)

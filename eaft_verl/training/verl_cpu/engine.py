@@ -4,8 +4,8 @@ from typing import Any
 
 from verl.workers.engine import EngineRegistry
 
+from eaft_verl.training import packed_attention
 from eaft_verl.training.engine import SavingEngine
-from eaft_verl.training.verl_cpu import packed_attention
 from eaft_verl.training.verl_cpu.private import unpinned_offload
 from eaft_verl.training.verl_cpu.shared_prompts import each_once
 

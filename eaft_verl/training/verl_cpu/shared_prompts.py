@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from eaft_verl.training.verl_cpu import packed_attention
-from eaft_verl.training.verl_cpu.packed_attention import Piece
+from eaft_verl.training import packed_attention
+from eaft_verl.training.packed_attention import Piece
 
 SHORTEST = 16  # tokens in common that are worth a piece of their own: it costs every layer a call of attention
 TOGETHER = 256  # tokens of short ends behind one beginning that one call takes, though it multiplies what they mask
@@ -129,6 +129,7 @@ def _can_share(module: Any, inputs: dict[str, Any]) -> bool:
         and packed_attention.registered()
         and config._attn_implementation == "sdpa"
         and set(inputs) <= EXPECTED
+        and inputs["input_ids"].device.type == "cpu"  # a GPU's kernel takes rows only
         and inputs["attention_mask"] is None
         and inputs["position_ids"].dim() == 2
         and "logits_to_keep" in inspect.signature(model.forward).parameters
