@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from eaft_verl.evaluation.model_files import told
 from eaft_verl.training import packed_attention
 from eaft_verl.training.packed_attention import Piece
 
@@ -121,11 +122,11 @@ def _can_share(module: Any, inputs: dict[str, Any]) -> bool:
     """Packed text in a model whose layers see all that is before a token, by our attention, and drop nothing out."""
     model = module.get_base_model() if hasattr(module, "get_base_model") else module
     config = model.config.get_text_config()
-    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    kinds = getattr(config, "layer_types", None)
-    full = set(kinds) == {"full_attention"} if kinds else not any(windows)
+    kinds, windows = told(config, "layer_types"), ("sliding_window", "attention_chunk_size")
+    full = set(kinds) == {"full_attention"} if kinds else not any(told(config, name) for name in windows)
     return (
         full
+        and not told(config, "alibi")  # positions counted from a mask of two dimensions
         and packed_attention.registered()
         and config._attn_implementation == "sdpa"
         and set(inputs) <= EXPECTED
@@ -138,5 +139,5 @@ def _can_share(module: Any, inputs: dict[str, Any]) -> bool:
 
 
 def _drops_out(module: Any, config: Any) -> bool:
-    told = any(getattr(config, name, 0) for name in ("attention_dropout", "hidden_dropout", "resid_pdrop"))
-    return bool(told) or any(isinstance(one, torch.nn.Dropout) and one.p > 0 for one in module.modules())
+    rates = [told(config, name) for name in ("attention_dropout", "hidden_dropout", "resid_pdrop")]
+    return any(rates) or any(isinstance(one, torch.nn.Dropout) and one.p > 0 for one in module.modules())
