@@ -175,8 +175,8 @@ def _compare(options: argparse.Namespace) -> int:
     from eaft_verl.experiment.compare import compare, parse_seeds
 
     path, overrides = _recipe_arguments(options)
-    arms = options.arms.split(",") if options.arms else None
-    return compare(path, arms, parse_seeds(options.seeds), overrides, options.max_restarts, dry_run=options.dry_run)
+    arms, seeds = options.arms.split(",") if options.arms else None, parse_seeds(options.seeds)
+    return compare(path, arms, seeds, overrides, options.max_restarts, dry_run=options.dry_run, alone=options.alone)
 
 
 def _report(options: argparse.Namespace) -> None:

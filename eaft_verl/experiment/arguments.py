@@ -150,6 +150,7 @@ def _add_compare(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument("--arms", help="comma-separated (default: all)")
     verb.add_argument("--seeds", default=None, help="comma-separated, e.g. 0,1,2 (default: the recipe's seed)")
     _add_restarts(verb)
+    verb.add_argument("--alone", action="store_true", help="on a CPU: no arm is evaluated while the next one trains")
     verb.add_argument("--dry-run", action="store_true", help="check every arm and print the stages")
 
 

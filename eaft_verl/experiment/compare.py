@@ -4,21 +4,17 @@ A stage is a process of its own: what it leaves is a run directory, and GPU memo
 """
 
 import contextlib
-import os
 import shlex
 import sys
-import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from eaft_verl.boundary import python_command
 from eaft_verl.cluster.doctor import idle_gpus
 from eaft_verl.errors import ConfigError, RunError
-from eaft_verl.experiment.processes import CAUSE_FILE, LOG_FILE, run_stage
+from eaft_verl.experiment.stages import Lane, Stage, fits_beside, run
 from eaft_verl.experiment.stored import require_same
-from eaft_verl.experiment.supervision import supervised
 from eaft_verl.experiment.use import how_to_use
 from eaft_verl.planning.machine import gpus_here
 from eaft_verl.recipe.chains import needed_arms
@@ -32,22 +28,6 @@ from eaft_verl.reporting.summary import models_beside, place_of, summary
 from eaft_verl.runs import Run, is_run, run_name
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One command, the run directory it leaves, and the field of run.json that says it is done."""
-
-    label: str
-    run: Path
-    done_when: tuple[str, object]
-    arguments: list[str]
-
-    @property
-    def done(self) -> bool:
-        """Whether an earlier call finished it."""
-        field, value = self.done_when
-        return is_run(self.run) and Run(self.run).info.get(field) == value
-
-
 def compare(
     recipe_path: str,
     arms: list[str] | None,
@@ -56,10 +36,11 @@ def compare(
     restarts: int = 0,
     *,
     dry_run: bool,
+    alone: bool = False,
 ) -> int:
     """Run what is not done yet and report; 0 when every arm is in the report, 1 when one failed.
 
-    restarts: of each training after the loss of a worker or node, at most.
+    restarts: of each training after the loss of a worker or node, at most; alone: no two stages at a time.
     """
     recipe = load_recipe(recipe_path)
     arms = arms or list(recipe.arms)
@@ -76,13 +57,22 @@ def compare(
         _show(configs, base, stages)
         return 0
     started = time.monotonic()
-    if _run(base, restarts):
-        return 1
-    failed = _run_arms(configs, stages, restarts)
-    lost = {row["run"] for row in failed}
+    lost = _run_arms(base, configs, stages, restarts, alone=alone)
+    return 1 if lost is None else _close(base, configs, stages, lost, time.monotonic() - started)
+
+
+def _close(
+    base: Stage, configs: list[Config], stages: list[tuple[Stage, Stage]], lost: dict[str, str], seconds: float
+) -> int:
+    """The report of what did not fail, and what did; 1 where anything did."""
+    failed = [
+        {"arm": config.arm, "seed": config.seed, "run": pair[0].run.name, "error": lost[pair[0].run.name]}
+        for config, pair in zip(configs, stages, strict=True)
+        if pair[0].run.name in lost
+    ]
     finished = [pair[0].run for pair in stages if pair[0].run.name not in lost]
     if finished:
-        _report(base.run, finished, failed, rule_of(configs[0].choose), time.monotonic() - started)
+        _report(base.run, finished, failed, rule_of(configs[0].choose), seconds)
     for row in failed:
         print(f"failed: {row['run']}: {row['error']}; run the same command again to go on", file=sys.stderr)
     return 1 if failed else 0
@@ -154,21 +144,53 @@ def _finished(run: Path) -> bool:
     return is_run(run) and Run(run).info["status"] == "finished"
 
 
-def _run_arms(configs: list[Config], stages: list[tuple[Stage, Stage]], restarts: int) -> list[dict[str, Any]]:
-    """Train and evaluate every arm; [{arm, seed, run, error}] of those that failed. The others go on."""
-    failed: dict[str, dict[str, Any]] = {}
-    for config, pair in zip(configs, stages, strict=True):
-        name = pair[0].run.name
-        if missing := sorted(
-            run for run in needed_runs(config) & failed.keys() if not _finished(pair[0].run.parent / run)
-        ):
-            error: str | None = f"not started: it needs {', '.join(missing)}, which failed"
-        else:
-            steps = (_run(stage, restarts) for stage in pair)
-            error = _outdated(pair[0].run, config) or next(filter(None, steps), None)
-        if error:
-            failed[name] = {"arm": config.arm, "seed": config.seed, "run": name, "error": error}
-    return list(failed.values())
+def _run_arms(
+    base: Stage, configs: list[Config], stages: list[tuple[Stage, Stage]], restarts: int, *, alone: bool
+) -> dict[str, str] | None:
+    """Evaluate the base, train and evaluate every arm; {name of a run: why it failed}, the others go on. None where
+    the base failed.
+
+    Evaluations go on beside the next trainings where that fits, unless all are to be alone.
+    """
+    failed: dict[str, str] = {}
+    trainings = [*zip(configs, (pair[0] for pair in stages), strict=True)]
+    lane = Lane(vital=base)
+
+    def settle(*of_one: tuple[Stage, str | None]) -> None:
+        failed.update({stage.run.name: error for stage, error in (*lane.settled(), *of_one) if error})
+
+    def evaluate(stage: Stage, following: int) -> None:
+        for config, training in [] if alone or stage.done else trainings[following : following + 1]:
+            if not training.done and fits_beside(config):
+                return lane.add(stage)
+        lane.finish()
+        settle()
+        if base.run.name not in failed:
+            settle((stage, run(stage, 0)))
+        return None
+
+    try:
+        evaluate(base, 0)
+        for number, (config, (training, evaluation)) in enumerate(zip(configs, stages, strict=True), 1):
+            if base.run.name in failed:
+                break
+            error = _not_now(config, training, failed) or run(training, restarts, lane)
+            settle((training, error))
+            if not error and base.run.name not in failed:
+                evaluate(evaluation, number)
+        lane.finish()
+        settle()
+    finally:
+        lane.close()
+    return None if base.run.name in failed else failed
+
+
+def _not_now(config: Config, training: Stage, failed: Mapping[str, str]) -> str | None:
+    """Why an arm cannot be trained, or is not what would be trained now."""
+    lost = (name for name in needed_runs(config) & failed.keys() if not _finished(training.run.parent / name))
+    if missing := sorted(lost):
+        return f"not started: it needs {', '.join(missing)}, which failed"
+    return _outdated(training.run, config)
 
 
 def plan(recipe: Recipe, configs: list[Config], overrides: list[str]) -> tuple[Stage, list[tuple[Stage, Stage]]]:
@@ -226,47 +248,3 @@ def _notes(config: Config) -> list[str]:
         return notes_at_hand(config)
     except ConfigError as error:
         raise ConfigError(f"arm {config.arm}: {error}") from None
-
-
-def _run(stage: Stage, restarts: int) -> str | None:
-    """Why the stage failed; None when it is done."""
-    if stage.done:
-        print(f"[{stage.label}] done already", flush=True)
-        return None
-    print(f"[{stage.label}]", flush=True)
-    started = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        left = Path(folder) / "cause"
-        os.environ[CAUSE_FILE] = str(left)
-        if sys.stdout.isatty():  # what is left there: a line at either end, how many rows are used, and the bar
-            os.environ[LOG_FILE] = str(_log_of(stage))
-        try:
-            command = python_command("eaft_verl.cli", *stage.arguments)
-            training = stage.arguments[0] == "train"
-            code = supervised(lambda: run_stage(command), stage.run, restarts) if training else run_stage(command)
-        finally:
-            for name in (CAUSE_FILE, LOG_FILE):
-                os.environ.pop(name, None)
-        cause = left.read_text(encoding="utf-8") if left.exists() else ""
-    print(
-        f"[{stage.label}] {'done' if code == 0 else f'failed with exit code {code}'}, "
-        f"{time.monotonic() - started:.0f} s",
-        flush=True,
-    )
-    return None if code == 0 else cause or _cause(stage, code)
-
-
-def _log_of(stage: Stage) -> Path:
-    """OUTPUT/logs/base-evaluate.log."""
-    file = stage.run.parent / "logs" / f"{stage.label.replace(': ', '-')}.log"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    return file
-
-
-def _cause(stage: Stage, code: int) -> str:
-    """What a stage that left no cause wrote into run.json before it ended, else all that is known from outside."""
-    info = Run(stage.run).info if is_run(stage.run) else {}
-    if info.get("error"):
-        return str(info["error"])
-    where = f"with status {info['status']!r}" if info else "before it had a run directory"
-    return f"{stage.label} ended {where}, exit code {code}; see its messages"

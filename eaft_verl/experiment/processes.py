@@ -12,9 +12,9 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
-from typing import Any
+from typing import IO, Any, Protocol
 
 import psutil
 
@@ -24,6 +24,7 @@ from eaft_verl.training.interruption import ECHO_S, FAMILY, is_stage, stop_signa
 
 CAUSE_FILE = "EAFT_CAUSE_FILE"  # variable: where a stage leaves the error it ends with, for the report of a comparison
 LOG_FILE = "EAFT_STAGE_LOG"  # variable: where a stage's standard output goes, where somebody looks at a terminal
+WATCH_S = 0.2  # between two looks at a stage that another one goes on beside
 PATIENCE_S = 5.0  # for processes of Ray that are still ending when the stage has
 STOPPED = (SAVED, CTRL_C, ENDED)
 
@@ -79,31 +80,73 @@ class Ending:
         os._exit(ENDED)
 
 
-def run_stage(command: Sequence[str]) -> int:
+class Child:
+    """A stage that runs: a process of a session and a family of its own, by which all that it starts is found.
+
+    environ: variables of its own. output: where both its streams go, ours where None.
+    """
+
+    def __init__(
+        self, command: Sequence[str], environ: Mapping[str, str] | None = None, output: IO[bytes] | None = None
+    ) -> None:
+        self.words, self.token = " ".join(command).rpartition("eaft_verl.cli ")[2], secrets.token_hex(8)
+        # a session of its own: what a terminal sends to its group on Ctrl-C comes here only, and is passed on once
+        variables = {**os.environ, **(environ or {}), FAMILY: self.token}
+        self.process = subprocess.Popen(command, env=variables, start_new_session=True, stdout=output, stderr=output)
+
+    def end(self, patience: float) -> None:
+        """Give it `patience` seconds to end by itself, then kill it with everything that it started."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(patience)
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        _end_family(self.token, patience)
+
+
+class Companion(Protocol):
+    """What goes on beside a stage."""
+
+    def look(self) -> bool:
+        """Carry it on; false where the stage should end."""
+        ...
+
+    def tell(self, number: int) -> None:
+        """Pass a signal on, and begin nothing any more."""
+        ...
+
+
+def run_stage(command: Sequence[str], environ: Mapping[str, str] | None = None, beside: Companion | None = None) -> int:
     """Exit code of the command, negative where a signal ended it; nothing that it started is left running.
 
-    Raises Interrupted when this process was told to stop, or the child says that it was.
+    beside: looked after meanwhile, and told of every signal. Raises Interrupted when this process was told to stop, or
+    the child says that it was.
     """
-    told, patience = _Told(), 0.0
+    return attend(lambda: Child(command, environ), beside)
+
+
+def attend(start: Callable[[], Child], beside: Companion | None = None) -> int:
+    """The same of a stage that `start` gives, called when signals are already heard."""
+    told, patience, go_on = _Told(beside), 0.0, True
     before = {one: signal.signal(one, told) for one in stop_signals()}
-    token = secrets.token_hex(8)
+    child: Child | None = None
     try:
-        # a session of its own: what a terminal sends to its group on Ctrl-C comes here only, and is passed on once
-        environ = {**os.environ, FAMILY: token}
-        told.child = child = subprocess.Popen(command, env=environ, start_new_session=True)
+        told.child = child = start()
         told.pass_on()
-        code, patience = child.wait(), PATIENCE_S
+        while (code := child.process.poll()) is None:
+            if beside and go_on and not (go_on := beside.look()):
+                child.process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.process.wait(WATCH_S if beside else None)
+        patience = PATIENCE_S
     finally:
         for one, handler in before.items():
             signal.signal(one, handler)
-        if told.child and told.child.poll() is None:
-            told.child.kill()
-            told.child.wait()
-        _end_family(token, patience)
-    if told.number is None and code not in STOPPED:
+        if child:
+            child.end(patience)
+    if told.number is None and (code not in STOPPED or not go_on):
         return code
-    words = " ".join(command).rpartition("eaft_verl.cli ")[2]
-    text = f"told to stop: `{words}` was ended; run the same command again"
+    text = f"told to stop: `{child.words}` was ended; run the same command again"
     raise Interrupted(text, _final(code, told.number), said=_is_ours(code))
 
 
@@ -127,12 +170,14 @@ def whole_number(text: str) -> int:
 
 
 class _Told:
-    """The signals that came: a handler that passes the first one on to `child` and raises Interrupted at the next."""
+    """The signals that came: a handler that passes the first one on to `child`, and to what is `beside` it, and raises
+    Interrupted at the next."""
 
-    def __init__(self) -> None:
+    def __init__(self, beside: Companion | None) -> None:
         self.number: int | None = None
         self.at = 0.0
-        self.child: subprocess.Popen[bytes] | None = None
+        self.child: Child | None = None
+        self.beside = beside
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         if self.number is None:
@@ -146,7 +191,10 @@ class _Told:
     def pass_on(self) -> None:
         """Send the child what came, if anything did; SIGHUP of a closed terminal as SIGTERM, on which a stage saves."""
         if self.number is not None and self.child:
-            self.child.send_signal(signal.SIGTERM if self.number == signal.SIGHUP else self.number)
+            number = signal.SIGTERM if self.number == signal.SIGHUP else self.number
+            self.child.process.send_signal(number)
+            if self.beside:
+                self.beside.tell(number)
 
 
 def _end_family(token: str, patience: float) -> None:

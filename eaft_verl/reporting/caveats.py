@@ -31,6 +31,11 @@ def caveats(report: dict[str, Any], notes: list[str]) -> list[str]:
     return lines + list(dict.fromkeys(notes))
 
 
+def run_notes(base: Arm, arms: list[Arm]) -> list[str]:
+    """What happened to single runs that a reader of their numbers must know."""
+    return [*interruptions(arms), *together(arms), *truncations(base, arms)]
+
+
 def truncations(base: Arm, arms: list[Arm]) -> list[str]:
     """One line per benchmark that had to cut prompts or answers at the end of a run: in which run, how many."""
     found: dict[str, list[str]] = {}
@@ -63,6 +68,13 @@ def interruptions(arms: list[Arm]) -> list[str]:
                 f"{then.get(meter['then'], 'and training went on')}"
             )
     return lines
+
+
+def together(arms: list[Arm]) -> list[str]:
+    """One line where an evaluation went on beside a training: neither had the processors to itself."""
+    runs = ", ".join(run.label for arm in arms for run in arm.runs if run.info.get("beside"))
+    said = "trained while another model was evaluated on the same processors, so that seconds and tokens per second"
+    return [f"{said} are not those of a machine of its own (`eaft compare --alone` gives these): {runs}"] * bool(runs)
 
 
 def _small(report: dict[str, Any]) -> list[str]:

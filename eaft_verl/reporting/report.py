@@ -10,7 +10,7 @@ from eaft_verl.recipe.choose import Rule
 from eaft_verl.reporting import page
 from eaft_verl.reporting.answer import answer
 from eaft_verl.reporting.answers import held_out_answers
-from eaft_verl.reporting.caveats import caveats, interruptions, truncations
+from eaft_verl.reporting.caveats import caveats, run_notes
 from eaft_verl.reporting.chains import chain_notes
 from eaft_verl.reporting.choice import choice, recorded_rule
 from eaft_verl.reporting.collect import Arm, load, load_models
@@ -131,7 +131,7 @@ def measure(
         **_evidence(base, arms, models, out, seed),
     }
     set_marks(found)
-    notes = [*chain_notes(arms), *control_notes(arms), *interruptions(arms), *truncations(base, arms), *board.notes]
+    notes = [*chain_notes(arms), *control_notes(arms), *run_notes(base, arms), *board.notes]
     return found | {"answer": answer(found), "headline": headline(found), "caveats": caveats(found, notes)}
 
 

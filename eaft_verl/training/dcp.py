@@ -5,6 +5,7 @@ used, where the index is the JSON header of every file. What is no tensor goes t
 """
 
 import json
+import math
 import os
 import random
 import warnings
@@ -23,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from eaft_verl.training.states import SHARDS, describe
 
 MODEL, OPTIMIZER = "model.", "optimizer."
-FILE_BYTES = 2**31  # of a rank in one file; DCP holds a file twice in memory while it writes it
+FILE_BYTES = 2**28  # of a rank in one file; DCP holds a file twice in memory while it writes it, and new memory is slow
 
 
 class DcpCheckpoints:
@@ -53,7 +54,7 @@ class DcpCheckpoints:
         and must have been asked before the next one.
         """
         folder, state = Path(local_path), self._tensors(updated=bool(self.optimizer.state))
-        bad = next((name for name, value in state.items() if not _finite(value)), None)
+        bad = next((name for name, value in state.items() if not finite(value)), None)
         found = [name for name in self._from_all(bad) if name]
         if found:
             return self._describe(folder, found[0])
@@ -148,9 +149,14 @@ def read_model(folder: Path) -> dict[str, Tensor]:
     return {name.removeprefix(MODEL): value for name, value in state.items()}
 
 
-def _finite(value: Tensor) -> bool:
+def finite(value: Tensor) -> bool:
+    """Whether this rank's part of it holds no NaN and no infinity."""
     local = value.to_local() if isinstance(value, DTensor) else value
-    return not local.is_floating_point() or bool(torch.isfinite(local).all())
+    if not local.is_floating_point() or not local.numel():
+        return True
+    return all(
+        map(math.isfinite, torch.stack(local.aminmax()).tolist())
+    )  # NaN wins both; nothing is written in between
 
 
 def _file_indices(state: dict[str, Tensor], ranks: int) -> dict[str, int]:

@@ -15,8 +15,9 @@ from reporting.fake_runs import make_arm, make_base
 from eaft_verl.cli import main
 from eaft_verl.errors import ConfigError
 from eaft_verl.evaluation.settings import evaluation_key
-from eaft_verl.experiment.compare import Stage, _run, in_order
+from eaft_verl.experiment.compare import in_order
 from eaft_verl.experiment.processes import CAUSE_FILE, LOG_FILE
+from eaft_verl.experiment.stages import Stage, run
 from eaft_verl.models import model_key
 from eaft_verl.recipe.resolve import load_recipe, resolve
 from eaft_verl.recipe.views import evaluate_settings
@@ -41,6 +42,7 @@ arms:
 def any_model_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     """The recipes' model is a folder with an empty config.json."""
     monkeypatch.setattr("eaft_verl.experiment.compare.notes_at_hand", lambda config: [])
+    monkeypatch.setattr("eaft_verl.experiment.compare.fits_beside", lambda config: False)
 
 
 @pytest.fixture
@@ -95,13 +97,13 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every stage is a process that fails at once, as a broken arm's would; what was started is noted."""
     started: list[str] = []
 
-    def broken(command: list[str]) -> int:
+    def broken(command: list[str], *rest: Any, **named: Any) -> int:
         started.append(" ".join(command[4:]))
         return subprocess.run([sys.executable, "-c", "raise SystemExit(3)"], check=False).returncode
 
     monkeypatch.delenv(CAUSE_FILE, raising=False)
 
-    monkeypatch.setattr("eaft_verl.experiment.compare.run_stage", broken)
+    monkeypatch.setattr("eaft_verl.experiment.stages.run_stage", broken)
     return started
 
 
@@ -160,11 +162,11 @@ def test_what_a_stage_prints_goes_to_its_log_where_somebody_looks_at_a_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stage = Stage("base: evaluate", tmp_path / "base", ("evaluated", True), ["recipes"])
-    assert _run(stage, 0) is None
+    assert run(stage, 0) is None
     capsys.readouterr()
     assert not (tmp_path / "logs").exists()
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    assert _run(stage, 0) is None
+    assert run(stage, 0) is None
     shown = capsys.readouterr().out.splitlines()
     assert len(shown) == 2 and shown[0] == "[base: evaluate]" and shown[1].startswith("[base: evaluate] done, ")
     assert "quickstart" in (tmp_path / "logs/base-evaluate.log").read_text()

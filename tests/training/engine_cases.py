@@ -143,14 +143,18 @@ def sample_weights() -> list[float]:
 
 
 def examples() -> list[Any]:
-    """Eight sequences of 9 to 40 tokens with holes in their masks; some end on an untrained token."""
+    """Eight sequences of 9 to 40 tokens with holes in their masks. Some end on an untrained token; some begin alike, so
+    that a CPU takes what they share once."""
     import random
 
     from eaft_verl.data.prepare import Example
 
     draw, made = random.Random(3), []
+    alike = [draw.randrange(384) for _ in range(24)]
+    shared = {0: 24, 2: 19, 4: 16, 6: 18, 7: 24}  # tokens of `alike` that a row begins with
     for number, length in enumerate((40, 9, 33, 17, 26, 12, 21, 37)):
         ids = [draw.randrange(384) for _ in range(length)]
+        ids[: shared.get(number, 0)] = alike[: shared.get(number, 0)]
         mask = [0 if t < length // 3 or draw.random() < 0.2 else 1 for t in range(length)]
         mask[-1] = number % 2
         mask[-2] = 1
@@ -187,7 +191,18 @@ def _run_world(world: int, rank: int, engines: list[str], folder: str, recipe: s
     import verl  # noqa: F401 - first of all: its entry points must bring the platform
     from verl.plugin.platform.platform_manager import get_platform
 
+    from eaft_verl.training.sft import fused_head
+
     results: dict[str, Any] = {"platform": type(get_platform()).__name__}
+    usual = fused_head.each_once
+
+    def counted(module: Any, inputs: dict[str, Any], offsets: Any) -> dict[str, Any]:
+        found = usual(module, inputs, offsets)
+        left_out = inputs["input_ids"].numel() - found["input_ids"].numel()
+        results[f"taken once, {engine}"] = results.get(f"taken once, {engine}", 0) + left_out
+        return found
+
+    fused_head.each_once = counted
     for engine in engines:
         worker = build_worker(recipe, model, [item.format(folder=folder) for item in ENGINES[engine]])
         worker.open_reference()

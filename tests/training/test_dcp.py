@@ -214,3 +214,19 @@ def test_a_lower_rate_of_the_configuration_is_what_is_gone_on_with(folder: Path,
         assert schedule.last_epoch == 5
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_one_number_that_is_not_finite_is_found_wherever_it_stands(dtype: torch.dtype, bad: float) -> None:
+    value = torch.linspace(-3, 3, 1001, dtype=dtype).view(7, 143)
+    assert dcp.finite(value)
+    for place in (0, 500, 1000):
+        broken = value.clone()
+        broken.view(-1)[place] = bad
+        assert not dcp.finite(broken) and not dcp.finite(broken.t())
+
+
+def test_what_cannot_be_infinite_is_finite() -> None:
+    largest = torch.tensor([torch.finfo(torch.float32).max, -torch.finfo(torch.float32).max])
+    assert dcp.finite(largest) and dcp.finite(torch.empty(0, 3)) and dcp.finite(torch.tensor(2**62))

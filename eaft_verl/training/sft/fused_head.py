@@ -17,6 +17,7 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from eaft_verl.tokens.head import Head
 from eaft_verl.training.output_head import output_head
+from eaft_verl.training.verl_cpu.shared_prompts import each_once
 
 
 # verl looks for the engine of a vendor first; its own is the one of the device
@@ -29,7 +30,8 @@ class FusedHeadEngine(FSDPEngineWithLMHead):
     def prepare_model_inputs(self, micro_batch: TensorDict) -> Any:
         if self.head is not None:
             self.head.batch = micro_batch
-        return super().prepare_model_inputs(micro_batch)
+        inputs, given = super().prepare_model_inputs(micro_batch)
+        return each_once(self.module, inputs, micro_batch["input_ids"].offsets()), given
 
 
 class FusedHead:

@@ -5,6 +5,7 @@ forward pass of transformers. Packing must change nothing: attention that overlo
 is carried over, trains every row on what stood before it, and no loss would show it.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -75,10 +76,13 @@ def self_check(config: Config, group: Any, examples: Sequence[Example], model: s
     rows = chosen(examples)
     if len(rows) < 2:
         return {"skipped": f"no two rows of {SMALLEST} tokens"}
+    shared = {row.id: shared_with(row, [other for other in rows if other is not row]) for row in rows}
+    rows.sort(key=lambda row: shared[row.id] - len(row.input_ids))  # first the one with the most tokens of its own
     copies = _ranks(config, group)
     packed, single = (engine_nll(group, rows, together, copies) for together in (len(rows), 1))
     behind = [number for number in range(len(packed)) if number % len(rows)]  # all but the first of each pack
-    leak = apart(packed, engine_nll(group, [reversed_row(rows[0]), *rows[1:]], len(rows), copies), behind)
+    other = [reversed_row(rows[0], shared[rows[0].id]), *rows[1:]]
+    leak = apart(packed, engine_nll(group, other, len(rows), copies), behind)
     noise = apart(packed, engine_nll(group, rows, len(rows), copies), behind) if leak > FLOOR else 0.0
     plain, skipped = group.plain_nll(model, [list(row.input_ids) for row in rows], SHARE, adapter=True)[0]
     found = SelfCheck(
@@ -140,9 +144,16 @@ def chosen(examples: Sequence[Example]) -> list[Example]:
     return found
 
 
-def reversed_row(row: Example) -> Example:
-    """Other tokens in its place, as many."""
-    return Example(row.id, [], list(reversed(list(row.input_ids))), row.loss_mask)
+def shared_with(row: Example, others: Sequence[Example]) -> int:
+    """Tokens that it begins with and one of the others too."""
+    pairs = (zip(row.input_ids, other.input_ids, strict=False) for other in others)
+    return max(sum(1 for _ in itertools.takewhile(lambda both: both[0] == both[1], pair)) for pair in pairs)
+
+
+def reversed_row(row: Example, after: int) -> Example:
+    """Other tokens in its place, as many; the first `after` stay, so that rows which share them share them still."""
+    ids = list(row.input_ids)
+    return Example(row.id, [], ids[:after] + ids[after:][::-1], row.loss_mask)
 
 
 def engine_nll(group: Any, rows: Sequence[Example], together: int, ranks: int) -> list[Tensor]:

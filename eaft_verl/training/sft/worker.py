@@ -17,14 +17,14 @@ from verl.workers.engine_workers import TrainingWorker, TrainingWorkerConfig
 
 from eaft_verl.tokens.row_kernels import chosen
 from eaft_verl.training import packed_attention
-from eaft_verl.training.dcp import DcpCheckpoints
+from eaft_verl.training.dcp import DcpCheckpoints, finite
 from eaft_verl.training.export import export_weights
 from eaft_verl.training.sft.anchor_model import AdapterOff, Reference
 from eaft_verl.training.sft.fused_head import FusedHeadEngine, fuse
 from eaft_verl.training.sft.meter import EmitDrift
 from eaft_verl.training.sft.self_check import plain_nll
 from eaft_verl.training.sft.step_metrics import summarize
-from eaft_verl.training.sft.update import Update, local
+from eaft_verl.training.sft.update import Update
 from eaft_verl.training.stacks import write_stacks_when_asked
 
 _PER_DP_RANK = make_nd_compute_dataproto_dispatch_fn(mesh_name="train")
@@ -73,7 +73,7 @@ class EaftWorker(TrainingWorker):
     def nonfinite_weights(self) -> list[str]:
         """Names of the weights that hold a NaN or an infinity in this rank's part."""
         weights = self.engine.module.named_parameters()
-        return [name for name, weight in weights if not local(weight).isfinite().all()]
+        return [name for name, weight in weights if not finite(weight)]
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def open_reference(self) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
-from engine_cases import EXPORTED, PADDED, TOP, Case, cases, examples, run_cases, sample_weights
+from engine_cases import ENGINES, EXPORTED, PADDED, TOP, Case, cases, examples, run_cases, sample_weights
 from tiny import tiny_model
 
 WORLDS = (1, 2)
@@ -294,3 +294,10 @@ def test_the_meter_reads_the_divergence_and_leaves_the_training_alone(
         known = (p * (p / q).log()).sum(-1)
         torch.testing.assert_close(kl[:-1][mask].double(), known[mask], rtol=1e-4, atol=1e-5)
         assert (same[:-1][mask].bool() == (theirs.argmax(-1) == ours.argmax(-1))[mask]).all()
+
+
+def test_what_rows_share_was_taken_once_where_it_can_be(results: dict[int, list[dict[str, Any]]]) -> None:
+    for ranks in results.values():
+        left_out = {engine: sum(found.get(f"taken once, {engine}", 0) for found in ranks) for engine in ENGINES}
+        assert all(left_out[engine] > 0 for engine in ("fp32", "no_sync", "whole", "bf16", "lora"))
+        assert not any(left_out[engine] for engine in ("padded", "eager", "ulysses"))

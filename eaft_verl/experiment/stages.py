@@ -1,0 +1,208 @@
+"""The stages of a comparison: each a process, one after the other, but that an arm may be evaluated beside the next.
+
+On a CPU an evaluation leaves a third of two cores idle, and a training too: together they take two thirds of the time.
+A GPU's memory is one stage's alone.
+"""
+
+import contextlib
+import signal
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from eaft_verl.boundary import python_command
+from eaft_verl.errors import ConfigError, DataError, RunError
+from eaft_verl.experiment.processes import CAUSE_FILE, LOG_FILE, PATIENCE_S, Child, attend, run_stage
+from eaft_verl.experiment.supervision import supervised
+from eaft_verl.planning.formulas import GIB
+from eaft_verl.planning.machine import cpus_here, machine_of, memory_here
+from eaft_verl.recipe.config import Config
+from eaft_verl.runs import Run, is_run
+
+NICENESS = 15
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command, the run directory it leaves, and the field of run.json that says it is done."""
+
+    label: str
+    run: Path
+    done_when: tuple[str, object]
+    arguments: list[str]
+
+    @property
+    def done(self) -> bool:
+        """Whether an earlier call finished it."""
+        field, value = self.done_when
+        return is_run(self.run) and Run(self.run).info.get(field) == value
+
+    @property
+    def log(self) -> Path:
+        """OUTPUT/logs/base-evaluate.log."""
+        return self.run.parent / "logs" / f"{self.label.replace(': ', '-')}.log"
+
+
+class Lane:
+    """Evaluations that go on beside the trainings, one at a time in the order they were given.
+
+    What each says is kept until `settled` shows it. vital: a stage without which nothing else is worth while.
+    """
+
+    def __init__(self, vital: Stage) -> None:
+        self.vital, self.broken, self.stopped = vital, False, False
+        self.waiting: deque[Stage] = deque()
+        self.current: _Going | None = None
+        self.ended: list[_Going] = []
+        self.beside: list[str] = []  # labels of those that went on since somebody asked
+
+    def add(self, stage: Stage) -> None:
+        """Begin it as soon as those before it have ended."""
+        print(f"[{stage.label}] goes on beside the trainings; what it says follows when it is done", flush=True)
+        self.waiting.append(stage)
+        self.look()
+
+    def look(self) -> bool:
+        """Begin the next one where one has ended; false where the vital one has failed."""
+        if self.current and self.current.child.process.poll() is not None:
+            self._put_aside()
+        if not self.current and self.waiting and not self.stopped:
+            self.current = _Going(self.waiting.popleft())
+            self.beside.append(self.current.stage.label)
+        return not self.broken
+
+    def tell(self, number: int) -> None:
+        """Pass a signal on, and begin nothing any more."""
+        self.stopped = True
+        if self.current:
+            self.current.child.process.send_signal(number)
+
+    def finish(self) -> None:
+        """Wait for all of them. Raises Interrupted as `run_stage` does."""
+        while self.look() and self.current:
+            attend(self.current.going)
+            self._put_aside()
+
+    def settled(self) -> Iterator[tuple[Stage, str | None]]:
+        """Show what those said that have ended, and give why each failed, None where it is done."""
+        ended, self.ended = self.ended, []
+        for one in ended:
+            yield one.stage, one.told()
+
+    def went_on(self) -> list[str]:
+        """Labels of those that went on since this was asked."""
+        labels, self.beside = self.beside, [self.current.stage.label] if self.current else []
+        return labels
+
+    def close(self) -> None:
+        """End the one that goes on, and show what all said."""
+        self.tell(signal.SIGTERM)
+        if self.current:
+            self._put_aside()
+        for _ in self.settled():
+            pass
+
+    def _put_aside(self) -> None:
+        assert self.current
+        self.current.child.end(PATIENCE_S)
+        self.broken |= self.current.stage is self.vital and self.current.child.process.poll() != 0
+        self.stopped |= self.broken
+        self.ended.append(self.current)
+        self.current = None
+
+
+class _Going:
+    """A stage that goes on, and the folder of what it says."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage, self.started = stage, time.monotonic()
+        self.folder = tempfile.TemporaryDirectory()
+        with self.output.open("wb") as output:
+            self.child = Child(_command(stage), _environ(stage, Path(self.folder.name)), output)
+        with contextlib.suppress(psutil.Error):  # as Ray's workers have, so that neither starves the other
+            psutil.Process(self.child.process.pid).nice(NICENESS)
+
+    def going(self) -> Child:
+        """Its process."""
+        return self.child
+
+    @property
+    def output(self) -> Path:
+        """What it says."""
+        return Path(self.folder.name) / "output"
+
+    def told(self) -> str | None:
+        """Show what it said, and give why it failed."""
+        said = self.output.read_text(encoding="utf-8", errors="replace")
+        print(f"[{self.stage.label}]\n{said}", end="", flush=True)
+        return _outcome(self.stage, self.child.process.wait(), self.started, Path(self.folder.name))
+
+
+def run(stage: Stage, restarts: int, lane: Lane | None = None) -> str | None:
+    """Why the stage failed; None when it is done. lane: of evaluations that go on beside it."""
+    if stage.done:
+        print(f"[{stage.label}] done already", flush=True)
+        return None
+    print(f"[{stage.label}]", flush=True)
+    started = time.monotonic()
+    if lane:
+        lane.went_on()  # before this one began
+    with tempfile.TemporaryDirectory() as folder:
+        environ = _environ(stage, Path(folder))
+
+        def attempt() -> int:
+            return run_stage(_command(stage), environ, lane)
+
+        code = supervised(attempt, stage.run, restarts) if stage.arguments[0] == "train" else attempt()
+        if lane and (labels := lane.went_on()) and code == 0:
+            Run(stage.run).update(beside=labels)
+        return _outcome(stage, code, started, Path(folder))
+
+
+def fits_beside(config: Config) -> bool:
+    """Whether the training of this arm leaves room for an evaluation, which holds less of the same model."""
+    if config.device != "cpu" or config.evaluate.backend != "hf" or config.compare.match == "device_seconds":
+        return False
+    from eaft_verl.planning.arm_plan import plan_arm
+
+    free = min(psutil.virtual_memory().available / GIB, memory_here())
+    with contextlib.suppress(ConfigError, DataError, RunError):  # what cannot be planned has the machine to itself
+        return cpus_here() > 1 and 2 * plan_arm(config, machine_of(config, None, None)).needed / GIB <= free
+    return False
+
+
+def _command(stage: Stage) -> list[str]:
+    return python_command("eaft_verl.cli", *stage.arguments)
+
+
+def _environ(stage: Stage, folder: Path) -> dict[str, str]:
+    """Where the stage leaves the error that it ends with, and what it prints where somebody looks at a terminal."""
+    environ = {CAUSE_FILE: str(folder / "cause")}
+    if sys.stdout.isatty():  # what is left there: a line at either end, how many rows are used, and the bar
+        stage.log.parent.mkdir(parents=True, exist_ok=True)
+        environ[LOG_FILE] = str(stage.log)
+    return environ
+
+
+def _outcome(stage: Stage, code: int, started: float, folder: Path) -> str | None:
+    """Say how the stage ended; why it failed, None when it is done."""
+    how = "done" if code == 0 else f"failed with exit code {code}"
+    print(f"[{stage.label}] {how}, {time.monotonic() - started:.0f} s", flush=True)
+    left = folder / "cause"
+    cause = left.read_text(encoding="utf-8") if left.exists() else ""
+    return None if code == 0 else cause or _cause(stage, code)
+
+
+def _cause(stage: Stage, code: int) -> str:
+    """What a stage that left no cause wrote into run.json before it ended, else all that is known from outside."""
+    info = Run(stage.run).info if is_run(stage.run) else {}
+    if info.get("error"):
+        return str(info["error"])
+    where = f"with status {info['status']!r}" if info else "before it had a run directory"
+    return f"{stage.label} ended {where}, exit code {code}; see its messages"
