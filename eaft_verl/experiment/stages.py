@@ -111,6 +111,7 @@ class Lane:
     def _put_aside(self) -> None:
         assert self.current
         self.current.child.end(PATIENCE_S)
+        self.current.seconds = time.monotonic() - self.current.started
         self.broken |= self.current.stage is self.vital and self.current.child.process.poll() != 0
         self.stopped |= self.broken
         self.ended.append(self.current)
@@ -121,7 +122,7 @@ class _Going:
     """A stage that goes on, and the folder of what it says."""
 
     def __init__(self, stage: Stage) -> None:
-        self.stage, self.started = stage, time.monotonic()
+        self.stage, self.started, self.seconds = stage, time.monotonic(), 0.0
         self.folder = tempfile.TemporaryDirectory()
         with self.output.open("wb") as output:
             self.child = Child(_command(stage), _environ(stage, Path(self.folder.name)), output)
@@ -141,7 +142,7 @@ class _Going:
         """Show what it said, and give why it failed."""
         said = self.output.read_text(encoding="utf-8", errors="replace")
         print(f"[{self.stage.label}]\n{said}", end="", flush=True)
-        return _outcome(self.stage, self.child.process.wait(), self.started, Path(self.folder.name))
+        return _outcome(self.stage, self.child.process.wait(), self.seconds, Path(self.folder.name))
 
 
 def run(stage: Stage, restarts: int, lane: Lane | None = None) -> str | None:
@@ -162,7 +163,7 @@ def run(stage: Stage, restarts: int, lane: Lane | None = None) -> str | None:
         code = supervised(attempt, stage.run, restarts) if stage.arguments[0] == "train" else attempt()
         if lane and (labels := lane.went_on()) and code == 0:
             Run(stage.run).update(beside=labels)
-        return _outcome(stage, code, started, Path(folder))
+        return _outcome(stage, code, time.monotonic() - started, Path(folder))
 
 
 def fits_beside(config: Config) -> bool:
@@ -190,10 +191,10 @@ def _environ(stage: Stage, folder: Path) -> dict[str, str]:
     return environ
 
 
-def _outcome(stage: Stage, code: int, started: float, folder: Path) -> str | None:
+def _outcome(stage: Stage, code: int, seconds: float, folder: Path) -> str | None:
     """Say how the stage ended; why it failed, None when it is done."""
     how = "done" if code == 0 else f"failed with exit code {code}"
-    print(f"[{stage.label}] {how}, {time.monotonic() - started:.0f} s", flush=True)
+    print(f"[{stage.label}] {how}, {seconds:.0f} s", flush=True)
     left = folder / "cause"
     cause = left.read_text(encoding="utf-8") if left.exists() else ""
     return None if code == 0 else cause or _cause(stage, code)

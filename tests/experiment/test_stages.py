@@ -107,6 +107,8 @@ def test_evaluations_go_on_beside_the_trainings(world: World, capsys: pytest.Cap
     assert world.beside("a") == ["base: evaluate"] and world.beside("b")[0] == "base: evaluate"
     assert world.beside("c")[-2:] == ["a: evaluate", "b: evaluate"]
     said = capsys.readouterr().out
+    took = {line.split("]")[0]: int(line.split()[-2]) for line in said.splitlines() if "] done, " in line}
+    assert took["[base: evaluate"] in (2, 3) and took["[b: evaluate"] < 2  # its own seconds, whenever it was told of
     assert said.count("goes on beside the trainings") == 3  # nothing is left that the last one could go on beside
     assert "[a: evaluate]\nsaid by a: evaluate\n[a: evaluate] done, " in said
 
