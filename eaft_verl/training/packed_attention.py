@@ -103,7 +103,8 @@ def _piece_by_piece(
     found: _Calls,
     options: dict[str, Any],
 ) -> Tensor:
-    query, key, value = (part.float() for part in parts)
+    wide = torch.promote_types(parts[0].dtype, torch.float32)
+    query, key, value = (part.to(wide) for part in parts)
     with torch.autocast("cpu", enabled=False):  # it would make them bfloat16 again
         if not found.pieces:
             return sdpa_attention_forward(module, query, key, value, attention_mask, **options)[0]

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from eaft_verl.training import packed_attention
-from eaft_verl.training.verl_cpu.shared_prompts import SHORTEST, each_once, tree_of
+from eaft_verl.training.verl_cpu.shared_prompts import MODELS, SHORTEST, each_once, tree_of
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 97}
 GROUPED = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2, "initializer_range": 0.2}
@@ -82,7 +82,9 @@ def packed(rows: list[list[int]]) -> tuple[dict[str, Any], Tensor]:
 def one_by_one(model: Any, rows: list[list[int]]) -> tuple[Tensor, dict[str, Tensor]]:
     """[T, V] of plain transformers, a row at a time, in float64 where the model has it, and all gradients."""
     exact = copy.deepcopy(model)
-    if model.config.model_type != "mixtral":  # torch multiplies experts in float32 at most
+    if not any(
+        "experts" in name for name, _ in model.named_parameters()
+    ):  # torch multiplies experts in float32 at most
         exact = exact.double()
     exact.set_attn_implementation("eager")
     logits = torch.cat([exact(torch.tensor([one]), use_cache=False).logits[0] for one in rows])
@@ -140,6 +142,15 @@ NOT = {
     "gpt2": ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 97, "n_positions": 128}),
     "attention dropout": ("llama", {**GROUPED, "attention_dropout": 0.1}),
     "falcon with alibi": ("falcon", {**SIZES, "alibi": True}),
+    "bert": (
+        "bert",
+        {**SIZES, "intermediate_size": 48, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+    ),
+    "roberta": ("roberta", {**SIZES, "intermediate_size": 48, "is_decoder": True, "hidden_dropout_prob": 0.0}),
+    "looks ahead": ("llama", {**GROUPED, "is_causal": False}),
+    "residual dropout": ("starcoder2", {**GROUPED, "residual_dropout": 0.1}),
+    "embedding dropout": ("starcoder2", {**GROUPED, "embedding_dropout": 0.1}),
+    "jitter": ("mixtral", {**GROUPED, "num_local_experts": 3, "router_jitter_noise": 0.1}),
 }
 
 
@@ -147,6 +158,17 @@ NOT = {
 def test_logits_and_gradients_are_those_of_row_by_row(name: str) -> None:
     kind, sizes = SHARING[name]
     agree(model_of(kind, **sizes).train())
+
+
+MOE = {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
+RATES = {"attention_dropout": 0.0, "residual_dropout": 0.0, "classifier_dropout": 0.0, "sliding_window": None}
+
+
+@pytest.mark.parametrize("kind", sorted(MODELS - {"gpt2", "mixtral"}))
+def test_every_model_that_shares_is_itself_row_by_row(kind: str) -> None:
+    known = AutoConfig.for_model(kind)
+    named = {name: value for name, value in (GROUPED | MOE | RATES | {"head_dim": 8}).items() if hasattr(known, name)}
+    agree(model_of(kind, **named).train())
 
 
 @pytest.mark.parametrize("name", NOT)

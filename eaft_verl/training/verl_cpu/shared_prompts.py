@@ -7,6 +7,7 @@ trained is what was. Dimension letters: T tokens of the rows, S of the pieces.
 """
 
 import inspect
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +22,12 @@ from eaft_verl.training.packed_attention import Piece
 
 SHORTEST = 16  # tokens in common that are worth a piece of their own: it costs every layer a call of attention
 TOGETHER = 256  # tokens of short ends behind one beginning that one call takes, though it multiplies what they mask
+MODELS = {  # each compared with itself row by row; others look ahead, keep a state or count positions of their own
+    *("arcee", "cohere", "ernie4_5", "gemma", "glm", "glm4", "gpt2", "gpt_neox", "granite", "helium", "llama"),
+    *("ministral3", "mistral", "mixtral", "olmo", "olmo2", "olmoe", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3"),
+    *("qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2"),
+}
+DRAWN = re.compile("(?!summary|classifier).*(drop|jitter)")  # names of the rates of what is left to chance
 EXPECTED = {"input_ids", "attention_mask", "position_ids", "logits_to_keep"}  # of a model's inputs; with more, no tree
 
 
@@ -119,14 +126,15 @@ def _together(leaves: Sequence[_Part], *, alone: bool) -> list[list[_Part]]:
 
 
 def _can_share(module: Any, inputs: dict[str, Any]) -> bool:
-    """Packed text in a model whose layers see all that is before a token, by our attention, and drop nothing out."""
+    """Packed text in a model whose layers see all that is before a token, by our attention, and draw nothing."""
     model = module.get_base_model() if hasattr(module, "get_base_model") else module
     config = model.config.get_text_config()
     kinds, windows = told(config, "layer_types"), ("sliding_window", "attention_chunk_size")
     full = set(kinds) == {"full_attention"} if kinds else not any(told(config, name) for name in windows)
     return (
         full
-        and not told(config, "alibi")  # positions counted from a mask of two dimensions
+        and config.model_type in MODELS
+        and told(config, "is_causal") is not False
         and packed_attention.registered()
         and config._attn_implementation == "sdpa"
         and set(inputs) <= EXPECTED
@@ -134,10 +142,11 @@ def _can_share(module: Any, inputs: dict[str, Any]) -> bool:
         and inputs["attention_mask"] is None
         and inputs["position_ids"].dim() == 2
         and "logits_to_keep" in inspect.signature(model.forward).parameters
-        and not (module.training and _drops_out(module, config))
+        and not (module.training and _draws(module, config))
     )
 
 
-def _drops_out(module: Any, config: Any) -> bool:
-    rates = [told(config, name) for name in ("attention_dropout", "hidden_dropout", "resid_pdrop")]
+def _draws(module: Any, config: Any) -> bool:
+    """Whether a pass in training is random: each row is owed a draw of its own."""
+    rates = [value for name, value in vars(config).items() if DRAWN.match(name)]
     return any(rates) or any(isinstance(one, torch.nn.Dropout) and one.p > 0 for one in module.modules())
