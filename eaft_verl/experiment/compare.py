@@ -160,14 +160,14 @@ def _run_arms(
         failed.update({stage.run.name: error for stage, error in (*lane.settled(), *of_one) if error})
 
     def evaluate(stage: Stage, following: int) -> None:
-        for config, training in [] if alone or stage.done else trainings[following : following + 1]:
-            if not training.done and fits_beside(config):
-                return lane.add(stage)
+        nexts = [] if alone or stage.done else trainings[following : following + 1]
+        if any(not training.done and fits_beside(config) for config, training in nexts):
+            lane.add(stage)
+            return
         lane.finish()
         settle()
         if base.run.name not in failed:
             settle((stage, run(stage, 0)))
-        return None
 
     try:
         evaluate(base, 0)
