@@ -102,7 +102,8 @@ class Lane:
 
     def close(self) -> None:
         """End the one that goes on, and show what all said."""
-        self.tell(signal.SIGTERM)
+        if not self.stopped:  # else it was told, and is on its way out
+            self.tell(signal.SIGTERM)
         if self.current:
             self._put_aside()
         for _ in self.settled():
@@ -161,8 +162,8 @@ def run(stage: Stage, restarts: int, lane: Lane | None = None) -> str | None:
             return run_stage(_command(stage), environ, lane)
 
         code = supervised(attempt, stage.run, restarts) if stage.arguments[0] == "train" else attempt()
-        if lane and (labels := lane.went_on()) and code == 0:
-            Run(stage.run).update(beside=labels)
+        if lane and (labels := lane.went_on()) and is_run(stage.run):  # of every attempt: all are in its seconds
+            Run(stage.run).update(beside=[*Run(stage.run).info.get("beside", []), *labels])
         return _outcome(stage, code, time.monotonic() - started, Path(folder))
 
 

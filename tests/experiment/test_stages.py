@@ -149,6 +149,19 @@ def test_a_failed_training_is_not_evaluated(world: World) -> None:
     assert "begin b: evaluate" not in world.events and "end c: evaluate" in world.events
 
 
+def test_what_went_on_beside_a_failed_attempt_is_kept(world: World) -> None:
+    """Its seconds are part of the run's: the report must know of it, whatever goes on beside the next attempt."""
+    world.codes, world.seconds = {"a: train": 6}, {"base: evaluate": 1.0}
+    (world.folder / "a").mkdir()
+    (world.folder / "a" / "run.json").write_text(json.dumps({"status": "failed"}))
+    world.run()
+    assert world.beside("a") == ["base: evaluate"]
+    world.codes = {}
+    (world.folder / "a" / "run.json").write_text(json.dumps({"beside": world.beside("a"), "evaluated": False}))
+    assert world.run(alone=True) == {}
+    assert world.beside("a") == ["base: evaluate"] and world.beside("b") == ["base: evaluate"]
+
+
 def test_where_the_base_fails_the_first_training_is_told_and_nothing_else_starts(world: World) -> None:
     world.codes, world.seconds = {"base: evaluate": 1}, {"a: train": 30.0}
     begun = time.monotonic()
