@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from shlex import quote
 
-from eaft_verl.boundary import guard_streams, masked, python_command
+from eaft_verl.boundary import guard_streams, masked, python_command, waiting_threads
 from eaft_verl.errors import (
     ENDED,
     REFUSED,
@@ -48,8 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str] | None) -> int:
     options = _parsed(sys.argv[1:] if arguments is None else arguments)
-    for name, value in {"TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "passive"}.items():
-        os.environ.setdefault(name, value)  # threads that spin while they wait starve whoever they wait for
+    for name, value in {"TOKENIZERS_PARALLELISM": "false", **waiting_threads()}.items():
+        os.environ.setdefault(name, value)
     if is_stage():
         begin_stage()
     try:

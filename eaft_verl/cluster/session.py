@@ -15,7 +15,7 @@ from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray._raylet import Config as RayConfig  # type: ignore[attr-defined] # compiled, its stub lacks it
 from ray.job_config import JobConfig
 
-from eaft_verl.boundary import in_cluster
+from eaft_verl.boundary import in_cluster, waiting_threads
 from eaft_verl.cluster.demand import CPUS_PER_WORKER
 from eaft_verl.cluster.runtime_env import build_runtime_env
 from eaft_verl.errors import ConfigError, Lost
@@ -42,7 +42,7 @@ def worker_environment(device: str, workers: int) -> dict[str, str]:
             "VERL_ENGINE_DEVICE": "cuda",  # verl registers its FSDP engine under this name; it runs on CPU as it is
             # threads beyond the cores spin against each other: 200 times slower was measured
             "OMP_NUM_THREADS": str(max(1, cpus_here() // workers)),
-            "OMP_WAIT_POLICY": "passive",
+            **waiting_threads(),
             **FREED_IS_KEPT,
         }
     chosen = {key: os.environ.get(key, value) for key, value in wanted.items()}

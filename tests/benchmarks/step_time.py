@@ -22,12 +22,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from eaft_verl.boundary import waiting_threads
+
 TOP = {"kind": "forward_kl_topk", "coef": 0.5}
 ENGINE = "sft_kl engine"
 
 os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
 OUTSIDE = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.update(waiting_threads())
 os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29561")
 
 

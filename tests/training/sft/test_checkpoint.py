@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import xxhash
 
+from eaft_verl.boundary import AWAKE
 from eaft_verl.cluster.session import worker_environment
 from eaft_verl.errors import RunError
 from eaft_verl.files import json_text
@@ -444,13 +445,17 @@ def test_progress_writes_plain_lines_where_there_is_no_terminal() -> None:
 
 
 def test_workers_on_a_cpu_get_the_platform_and_their_share_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "PYTHONPATH", "VERL_PLATFORM", "VERL_ENGINE_DEVICE"):
+    waiting = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    for name in ("OMP_NUM_THREADS", *waiting, "PYTHONPATH", "VERL_PLATFORM", "VERL_ENGINE_DEVICE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("eaft_verl.cluster.session.cpus_here", lambda: 8)
     found = worker_environment("cpu", workers=3)
     assert (found["VERL_PLATFORM"], found["VERL_ENGINE_DEVICE"], found["OMP_NUM_THREADS"]) == ("cpu", "cuda", "2")
     assert worker_environment("cpu", workers=64)["OMP_NUM_THREADS"] == "1"
-    assert "PYTHONPATH" not in found
+    assert "PYTHONPATH" not in found and found["GOMP_SPINCOUNT"] == AWAKE
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    chosen = worker_environment("cpu", workers=3)
+    assert chosen["OMP_WAIT_POLICY"] == "passive" and "GOMP_SPINCOUNT" not in chosen
     assert not {"VERL_PLATFORM", "VERL_ENGINE_DEVICE", "OMP_NUM_THREADS"} & worker_environment("cuda", 8).keys()
 
 
