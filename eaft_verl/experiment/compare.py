@@ -161,13 +161,14 @@ def _run_arms(
 
     def evaluate(stage: Stage, following: int) -> None:
         nexts = [] if alone or stage.done else trainings[following : following + 1]
-        if any(not training.done and fits_beside(config) for config, training in nexts):
+        fits = any(not training.done and fits_beside(config) for config, training in nexts)
+        if beside := not stage.done and (fits or not lane.free_soon):  # two at a time, or soon with all cores alone
             lane.add(stage)
-            return
-        lane.finish()
-        settle()
-        if base.run.name not in failed:
-            settle((stage, run(stage, 0)))
+        if not fits:
+            lane.finish()
+            settle()
+            if not beside and base.run.name not in failed:
+                settle((stage, run(stage, 0)))
 
     try:
         evaluate(base, 0)

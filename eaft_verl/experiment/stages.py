@@ -1,10 +1,12 @@
 """The stages of a comparison: each a process, one after the other, but that an arm may be evaluated beside the next.
 
-On a CPU an evaluation leaves a third of two cores idle, and a training too: together they take two thirds of the time.
-A GPU's memory is one stage's alone.
+A stage starts, loads and saves on one core: on a CPU two at a time are quicker as long as they are short. A long one
+that has all cores to itself is quicker, as its threads wait awake (`waiting_threads`). A GPU's memory is one stage's.
 """
 
 import contextlib
+import math
+import os
 import signal
 import sys
 import tempfile
@@ -16,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from eaft_verl.boundary import python_command
+from eaft_verl.boundary import AWAKE, python_command
 from eaft_verl.errors import ConfigError, DataError, RunError
 from eaft_verl.experiment.processes import CAUSE_FILE, LOG_FILE, PATIENCE_S, Child, attend, run_stage
 from eaft_verl.experiment.supervision import supervised
@@ -26,6 +28,7 @@ from eaft_verl.recipe.config import Config
 from eaft_verl.runs import Run, is_run
 
 NICENESS = 15
+LONG_S = 2400.0  # of a training as planned, by a speed that a recent core has several times
 
 
 @dataclass(frozen=True)
@@ -50,96 +53,113 @@ class Stage:
 
 
 class Lane:
-    """Evaluations that go on beside the trainings, one at a time in the order they were given.
+    """Evaluations that go on beside the trainings in the order they were given: one at a time, two after the last one.
 
     What each says is kept until `settled` shows it. vital: a stage without which nothing else is worth while.
     """
 
     def __init__(self, vital: Stage) -> None:
-        self.vital, self.broken, self.stopped = vital, False, False
+        self.vital, self.broken, self.stopped, self.width = vital, False, False, 1
         self.waiting: deque[Stage] = deque()
-        self.current: _Going | None = None
+        self.going: list[_Going] = []
         self.ended: list[_Going] = []
         self.beside: list[str] = []  # labels of those that went on since somebody asked
+        self.usual_s = math.inf  # what the last one took
+
+    @property
+    def free_soon(self) -> bool:
+        """Whether nothing waits, and what goes on is two thirds through by the time of the last one, or a bit beyond."""
+        passed = [(time.monotonic() - one.started) / self.usual_s for one in self.going]
+        return not self.waiting and all(2 / 3 < share < 2 for share in passed)
 
     def add(self, stage: Stage) -> None:
-        """Begin it as soon as those before it have ended."""
-        print(f"[{stage.label}] goes on beside the trainings; what it says follows when it is done", flush=True)
+        """Begin it as soon as there is room."""
+        print(f"[{stage.label}] goes on beside other stages; what it says follows when it is done", flush=True)
         self.waiting.append(stage)
         self.look()
 
     def look(self) -> bool:
         """Begin the next one where one has ended; false where the vital one has failed."""
-        if self.current and self.current.child.process.poll() is not None:
-            self._put_aside()
-        if not self.current and self.waiting and not self.stopped:
-            self.current = _Going(self.waiting.popleft())
-            self.beside.append(self.current.stage.label)
+        for one in [one for one in self.going if one.child.process.poll() is not None]:
+            self._put_aside(one)
+        while self.waiting and not self.stopped and len(self.going) < self.width:
+            self.going.append(_Going(self.waiting.popleft()))
+            self.beside.append(self.going[-1].stage.label)
         return not self.broken
 
     def tell(self, number: int) -> None:
-        """Pass a signal on, and begin nothing any more."""
+        """Pass a signal on to those that nobody has told, and begin nothing any more."""
         self.stopped = True
-        if self.current:
-            self.current.child.process.send_signal(number)
+        for one in self.going:
+            one.tell(number)
 
     def finish(self) -> None:
         """Wait for all of them. Raises Interrupted as `run_stage` does."""
-        while self.look() and self.current:
-            attend(self.current.going)
-            self._put_aside()
+        self.width = 2
+        while self.look() and self.going:
+            first = self.going[0]
+            attend(first.attended, self)
+            self._put_aside(first)
+        self.width = 1
 
     def settled(self) -> Iterator[tuple[Stage, str | None]]:
         """Show what those said that have ended, and give why each failed, None where it is done."""
         ended, self.ended = self.ended, []
         for one in ended:
-            yield one.stage, one.told()
+            yield one.stage, one.say()
 
     def went_on(self) -> list[str]:
         """Labels of those that went on since this was asked."""
-        labels, self.beside = self.beside, [self.current.stage.label] if self.current else []
+        labels, self.beside = self.beside, [one.stage.label for one in self.going]
         return labels
 
     def close(self) -> None:
-        """End the one that goes on, and show what all said."""
-        if not self.stopped:  # else it was told, and is on its way out
-            self.tell(signal.SIGTERM)
-        if self.current:
-            self._put_aside()
+        """End those that go on, and show what all said."""
+        self.tell(signal.SIGTERM)
+        for one in list(self.going):
+            self._put_aside(one)
         for _ in self.settled():
             pass
 
-    def _put_aside(self) -> None:
-        assert self.current
-        self.current.child.end(PATIENCE_S)
-        self.current.seconds = time.monotonic() - self.current.started
-        self.broken |= self.current.stage is self.vital and self.current.child.process.poll() != 0
+    def _put_aside(self, one: "_Going") -> None:
+        if one not in self.going:  # `look` was first
+            return
+        one.child.end(PATIENCE_S)
+        one.seconds = self.usual_s = time.monotonic() - one.started
+        self.broken |= one.stage is self.vital and one.child.process.poll() != 0
         self.stopped |= self.broken
-        self.ended.append(self.current)
-        self.current = None
+        self.going.remove(one)
+        self.ended.append(one)
 
 
 class _Going:
     """A stage that goes on, and the folder of what it says."""
 
     def __init__(self, stage: Stage) -> None:
-        self.stage, self.started, self.seconds = stage, time.monotonic(), 0.0
+        self.stage, self.started, self.seconds, self.told = stage, time.monotonic(), 0.0, False
         self.folder = tempfile.TemporaryDirectory()
         with self.output.open("wb") as output:
-            self.child = Child(_command(stage), _environ(stage, Path(self.folder.name)), output)
+            self.child = Child(_command(stage), _environ(stage, Path(self.folder.name)) | _half(), output)
         with contextlib.suppress(psutil.Error):  # as Ray's workers have, so that neither starves the other
             psutil.Process(self.child.process.pid).nice(NICENESS)
 
-    def going(self) -> Child:
-        """Its process."""
+    def attended(self) -> Child:
+        """Its process, for `attend`, which passes signals on to it from now on."""
+        self.told = True
         return self.child
+
+    def tell(self, number: int) -> None:
+        """Pass a signal on, if it is the first."""
+        if not self.told:
+            self.child.process.send_signal(number)
+        self.told = True
 
     @property
     def output(self) -> Path:
         """What it says."""
         return Path(self.folder.name) / "output"
 
-    def told(self) -> str | None:
+    def say(self) -> str | None:
         """Show what it said, and give why it failed."""
         said = self.output.read_text(encoding="utf-8", errors="replace")
         print(f"[{self.stage.label}]\n{said}", end="", flush=True)
@@ -156,7 +176,7 @@ def run(stage: Stage, restarts: int, lane: Lane | None = None) -> str | None:
     if lane:
         lane.went_on()  # before this one began
     with tempfile.TemporaryDirectory() as folder:
-        environ = _environ(stage, Path(folder))
+        environ = _environ(stage, Path(folder)) | (_asleep() if lane and (lane.going or lane.waiting) else {})
 
         def attempt() -> int:
             return run_stage(_command(stage), environ, lane)
@@ -168,15 +188,27 @@ def run(stage: Stage, restarts: int, lane: Lane | None = None) -> str | None:
 
 
 def fits_beside(config: Config) -> bool:
-    """Whether the training of this arm leaves room for an evaluation, which holds less of the same model."""
+    """Whether the training of this arm is short, and leaves room for an evaluation, which holds less of the model."""
     if config.device != "cpu" or config.evaluate.backend != "hf" or config.compare.match == "device_seconds":
         return False
     from eaft_verl.planning.arm_plan import plan_arm
 
     free = min(psutil.virtual_memory().available / GIB, memory_here())
     with contextlib.suppress(ConfigError, DataError, RunError):  # what cannot be planned has the machine to itself
-        return cpus_here() > 1 and 2 * plan_arm(config, machine_of(config, None, None)).needed / GIB <= free
+        plan = plan_arm(config, machine_of(config, None, None))
+        short = plan.training_s is not None and plan.training_s <= LONG_S
+        return short and cpus_here() > 1 and 2 * plan.needed / GIB <= free
     return False
+
+
+def _asleep() -> dict[str, str]:
+    """For a stage that has another beside it: threads that wait awake take a core from it. A user's choice stays."""
+    return {"GOMP_SPINCOUNT": "0"} if os.environ.get("GOMP_SPINCOUNT") == AWAKE else {}
+
+
+def _half() -> dict[str, str]:
+    """For an evaluation that goes on beside other stages: half of the cores, and threads that sleep while they wait."""
+    return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cpus_here() // 2)))} | _asleep()
 
 
 def _command(stage: Stage) -> list[str]:

@@ -67,6 +67,11 @@ class ArmPlan:
         """Seconds of an update."""
         return sum(self.seconds.values())
 
+    @property
+    def training_s(self) -> float | None:
+        """Seconds of all updates and of the passes before them; None where nobody knows how many updates there are."""
+        return None if self.arm.updates is None else self.before_s + self.step_s * self.arm.updates
+
 
 def plan_arm(config: Config, machine: Machine, measured: dict[str, Any] | None = None) -> ArmPlan:
     """The plan of one resolved configuration. measured: what a probe found, whose speed replaces the assumption."""

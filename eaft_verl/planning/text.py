@@ -108,8 +108,7 @@ def _times(plan: ArmPlan) -> tuple[Cells, Cells]:
     else:
         sums["updates in an epoch"] = f"{arm.updates_per_epoch:,}"
         sums["epoch"] = duration(plan.step_s * arm.updates_per_epoch)
-    if arm.updates is not None:
-        total = plan.before_s + plan.step_s * arm.updates
+    if (total := plan.training_s) is not None:
         sums |= {"updates in all": f"{arm.updates:,}", "training": duration(total)}
         sums["device hours"] = f"{total * arm.setup.devices / 3600:,.2f}"
     return parts, sums

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -12,9 +14,11 @@ from typing import Any
 import psutil
 import pytest
 
+from eaft_verl.boundary import AWAKE
 from eaft_verl.errors import Interrupted
 from eaft_verl.experiment import compare, stages
 from eaft_verl.experiment.stages import Stage
+from eaft_verl.planning.arm_plan import ArmPlan
 
 # argv: the log of events, label, run directory, field and value that say it is done, seconds, exit code
 WORK = """
@@ -109,7 +113,7 @@ def test_evaluations_go_on_beside_the_trainings(world: World, capsys: pytest.Cap
     said = capsys.readouterr().out
     took = {line.split("]")[0]: int(line.split()[-2]) for line in said.splitlines() if "] done, " in line}
     assert took["[base: evaluate"] in (2, 3) and took["[b: evaluate"] < 2  # its own seconds, whenever it was told of
-    assert said.count("goes on beside the trainings") == 3  # nothing is left that the last one could go on beside
+    assert said.count("goes on beside other stages") == 3  # nothing is left that the last one could go on beside
     assert "[a: evaluate]\nsaid by a: evaluate\n[a: evaluate] done, " in said
 
 
@@ -121,6 +125,67 @@ def test_a_training_that_leaves_no_room_waits_for_the_evaluations(
     assert world.run() == {}
     assert world.events.index("end b: evaluate") < world.events.index("begin c: train")
     assert world.beside("c") is None
+
+
+def test_the_last_evaluations_go_on_two_at_a_time(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    world.seconds = dict.fromkeys(("base: evaluate", "a: evaluate", "b: evaluate", "c: evaluate"), 1.0)
+    assert world.run() == {}
+    after = world.events[world.events.index("end c: train") :]
+    assert most_at_once(after, "evaluate") == 2 == most_at_once([*after, "end"], "evaluate")
+    assert most_at_once(world.events[: -len(after)], "evaluate") == 1
+    assert sum(event.startswith("end") and "evaluate" in event for event in world.events) == 4
+    assert capsys.readouterr().out.count("] done, ") == 7
+
+
+def test_the_last_one_has_all_cores_where_the_one_before_it_ends_soon(world: World) -> None:
+    world.seconds = {"a: evaluate": 2.0, "b: evaluate": 2.0, "c: train": 3.5, "c: evaluate": 0.1}
+    assert world.run() == {}
+    assert world.events.index("end c: train") < world.events.index("end b: evaluate")
+    assert world.events[-2:] == ["begin c: evaluate", "end c: evaluate"]
+    assert world.events.index("end b: evaluate") == len(world.events) - 3
+
+
+def test_threads_of_stages_that_share_the_cores(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An evaluation beside others has half of the cores; nothing beside another waits awake; who is alone does."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("GOMP_SPINCOUNT", AWAKE)
+    monkeypatch.setattr(stages, "cpus_here", lambda: 6)
+    given: dict[str, tuple[Any, Any]] = {}
+    popen = subprocess.Popen
+
+    def noted(command: list[str], *, env: dict[str, str], **rest: Any) -> Any:
+        given[command[4]] = env.get("OMP_NUM_THREADS"), env["GOMP_SPINCOUNT"]
+        return popen(command, env=env, **rest)
+
+    monkeypatch.setattr("eaft_verl.experiment.processes.subprocess.Popen", noted)
+    world.seconds = dict.fromkeys(("base: evaluate", "a: evaluate", "b: evaluate"), 1.0)
+    assert world.run() == {}
+    assert {given[f"{name}: evaluate"] for name in ("base", "a", "b", "c")} == {("3", "0")}
+    assert given["b: train"] == (None, "0")
+    assert world.run(alone=True) == {}
+    shutil.rmtree(world.folder / "c")
+    assert world.run() == {}
+    assert given["c: train"] == given["c: evaluate"] == (None, AWAKE)
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    assert stages._half() == {"OMP_NUM_THREADS": "5"}
+
+
+@pytest.mark.parametrize(
+    ("updates", "step_s", "fits"), [(100, 10.0, True), (100, 30.0, False), (None, 1.0, False), (1, 2400.0, True)]
+)
+def test_only_a_short_training_shares_the_cores(
+    monkeypatch: pytest.MonkeyPatch, updates: int | None, step_s: float, fits: bool
+) -> None:
+    planned = ArmPlan(
+        SimpleNamespace(updates=updates), "head", {}, {"all": 1.0}, {}, {"arithmetic": step_s}, 0.0, "fits"
+    )  # type: ignore[arg-type]
+    monkeypatch.setattr("eaft_verl.planning.arm_plan.plan_arm", lambda config, machine: planned)
+    monkeypatch.setattr(stages, "machine_of", lambda config, gpus, node: None)
+    monkeypatch.setattr(stages, "cpus_here", lambda: 2)
+    shared = {"evaluate": SimpleNamespace(backend="hf"), "compare": SimpleNamespace(match="updates")}
+    config: Any = SimpleNamespace(device="cpu", **shared)
+    assert stages.fits_beside(config) is fits
 
 
 def test_alone_one_after_the_other(world: World) -> None:
@@ -170,9 +235,8 @@ def test_where_the_base_fails_the_first_training_is_told_and_nothing_else_starts
     assert sorted(world.events) == ["begin a: train", "begin base: evaluate", "end base: evaluate", "told a: train"]
 
 
-@pytest.mark.parametrize("arms", ["a", "a b"])
-def test_a_base_that_fails_late_still_ends_it(world: World, tmp_path: Path, arms: str) -> None:
-    later = World(tmp_path, arms)
+def test_a_base_that_fails_late_still_ends_it(world: World, tmp_path: Path) -> None:
+    later = World(tmp_path, "a b")
     world.configs, world.stages = later.configs, later.stages
     world.codes, world.seconds = {"base: evaluate": 1}, {"base: evaluate": 1.0, "a: train": 0.1, "b: train": 30.0}
     assert world.run() is None
@@ -220,3 +284,37 @@ os.kill({os.getpid()}, signal.SIGINT)
         world.run()
     child.wait()
     assert told.value.code == 130 and world.events[-1] == "told base: evaluate"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_reaches_the_last_two_evaluations_once_each(world: World, number: int) -> None:
+    world.seconds = {"a: evaluate": 2.0, "b: evaluate": 60.0, "c: evaluate": 60.0}
+    child = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            f"""
+import os, time
+log = {str(world.log)!r}
+while not (os.path.exists(log) and "begin c: evaluate" in open(log).read()): time.sleep(0.01)
+time.sleep(0.5)
+os.kill({os.getpid()}, {int(number)})
+""",
+        ]
+    )
+    with pytest.raises(Interrupted):
+        world.run()
+    child.wait()
+    assert sorted(event for event in world.events if event.startswith("told")) == [
+        "told b: evaluate",
+        "told c: evaluate",
+    ]
+    assert not [one for one in psutil.Process().children() if "evaluate" in " ".join(one.cmdline())]
+
+
+def test_where_the_base_fails_after_the_training_the_other_evaluation_is_told(world: World) -> None:
+    world.configs, world.stages = world.configs[:1], world.stages[:1]
+    world.codes, world.seconds = {"base: evaluate": 1}, {"base: evaluate": 2.0, "a: train": 0.1, "a: evaluate": 60.0}
+    begun = time.monotonic()
+    assert world.run() is None
+    assert time.monotonic() - begun < 10 and world.events[-1] == "told a: evaluate"
