@@ -68,7 +68,7 @@ class Lane:
 
     @property
     def free_soon(self) -> bool:
-        """Whether nothing waits, and what goes on is two thirds through by the time of the last one, or a bit beyond."""
+        """Whether nothing waits, and what goes on is two thirds through, judged by what the last one took."""
         passed = [(time.monotonic() - one.started) / self.usual_s for one in self.going]
         return not self.waiting and all(2 / 3 < share < 2 for share in passed)
 

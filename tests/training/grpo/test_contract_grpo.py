@@ -2,7 +2,10 @@
 
 import ast
 import inspect
+import os
 import re
+import subprocess
+import sys
 import textwrap
 from collections.abc import Callable
 
@@ -184,3 +187,17 @@ def test_every_grpo_worker_gets_the_engine_that_saves(monkeypatch: pytest.Monkey
         monkeypatch.setenv("VERL_ENGINE_DEVICE", "cuda")  # which this machine has not
     found = EngineRegistry.get_engine_cls("language_model", "fsdp2")
     assert found is {"cuda": SavingEngine, "cpu": CpuEngine}[device] and not issubclass(found, FusedHeadEngine)
+
+
+def test_the_driver_on_a_cpu_has_verls_platform_for_it_and_says_nothing() -> None:
+    """verl asks once, when it is imported, and warns that there is no accelerator where nobody told it."""
+    code = """
+from eaft_verl.training.grpo.session import environment, ray_runtime
+ray_runtime("cpu", 1, environment("cpu", 1, "metrics"))
+from verl.plugin.platform import get_platform
+print(type(get_platform()).__module__)
+"""
+    bare = {name: value for name, value in os.environ.items() if not name.startswith("VERL_")}
+    done = subprocess.run([sys.executable, "-c", code], env=bare, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == "eaft_verl.training.verl_cpu.platform"
+    assert "accelerator" not in done.stdout + done.stderr and "PlatformCUDA" not in done.stdout + done.stderr
