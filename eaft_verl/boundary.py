@@ -37,7 +37,6 @@ _START = (  # `python -m` would run a random.py of the current folder, -P is of 
 _REFERENCE = re.compile(r"\$\{oc\.env:\s*(\w+)")
 _KEPT: set[str] = set()  # variables that a recipe uses for a secret, whatever they are called
 _T = TypeVar("_T")
-AWAKE = "20000"  # rounds of libgomp, torch's
 _SHORTEST = 8  # characters of a value that is left out: shorter ones are switches and numbers
 
 
@@ -181,16 +180,6 @@ def python_command(module: str, *arguments: str) -> list[str]:
     A module of the user's own (an objective, a grader) is found through PYTHONPATH, as by the `eaft` command.
     """
     return [sys.executable, "-c", _START, module, *arguments]
-
-
-def waiting_threads() -> dict[str, str]:
-    """How the threads of one operation wait for the next: awake for about 0.5 ms, then asleep. The user's choice wins.
-
-    Asleep at once, a step of SmolLM2 on two cores took 1.83 s, and 1.36 s so: waking them takes longer than many of a
-    small model's operations. Awake for ever, they starve whoever they wait for.
-    """
-    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-    return {name: os.environ[name] for name in names if name in os.environ} or {"GOMP_SPINCOUNT": AWAKE}
 
 
 def die_with_parent() -> None:

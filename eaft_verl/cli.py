@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from shlex import quote
 
-from eaft_verl.boundary import guard_streams, masked, python_command, waiting_threads
+from eaft_verl.boundary import guard_streams, masked, python_command
 from eaft_verl.errors import (
     ENDED,
     REFUSED,
@@ -22,6 +22,7 @@ from eaft_verl.errors import (
 )
 from eaft_verl.experiment.arguments import DEFAULT_RECIPE, parser
 from eaft_verl.experiment.processes import CAUSE_FILE, Ending, begin_stage, run_stage
+from eaft_verl.planning.machine import waiting_threads
 from eaft_verl.training.interruption import is_stage
 
 
@@ -48,8 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str] | None) -> int:
     options = _parsed(sys.argv[1:] if arguments is None else arguments)
-    for name, value in {"TOKENIZERS_PARALLELISM": "false", **waiting_threads()}.items():
-        os.environ.setdefault(name, value)
+    os.environ.update({"TOKENIZERS_PARALLELISM": "false", **waiting_threads(), **os.environ})
     if is_stage():
         begin_stage()
     try:

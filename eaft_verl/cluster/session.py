@@ -15,11 +15,11 @@ from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray._raylet import Config as RayConfig  # type: ignore[attr-defined] # compiled, its stub lacks it
 from ray.job_config import JobConfig
 
-from eaft_verl.boundary import in_cluster, waiting_threads
+from eaft_verl.boundary import in_cluster
 from eaft_verl.cluster.demand import CPUS_PER_WORKER
 from eaft_verl.cluster.runtime_env import build_runtime_env
 from eaft_verl.errors import ConfigError, Lost
-from eaft_verl.planning.machine import cpus_here
+from eaft_verl.planning.machine import cpus_here, waiting_threads
 
 _ROOM = {"sft": 0, "grpo": 16}  # logical CPUs, which cost nothing, for the actors of verl's that are no workers
 

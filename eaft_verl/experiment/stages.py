@@ -18,12 +18,12 @@ from pathlib import Path
 
 import psutil
 
-from eaft_verl.boundary import AWAKE, python_command
+from eaft_verl.boundary import python_command
 from eaft_verl.errors import ConfigError, DataError, RunError
 from eaft_verl.experiment.processes import CAUSE_FILE, LOG_FILE, PATIENCE_S, Child, attend, run_stage
 from eaft_verl.experiment.supervision import supervised
 from eaft_verl.planning.formulas import GIB
-from eaft_verl.planning.machine import cpus_here, machine_of, memory_here
+from eaft_verl.planning.machine import AWAKE, cpus_here, machine_of, memory_here
 from eaft_verl.recipe.config import Config
 from eaft_verl.runs import Run, is_run
 

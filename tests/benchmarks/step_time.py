@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from eaft_verl.boundary import waiting_threads
+from eaft_verl.planning.machine import waiting_threads
 
 TOP = {"kind": "forward_kl_topk", "coef": 0.5}
 ENGINE = "sft_kl engine"

@@ -14,11 +14,11 @@ from typing import Any
 import psutil
 import pytest
 
-from eaft_verl.boundary import AWAKE
 from eaft_verl.errors import Interrupted
 from eaft_verl.experiment import compare, stages
 from eaft_verl.experiment.stages import Stage
 from eaft_verl.planning.arm_plan import ArmPlan
+from eaft_verl.planning.machine import AWAKE
 
 # argv: the log of events, label, run directory, field and value that say it is done, seconds, exit code
 WORK = """

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import xxhash
 
-from eaft_verl.boundary import AWAKE
 from eaft_verl.cluster.session import worker_environment
 from eaft_verl.errors import RunError
 from eaft_verl.files import json_text
+from eaft_verl.planning.machine import AWAKE, waiting_threads
 from eaft_verl.runs import Run
 from eaft_verl.training import states
 from eaft_verl.training.progress import Progress
@@ -449,6 +449,11 @@ def test_workers_on_a_cpu_get_the_platform_and_their_share_of_threads(monkeypatc
     for name in ("OMP_NUM_THREADS", *waiting, "PYTHONPATH", "VERL_PLATFORM", "VERL_ENGINE_DEVICE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("eaft_verl.cluster.session.cpus_here", lambda: 8)
+    for bound, waits in ((4, AWAKE), (64, "0")):  # the second one's container has a quota
+        monkeypatch.setattr("eaft_verl.planning.machine.cpus_here", lambda: 4)
+        monkeypatch.setattr("eaft_verl.planning.machine._bound", lambda bound=bound: bound)
+        assert waiting_threads() == {"GOMP_SPINCOUNT": waits}
+    monkeypatch.setattr("eaft_verl.planning.machine._bound", lambda: 4)
     found = worker_environment("cpu", workers=3)
     assert (found["VERL_PLATFORM"], found["VERL_ENGINE_DEVICE"], found["OMP_NUM_THREADS"]) == ("cpu", "cuda", "2")
     assert worker_environment("cpu", workers=64)["OMP_NUM_THREADS"] == "1"
