@@ -89,6 +89,20 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     return made
 
 
+def send_when(world: World, condition: str, number: int) -> subprocess.Popen[bytes]:
+    """A process that sends this one the signal half a second after the condition holds of the `events`."""
+    code = f"""
+import os, pathlib, time
+log, events = pathlib.Path({str(world.log)!r}), ""
+while not ({condition}):
+    time.sleep(0.01)
+    events = log.read_text() if log.exists() else ""
+time.sleep(0.5)
+os.kill({os.getpid()}, {int(number)})
+"""
+    return subprocess.Popen([sys.executable, "-c", code])
+
+
 def most_at_once(events: list[str], kind: str) -> int:
     """The largest number of stages of a kind that had begun and not ended."""
     going, most = 0, 0
@@ -245,17 +259,7 @@ def test_a_base_that_fails_late_still_ends_it(world: World, tmp_path: Path) -> N
 
 def test_a_signal_reaches_both_and_nothing_is_left(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     world.seconds = dict.fromkeys(("base: evaluate", "a: train"), 60.0)
-    child = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            f"""
-import os, signal, time
-while not (os.path.exists({str(world.log)!r}) and open({str(world.log)!r}).read().count("begin") == 2): time.sleep(0.01)
-os.kill({os.getpid()}, signal.SIGTERM)
-""",
-        ]
-    )
+    child = send_when(world, 'events.count("begin") == 2', signal.SIGTERM)
     with pytest.raises(Interrupted) as told:
         world.run()
     child.wait()
@@ -268,18 +272,7 @@ os.kill({os.getpid()}, signal.SIGTERM)
 def test_a_signal_while_only_the_evaluation_goes_on(world: World) -> None:
     world.configs, world.stages = world.configs[:1], world.stages[:1]
     world.seconds = {"base: evaluate": 60.0, "a: train": 0.1}
-    child = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            f"""
-import os, signal, time
-while not (os.path.exists({str(world.log)!r}) and "end a: train" in open({str(world.log)!r}).read()): time.sleep(0.01)
-time.sleep(0.5)
-os.kill({os.getpid()}, signal.SIGINT)
-""",
-        ]
-    )
+    child = send_when(world, '"end a: train" in events', signal.SIGINT)
     with pytest.raises(Interrupted) as told:
         world.run()
     child.wait()
@@ -289,19 +282,7 @@ os.kill({os.getpid()}, signal.SIGINT)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_reaches_the_last_two_evaluations_once_each(world: World, number: int) -> None:
     world.seconds = {"a: evaluate": 2.0, "b: evaluate": 60.0, "c: evaluate": 60.0}
-    child = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            f"""
-import os, time
-log = {str(world.log)!r}
-while not (os.path.exists(log) and "begin c: evaluate" in open(log).read()): time.sleep(0.01)
-time.sleep(0.5)
-os.kill({os.getpid()}, {int(number)})
-""",
-        ]
-    )
+    child = send_when(world, '"begin c: evaluate" in events', number)
     with pytest.raises(Interrupted):
         world.run()
     child.wait()
