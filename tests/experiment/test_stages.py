@@ -20,18 +20,24 @@ from eaft_verl.experiment.stages import Stage
 from eaft_verl.planning.arm_plan import ArmPlan
 from eaft_verl.planning.machine import AWAKE
 
-# argv: the log of events, label, run directory, field and value that say it is done, seconds, exit code
+# argv: the log of events, label, run directory, field and value that say it is done, an event to wait for, seconds
+# after it, exit code
 WORK = """
 import json, os, pathlib, signal, sys, time
-log, label, run, field, value, seconds, code = sys.argv[1:]
+log, label, run, field, value, event, seconds, code = sys.argv[1:]
 def say(what):
     with open(log, "a") as events: events.write(f"{what} {label}\\n")
+    with open(log + ".times", "a") as times: times.write(f"{time.time()}\\n")
 def told(number, frame):
     say("told")
     sys.exit(75 if "train" in label else 128 + number)
 signal.signal(signal.SIGTERM, told); signal.signal(signal.SIGINT, told)
 say("begin")
 print("said by", label, flush=True)
+latest = time.time() + 60
+while event not in pathlib.Path(log).read_text().splitlines() + [""]:
+    if time.time() > latest: sys.exit(f"{event} did not happen")
+    time.sleep(0.01)
 end = time.time() + float(seconds)
 while time.time() < end: time.sleep(0.01)
 if code == "0":
@@ -47,10 +53,11 @@ sys.exit(int(code))
 
 
 class World:
-    """Stages that are small processes, with the seconds and codes that a test wants."""
+    """Stages that are small processes: each lasts until the event that a test wants, and some seconds more."""
 
     def __init__(self, folder: Path, arms: str = "a b c") -> None:
         self.folder, self.log = folder, folder / "events"
+        self.until: dict[str, str] = {}
         self.seconds: dict[str, float] = {}
         self.codes: dict[str, int] = {}
         self.base = Stage("base: evaluate", folder / "base", ("evaluated", True), ["evaluate"])
@@ -65,7 +72,8 @@ class World:
 
     def command(self, stage: Stage) -> list[str]:
         field, value = stage.done_when
-        words = [str(self.log), stage.label, str(stage.run), field, json.dumps(value)]
+        self.log.touch()
+        words = [str(self.log), stage.label, str(stage.run), field, json.dumps(value), self.until.get(stage.label, "")]
         numbers = [str(self.seconds.get(stage.label, 0.3)), str(self.codes.get(stage.label, 0))]
         return [sys.executable, "-c", WORK, *words, *numbers]
 
@@ -75,6 +83,9 @@ class World:
     @property
     def events(self) -> list[str]:
         return self.log.read_text().splitlines()
+
+    def when(self, event: str) -> float:
+        return float(Path(f"{self.log}.times").read_text().split()[self.events.index(event)])
 
     def beside(self, arm: str) -> Any:
         return json.loads((self.folder / arm / "run.json").read_text()).get("beside")
@@ -113,20 +124,30 @@ def most_at_once(events: list[str], kind: str) -> int:
     return most
 
 
+# at the end of the last training all evaluations are still to be made, and each lasts until the next one begins
+BUSY = {f"{one}: evaluate": f"begin {other}: evaluate" for one, other in (("base", "a"), ("a", "b"), ("b", "c"))}
+
+
 def test_evaluations_go_on_beside_the_trainings(world: World, capsys: pytest.CaptureFixture[str]) -> None:
-    world.seconds = {"base: evaluate": 2.0, "a: train": 0.2, "c: train": 3.0}
+    world.until = {
+        "base: evaluate": "begin b: train",
+        "b: train": "end base: evaluate",
+        "a: evaluate": "begin c: train",
+        "c: train": "end b: evaluate",
+    }
+    world.seconds = {"b: train": 3.0, "c: train": 1.0}
+    begun = time.time()
     assert world.run() == {}
     events = world.events
-    assert events.index("begin b: train") < events.index("end base: evaluate")  # no training waits for an evaluation
-    assert events.index("end b: evaluate") < events.index("end c: train")
-    begun = [event for event in events if event.startswith("begin") and "evaluate" in event]
-    assert begun == [f"begin {name}: evaluate" for name in ("base", "a", "b", "c")]
+    assert [event for event in events if event.startswith("begin") and "evaluate" in event] == [
+        f"begin {name}: evaluate" for name in ("base", "a", "b", "c")
+    ]
     assert most_at_once(events, "evaluate") == most_at_once(events, "train") == 1
     assert world.beside("a") == ["base: evaluate"] and world.beside("b")[0] == "base: evaluate"
     assert world.beside("c")[-2:] == ["a: evaluate", "b: evaluate"]
     said = capsys.readouterr().out
     took = {line.split("]")[0]: int(line.split()[-2]) for line in said.splitlines() if "] done, " in line}
-    assert took["[base: evaluate"] in (2, 3) and took["[b: evaluate"] < 2  # its own seconds, whenever it was told of
+    assert took["[base: evaluate"] < world.when("end base: evaluate") - begun + 2  # though it was told of 3 s later
     assert said.count("goes on beside other stages") == 3  # nothing is left that the last one could go on beside
     assert "[a: evaluate]\nsaid by a: evaluate\n[a: evaluate] done, " in said
 
@@ -142,21 +163,44 @@ def test_a_training_that_leaves_no_room_waits_for_the_evaluations(
 
 
 def test_the_last_evaluations_go_on_two_at_a_time(world: World, capsys: pytest.CaptureFixture[str]) -> None:
-    world.seconds = dict.fromkeys(("base: evaluate", "a: evaluate", "b: evaluate", "c: evaluate"), 1.0)
+    world.until = BUSY
     assert world.run() == {}
-    after = world.events[world.events.index("end c: train") :]
-    assert most_at_once(after, "evaluate") == 2 == most_at_once([*after, "end"], "evaluate")
-    assert most_at_once(world.events[: -len(after)], "evaluate") == 1
+    last = world.events.index("end c: train")
+    assert most_at_once(world.events[:last], "evaluate") == 1 and most_at_once(world.events, "evaluate") == 2
     assert sum(event.startswith("end") and "evaluate" in event for event in world.events) == 4
     assert capsys.readouterr().out.count("] done, ") == 7
 
 
-def test_the_last_one_has_all_cores_where_the_one_before_it_ends_soon(world: World) -> None:
-    world.seconds = {"a: evaluate": 2.0, "b: evaluate": 2.0, "c: train": 3.5, "c: evaluate": 0.1}
+def test_the_last_one_has_all_cores_where_the_one_before_it_ends_soon(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages.Lane, "free_soon", property(lambda lane: not lane.waiting))
+    world.until = {"c: train": "begin b: evaluate", "b: evaluate": "end c: train"}
+    world.seconds = {"b: evaluate": 1.0}
     assert world.run() == {}
-    assert world.events.index("end c: train") < world.events.index("end b: evaluate")
-    assert world.events[-2:] == ["begin c: evaluate", "end c: evaluate"]
-    assert world.events.index("end b: evaluate") == len(world.events) - 3
+    assert world.events[-3:] == ["end b: evaluate", "begin c: evaluate", "end c: evaluate"]
+
+
+@pytest.mark.parametrize(
+    ("passed", "waiting", "soon"),
+    [
+        ([], 0, True),
+        ([60.0], 0, False),
+        ([70.0], 0, True),
+        ([70.0, 60.0], 0, False),
+        ([70.0], 1, False),
+        ([201.0], 0, False),
+    ],
+)  # the last one took 100 s; what takes twice as long may take any time
+def test_one_ends_soon_when_two_thirds_of_what_the_last_one_took_are_over(
+    world: World, monkeypatch: pytest.MonkeyPatch, passed: list[float], waiting: int, soon: bool
+) -> None:
+    monkeypatch.setattr(stages, "time", SimpleNamespace(monotonic=lambda: 1000.0))
+    lane = stages.Lane(world.base)
+    lane.usual_s = 100.0
+    lane.going = [SimpleNamespace(started=1000.0 - seconds) for seconds in passed]  # type: ignore[misc]
+    lane.waiting.extend([world.base] * waiting)
+    assert lane.free_soon is soon
 
 
 def test_threads_of_stages_that_share_the_cores(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,8 +216,9 @@ def test_threads_of_stages_that_share_the_cores(world: World, monkeypatch: pytes
         return popen(command, env=env, **rest)
 
     monkeypatch.setattr("eaft_verl.experiment.processes.subprocess.Popen", noted)
-    world.seconds = dict.fromkeys(("base: evaluate", "a: evaluate", "b: evaluate"), 1.0)
+    world.until = BUSY
     assert world.run() == {}
+    world.until = {}
     assert {given[f"{name}: evaluate"] for name in ("base", "a", "b", "c")} == {("3", "0")}
     assert given["b: train"] == (None, "0")
     assert world.run(alone=True) == {}
@@ -243,6 +288,7 @@ def test_what_went_on_beside_a_failed_attempt_is_kept(world: World) -> None:
 
 def test_where_the_base_fails_the_first_training_is_told_and_nothing_else_starts(world: World) -> None:
     world.codes, world.seconds = {"base: evaluate": 1}, {"a: train": 30.0}
+    world.until = {"base: evaluate": "begin a: train"}
     begun = time.monotonic()
     assert world.run() is None
     assert time.monotonic() - begun < 10
@@ -252,7 +298,8 @@ def test_where_the_base_fails_the_first_training_is_told_and_nothing_else_starts
 def test_a_base_that_fails_late_still_ends_it(world: World, tmp_path: Path) -> None:
     later = World(tmp_path, "a b")
     world.configs, world.stages = later.configs, later.stages
-    world.codes, world.seconds = {"base: evaluate": 1}, {"base: evaluate": 1.0, "a: train": 0.1, "b: train": 30.0}
+    world.codes, world.seconds = {"base: evaluate": 1}, {"b: train": 30.0}
+    world.until = {"base: evaluate": "begin b: train"}
     assert world.run() is None
     assert not [event for event in world.events if event in ("begin b: evaluate", "begin a: evaluate")]
 
@@ -272,7 +319,7 @@ def test_a_signal_reaches_both_and_nothing_is_left(world: World, capsys: pytest.
 def test_a_signal_while_only_the_evaluation_goes_on(world: World) -> None:
     world.configs, world.stages = world.configs[:1], world.stages[:1]
     world.seconds = {"base: evaluate": 60.0, "a: train": 0.1}
-    child = send_when(world, '"end a: train" in events', signal.SIGINT)
+    child = send_when(world, '"end a: evaluate" in events', signal.SIGINT)
     with pytest.raises(Interrupted) as told:
         world.run()
     child.wait()
@@ -281,7 +328,8 @@ def test_a_signal_while_only_the_evaluation_goes_on(world: World) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_reaches_the_last_two_evaluations_once_each(world: World, number: int) -> None:
-    world.seconds = {"a: evaluate": 2.0, "b: evaluate": 60.0, "c: evaluate": 60.0}
+    world.until = BUSY
+    world.seconds = {"b: evaluate": 60.0, "c: evaluate": 60.0}
     child = send_when(world, '"begin c: evaluate" in events', number)
     with pytest.raises(Interrupted):
         world.run()
@@ -295,7 +343,8 @@ def test_a_signal_reaches_the_last_two_evaluations_once_each(world: World, numbe
 
 def test_where_the_base_fails_after_the_training_the_other_evaluation_is_told(world: World) -> None:
     world.configs, world.stages = world.configs[:1], world.stages[:1]
-    world.codes, world.seconds = {"base: evaluate": 1}, {"base: evaluate": 2.0, "a: train": 0.1, "a: evaluate": 60.0}
+    world.codes, world.seconds = {"base: evaluate": 1}, {"a: evaluate": 60.0}
+    world.until = {"base: evaluate": "begin a: evaluate"}
     begun = time.monotonic()
     assert world.run() is None
     assert time.monotonic() - begun < 10 and world.events[-1] == "told a: evaluate"
