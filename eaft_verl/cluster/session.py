@@ -19,18 +19,9 @@ from eaft_verl.boundary import in_cluster
 from eaft_verl.cluster.demand import CPUS_PER_WORKER
 from eaft_verl.cluster.runtime_env import build_runtime_env
 from eaft_verl.errors import ConfigError, Lost
-from eaft_verl.planning.machine import cpus_here, waiting_threads
+from eaft_verl.planning.machine import FREED_IS_KEPT, cpus_here, waiting_threads
 
 _ROOM = {"sft": 0, "grpo": 16}  # logical CPUs, which cost nothing, for the actors of verl's that are no workers
-
-# glibc gives every freed tensor back to the system, and a step of SmolLM2 then takes 240,000 page faults to get its
-# memory again: 14 to 19 % of its CPU time was measured. One arena, as the others cannot grow to the size of a tensor.
-FREED_IS_KEPT = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
-    "MALLOC_TOP_PAD_": str(1 << 26),
-    "MALLOC_ARENA_MAX": "1",
-}
 
 
 def worker_environment(device: str, workers: int) -> dict[str, str]:

@@ -139,23 +139,28 @@ def _prepare_drift(session: Session, name: str) -> None:
 def _evaluate_step(session: Session, step: int, path: Path | str, names: list[str]) -> None:
     for name in names:
         if name in FORCED:
-            _record(session, step, name, functools.partial(_forced, session, name, path), "hf")
+            _record(session, step, [name], functools.partial(_forced, session, name, path), "hf")
     if tasks := [name for name in names if name not in (*FORCED, BFCL)]:
         _apart(_generate, session, step, path, tasks)
     if BFCL in names:
         folder = session.run.path / BFCL / step_name(step)
-        measure = functools.partial(measure_bfcl, session.settings, path, folder, session.model, session.free)
-        _record(session, step, BFCL, measure, session.settings.backend)
+        _record(
+            session,
+            step,
+            [BFCL],
+            lambda: [measure_bfcl(session.settings, path, folder, session.model, session.free)],
+            session.settings.backend,
+        )
 
 
-def _forced(session: Session, name: str, path: Path | str) -> Outcome:
+def _forced(session: Session, name: str, path: Path | str) -> list[Outcome]:
     """The `heldout` benchmark, or one of the two of drift."""
     from eaft_verl.evaluation import drift, teacher_forced
 
     if name == "heldout":
-        return teacher_forced.heldout(session.model(path)[0], session.heldout, session.token_budget)
+        return [teacher_forced.heldout(session.model(path)[0], session.heldout, session.token_budget)]
     model = None if session.of_base else session.model(path)[0]
-    return drift.drift(model, *session.probes[name], session.token_budget)
+    return [drift.drift(model, *session.probes[name], session.token_budget)]
 
 
 def _apart(work: Callable[..., Any], session: Session, *arguments: Any) -> Any:
@@ -200,13 +205,19 @@ def _language(session: Session, path: Path | str, tasks: list[str], batch_size: 
 
 
 def _generate(session: Session, step: int, path: Path | str, tasks: list[str]) -> None:
-    """The records of these tasks, with one engine."""
-    from eaft_verl.evaluation import harness
+    """The records of these tasks, with one engine.
+
+    Targets are not asked together with others, so that a checkpoint before the last asks them in the same batches.
+    """
+    from eaft_verl.evaluation import benchmarks, harness
 
     language = _language(session, path, tasks)
-    for name in tasks:
-        measure = functools.partial(harness.run_benchmark, language, session.benchmarks[name])
-        _record(session, step, name, measure, session.settings.backend)
+    targets = {entry.task for entry in session.settings.entries("target")}
+    for of_one_side in ([name for name in tasks if (name in targets) is target] for target in (True, False)):
+        chosen = [session.benchmarks[name] for name in of_one_side]
+        for together in benchmarks.asked_together(chosen, language.batch_size):
+            measure = functools.partial(harness.run_benchmarks, language, together)
+            _record(session, step, [one.name for one in together], measure, session.settings.backend)
 
 
 def _noise(session: Session, path: Path | str) -> dict[str, Any]:
@@ -238,32 +249,37 @@ def _repeat(session: Session, path: Path | str, tasks: list[str]) -> dict[str, A
     language = _language(session, path, tasks, other)
     records, found = session.run.evals()[0], {}
     for name in tasks:
-        _, samples = harness.run_benchmark(language, session.benchmarks[name].first(noise.QUESTIONS))
+        [(_, samples)] = harness.run_benchmarks(language, [session.benchmarks[name].first(noise.QUESTIONS)])
         outcome = noise.accuracy_noise(samples, session.run.samples(0, name), records[name]["metric"])
         if outcome is not None:
             found[name] = outcome
     return found
 
 
-def _record(session: Session, step: int, name: str, measure: Callable[[], Outcome], backend: str) -> None:
+def _record(session: Session, step: int, names: list[str], measure: Callable[[], list[Outcome]], backend: str) -> None:
+    """Measure and write these benchmarks; `seconds` of those asked together are shared out by their samples."""
     started = time.perf_counter()
-    with _named(name, step):
-        outcome, samples = measure()
-    seconds = round(time.perf_counter() - started, 3)
+    with _named(", ".join(names), step):
+        outcomes = measure()
+    whole = time.perf_counter() - started
+    rows = sum(outcome["n"] for outcome, _ in outcomes)
     targets = {entry.task for entry in session.settings.entries("target")} | {"heldout"}
-    side = "drift" if name.startswith("drift") else "target" if name in targets else "general"
-    record = {"benchmark": name, "side": side, "step": step, "backend": backend, "seconds": seconds, **outcome}
-    session.run.write_eval(step, name, record, samples)
+    for name, (outcome, samples) in zip(names, outcomes, strict=True):
+        seconds = round(whole * outcome["n"] / rows, 3)
+        side = "drift" if name.startswith("drift") else "target" if name in targets else "general"
+        record = {"benchmark": name, "side": side, "step": step, "backend": backend, "seconds": seconds, **outcome}
+        session.run.write_eval(step, name, record, samples)
+        best = outcome["metrics"][outcome["metric"]]
+        error = "" if best["stderr"] is None else f" ± {best['stderr']:.4f}"
+        score = f"{outcome['metric']} {best['score']:.4f}{error}"
+        took = f"{whole:.1f} s" + (f" for {rows} at once" if len(names) > 1 else "")
+        print(f"{session.run.path.name} {step_name(step)} {name}: {score} (n={outcome['n']}, {took})", flush=True)
     session.book_time()
-    best = outcome["metrics"][outcome["metric"]]
-    error = "" if best["stderr"] is None else f" ± {best['stderr']:.4f}"
-    score = f"{outcome['metric']} {best['score']:.4f}{error}"
-    print(f"{session.run.path.name} {step_name(step)} {name}: {score} (n={outcome['n']}, {seconds:.1f} s)", flush=True)
 
 
 @contextlib.contextmanager
 def _named(name: str, step: int) -> Iterator[None]:
-    """Whatever fails inside is reported with the benchmark and the step it failed in."""
+    """Whatever fails inside is reported with the benchmark, or those asked together, and the step it failed in."""
     try:
         yield
     except Exception as error:

@@ -259,8 +259,8 @@ def give_room(language: Any, benchmark: Benchmark) -> None:
         task.set_config(key="generation_kwargs", value={"max_gen_toks": min(wanted, room)}, update=True)
 
 
-def run_benchmark(language: Any, benchmark: Benchmark) -> tuple[dict[str, Any], list[Sample]]:
-    """(record fields, samples) of one benchmark: greedy as its task file says, chat template applied, seeds fixed.
+def run_benchmarks(language: Any, benchmarks: list[Benchmark]) -> list[tuple[dict[str, Any], list[Sample]]]:
+    """(record fields, samples) of each, all asked at once: as the task files say, chat template applied, seeds fixed.
 
     Calls the harness's `evaluate`, not `simple_evaluate`, which inspects packages and git at each call.
     """
@@ -268,21 +268,32 @@ def run_benchmark(language: Any, benchmark: Benchmark) -> tuple[dict[str, Any], 
     np.random.seed(SEED)
     torch.manual_seed(SEED)
     # without a template, choices are weighed where the task's own text ends
-    writes = any(task.OUTPUT_TYPE == "generate_until" for task in benchmark.tasks.values())
+    tasks: dict[str, Any] = {}
+    groups: dict[str, Any] = {}
+    documents: dict[str, Any] = {}
+    for one in benchmarks:
+        tasks |= one.tasks
+        groups |= one.groups
+        documents |= one.documents or {}
+    writes = any(task.OUTPUT_TYPE == "generate_until" for task in tasks.values())
     as_chat = writes or bool(language.tokenizer.chat_template)
     with quiet():
         results = evaluate(
             lm=language,
-            task_dict={"tasks": benchmark.tasks, "groups": benchmark.groups},
-            samples=benchmark.documents,
+            task_dict={"tasks": tasks, "groups": groups},
+            samples=documents or None,
             bootstrap_iters=0,
             log_samples=True,
             apply_chat_template=as_chat,
             fewshot_as_multiturn=as_chat,
         )
     fit = Fit(language.max_length, lambda text: len(language.tok_encode(text, add_special_tokens=False)))
-    record, samples = convert(results, benchmark.name, benchmark.metric, fit)
-    return {**record, "task_version": benchmark.version, "harness": harness_version()}, samples
+    outcomes = []
+    for one in benchmarks:
+        own = {**results, "samples": {name: rows for name, rows in results["samples"].items() if name in one.tasks}}
+        record, samples = convert(own, one.name, one.metric, fit)
+        outcomes.append(({**record, "task_version": one.version, "harness": harness_version()}, samples))
+    return outcomes
 
 
 def harness_version() -> str:

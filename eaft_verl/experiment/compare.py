@@ -16,7 +16,7 @@ from eaft_verl.errors import ConfigError, RunError
 from eaft_verl.experiment.stages import Lane, Stage, fits_beside, run
 from eaft_verl.experiment.stored import require_same
 from eaft_verl.experiment.use import how_to_use
-from eaft_verl.planning.machine import gpus_here
+from eaft_verl.planning.machine import FREED_IS_KEPT, gpus_here
 from eaft_verl.recipe.chains import needed_arms
 from eaft_verl.recipe.checks import check, pending, warn, warn_of
 from eaft_verl.recipe.choose import Rule, rule_of
@@ -197,11 +197,13 @@ def _not_now(config: Config, training: Stage, failed: Mapping[str, str]) -> str 
 def plan(recipe: Recipe, configs: list[Config], overrides: list[str]) -> tuple[Stage, list[tuple[Stage, Stage]]]:
     """The base's evaluation, and training and evaluation of every arm and seed."""
     output, source = Path(configs[0].output), str(recipe.path)
+    memory = FREED_IS_KEPT if configs[0].device == "cpu" else {}
     base = Stage(
         "base: evaluate",
         output / "base",
         ("evaluated", True),
         ["evaluate", configs[0].model, "--recipe", source, "--out", str(output / "base"), *overrides],
+        memory,
     )
     stages = []
     for config in configs:
@@ -211,7 +213,7 @@ def plan(recipe: Recipe, configs: list[Config], overrides: list[str]) -> tuple[S
         stages.append(
             (
                 Stage(f"{label}: train", folder, ("status", "finished"), train),
-                Stage(f"{label}: evaluate", folder, ("evaluated", True), ["evaluate", str(folder)]),
+                Stage(f"{label}: evaluate", folder, ("evaluated", True), ["evaluate", str(folder)], memory),
             )
         )
     return base, stages

@@ -12,8 +12,8 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -33,12 +33,16 @@ LONG_S = 2400.0  # of a training as planned, by a speed that a recent core has s
 
 @dataclass(frozen=True)
 class Stage:
-    """One command, the run directory it leaves, and the field of run.json that says it is done."""
+    """One command, the run directory it leaves, and the field of run.json that says it is done.
+
+    environ: of its process, where the user has not chosen otherwise.
+    """
 
     label: str
     run: Path
     done_when: tuple[str, object]
     arguments: list[str]
+    environ: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def done(self) -> bool:
@@ -217,7 +221,8 @@ def _command(stage: Stage) -> list[str]:
 
 def _environ(stage: Stage, folder: Path) -> dict[str, str]:
     """Where the stage leaves the error that it ends with, and what it prints where somebody looks at a terminal."""
-    environ = {CAUSE_FILE: str(folder / "cause")}
+    environ = {name: os.environ.get(name, value) for name, value in stage.environ.items()}
+    environ[CAUSE_FILE] = str(folder / "cause")
     if sys.stdout.isatty():  # what is left there: a line at either end, how many rows are used, and the bar
         stage.log.parent.mkdir(parents=True, exist_ok=True)
         environ[LOG_FILE] = str(stage.log)

@@ -332,7 +332,7 @@ def test_answers_get_what_the_longest_prompt_leaves(models, tmp_path):
     rows = [{"id": number, "problem": "P" * (1 + 40 * number), "answer": "2"} for number in range(3)]
     language, benchmark = language_and_tasks(models, rows, tmp_path, 250)
     harness.give_room(language, benchmark)
-    record, samples = harness.run_benchmark(language, benchmark)
+    [(record, samples)] = harness.run_benchmarks(language, [benchmark])
     longest = max(len(language.tok_encode(sample["prompt"])) for sample in samples)
     assert benchmark.tasks["aime24"].get_config("generation_kwargs")["max_gen_toks"] == 250 - longest
     lengths = [len(language.tok_encode(sample["response"])) for sample in samples]
@@ -393,7 +393,7 @@ def test_a_limit_on_a_group_is_that_of_the_whole_group(models, tmp_path):
     ):
         benchmark = whole.first(limit)
         harness.give_room(language, benchmark)
-        record, samples = harness.run_benchmark(language, benchmark)
+        [(record, samples)] = harness.run_benchmarks(language, [benchmark])
         assert [sample["id"] for sample in samples] == ids and record["n"] == len(ids)
 
 

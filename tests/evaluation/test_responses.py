@@ -42,7 +42,7 @@ def run(language: Scripted, entry: Any) -> tuple[dict[str, Any], list[dict[str, 
     (parsed,) = parse_entries([entry])
     benchmark = load_benchmark(parsed)
     harness.give_room(language, benchmark)
-    return harness.run_benchmark(language, benchmark)
+    return harness.run_benchmarks(language, [benchmark])[0]
 
 
 def rows_file(folder: Path, rows: list[dict]) -> str:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,7 @@ from eaft_verl.errors import Interrupted
 from eaft_verl.experiment import compare, stages
 from eaft_verl.experiment.stages import Stage
 from eaft_verl.planning.arm_plan import ArmPlan
-from eaft_verl.planning.machine import AWAKE
+from eaft_verl.planning.machine import AWAKE, FREED_IS_KEPT
 
 # argv: the log of events, label, run directory, field and value that say it is done, an event to wait for, seconds
 # after it, exit code
@@ -228,6 +229,16 @@ def test_threads_of_stages_that_share_the_cores(world: World, monkeypatch: pytes
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")
     assert stages._half() == {"OMP_NUM_THREADS": "5"}
+
+
+def test_an_evaluation_has_the_memory_settings_of_its_stage(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "3")
+    given = stages._environ(replace(world.base, environ=FREED_IS_KEPT), tmp_path)
+    assert given["MALLOC_ARENA_MAX"] == "3" and given["MALLOC_MMAP_MAX_"] == "0"
+    assert given["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
+    assert not FREED_IS_KEPT.keys() & stages._environ(world.base, tmp_path).keys()
 
 
 @pytest.mark.parametrize(
