@@ -12,15 +12,12 @@ from eaft_verl.planning.formulas import (
     GIB,
     Rollout,
     Setup,
-    cache_bytes,
-    checkpoint_bytes,
-    export_bytes,
-    host_bytes,
     kv_bytes,
     rollout_phase,
     training_phases,
 )
 from eaft_verl.planning.speed import SPEED, forward_flops, update_flops, update_seconds
+from eaft_verl.planning.storage import cache_bytes, checkpoint_bytes, export_bytes, host_bytes
 
 LLAMA_8B = Architecture("llama", 128256, 4096, 14336, 32, 32, 8, 128, tied=False)
 FUSED, LLAMA_FACTORY = "fused head, 2048 rows at a time", "LLaMA-Factory's EAFT"
