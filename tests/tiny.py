@@ -32,7 +32,7 @@ def tiny_tokenizer() -> Any:
     return fast
 
 
-def tiny_model(folder: Path, *, hidden: int = 64, seed: int = 0) -> Path:
+def tiny_model(folder: Path, *, hidden: int = 64, seed: int = 0, tied: bool = True) -> Path:
     """A random two-layer Llama saved with its tokenizer; vocab_size equals len(tokenizer)."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -47,7 +47,7 @@ def tiny_model(folder: Path, *, hidden: int = 64, seed: int = 0) -> Path:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         bos_token_id=tokenizer.convert_tokens_to_ids("<|im_start|>"),
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -21,7 +21,7 @@ FREE = (
     *("recipe", "output", "save_minutes", "async_save", "resume", "data.max_rejected", "choose", "trackers"),
     *("verl.trainer.save_freq", "verl.trainer.test_freq", "verl.trainer.max_ckpt_to_keep"),
     *("verl.data.use_dynamic_bsz", "verl.data.micro_batch_size_per_gpu", "verl.data.max_token_len_per_gpu"),
-    "verl.engine.offload_policy",
+    *("verl.engine.offload_policy", "verl.engine.wrap_policy"),
 )
 PLACES = ("verl.trainer.nnodes", "verl.trainer.n_gpus_per_node")  # free too: a state is loaded by any number of workers
 CHANGEABLE = ("verl.optim",)  # in an unfinished run, where that is asked for

@@ -14,10 +14,6 @@ from eaft_verl.planning.formulas import (
     GIB,
     PROCESS,
     Setup,
-    cache_bytes,
-    checkpoint_bytes,
-    export_bytes,
-    host_bytes,
     kv_bytes,
     rollout_phase,
     training_phases,
@@ -25,6 +21,7 @@ from eaft_verl.planning.formulas import (
 from eaft_verl.planning.machine import Machine
 from eaft_verl.planning.setup import Arm, arm_of
 from eaft_verl.planning.speed import concurrent, forward_flops, update_seconds
+from eaft_verl.planning.storage import cache_bytes, checkpoint_bytes, export_bytes, host_bytes
 from eaft_verl.recipe.budgets import evaluation_points
 from eaft_verl.recipe.config import Config
 

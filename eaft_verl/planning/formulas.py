@@ -1,4 +1,4 @@
-"""Every formula of `eaft plan`: bytes on a device, on a host and on disk; arithmetic and traffic of a step. Pure.
+"""Formulas of `eaft plan`: bytes on a device in every phase of an update. Pure. Hosts and disks: storage.py.
 
 Letters: P parameters, E = vocabulary * width, L layers, N tokens of the longest micro-batch on one device, V
 vocabulary, d width, f inner width, h query width, k key width, n devices a parameter is sharded over, c bytes of the
@@ -7,9 +7,9 @@ compute dtype.
 Sources. [Z] ZeRO, arXiv 1910.02054, Sec. 3: 16 bytes per parameter with fp32 weights, gradients and Adam. [K]
 Korthikanti et al., arXiv 2205.05198: what a layer keeps for backward, and what recomputing it costs. [F] torch FSDP2:
 two layers gathered, gradient and reduce-scatter input of one; the root and an untied embedding and head are units of
-their own, as verl 0.9.1 wraps them (utils/fsdp_utils.py). [C] this package: tokens/. [V] verl
-0.9.1, workers/engine. Compared with published memory (torchtitan: Llama-3.1-8B, 83.9 GiB) in tests/test_plan.py, with
-measured peaks by `eaft plan --probe`.
+their own, as verl 0.9.1 wraps them (utils/fsdp_utils.py); a small model's layers are in the root (planning/units.py).
+[C] this package: tokens/. [V] verl 0.9.1, workers/engine. Compared with published memory (torchtitan: Llama-3.1-8B,
+83.9 GiB) in tests/test_plan.py, with measured peaks by `eaft plan --probe`.
 """
 
 from dataclasses import dataclass
@@ -65,6 +65,7 @@ class Setup:
     parked: int = 0  # bytes per parameter that verl moves to the host between training and rollout
     fused: bool = False  # the loss is formed in the head, without whole logits
     unsynced: bool = False  # whole gradients kept over micro-batches
+    one_unit: bool = False  # the layers are gathered and reduced together
     reference: Architecture | None = None  # a second engine
     anchored: bool = False  # full reference logits in every step
     held: bool = False  # an l2 anchor keeps the starting weights
@@ -179,25 +180,49 @@ def gathered_head(setup: Setup) -> float:
 
 
 def head_units(setup: Setup) -> float:
-    """`gathered_head`, the head's gradient and its reduction while its backward runs. [F]"""
+    """`gathered_head`, the head's gradient and its reduction while its backward runs; all layers as one unit. [F]"""
     if setup.adapter:
         return gathered_head(setup)
     late = setup.model.tied  # a tied matrix is reduced at the very end, with the embedding's part of its gradient
-    return gathered_head(setup) + setup.model.embedding * (setup.compute + (0 if late else setup.reduce))
+    head = setup.model.embedding * (setup.compute + (0 if late else setup.reduce))
+    return gathered_head(setup) + head + gathered_layers(setup)
 
 
-def layer_units(setup: Setup) -> float:
-    """Bytes of unsharded weights while a layer's backward runs: two layers, gradient and reduction of one. [F]"""
+def gathered_layers(setup: Setup) -> float:
+    """c (P - E), untied c (P - 2 E): unsharded weights of all layers where they are one unit, else 0. [F]
+
+    Made by the forward pass, which the fused head is a part of, freed at its end, and made again for all of backward.
+    """
+    return setup.one_unit * setup.compute * (setup.model.parameters - setup.model.embedding * (2 - setup.model.tied))
+
+
+def layer_units(setup: Setup, done: int) -> float:
+    """Bytes of unsharded weights while a layer's backward runs: two layers, gradient and reduction of one. [F]
+
+    One unit: all layers, and the gradients of the `done` last ones, which wait for the others.
+    """
     resident = setup.compute * setup.model.embedding * (1 if setup.model.tied else 2)
+    late = setup.compute * setup.model.embedding if setup.model.tied else 0
+    if setup.one_unit:
+        return resident + late + gathered_layers(setup) + setup.compute * done * setup.model.layer
     layer = 2 * setup.compute * setup.model.layer
     if setup.adapter:
         return resident + layer
-    late = setup.compute * setup.model.embedding if setup.model.tied else 0
     return resident + late + layer + setup.model.layer * (setup.compute + setup.reduce)
 
 
 def root_units(setup: Setup) -> float:
-    """Bytes at the end of backward: the root's weights, gradient and reduction. [F]"""
+    """Bytes at the end of backward: the root's weights, gradient and reduction. [F]
+
+    One unit of R parameters: the input of the reduction and its output, r R each, in the place of the weights and
+    gradients, c R each. The output of an update's only micro-batch is the sharded gradient, counted as such; an output
+    in another dtype than the weights' is cast, and there beside what it is cast to.
+    """
+    if setup.one_unit:
+        root = setup.model.parameters - (0 if setup.model.tied else 2 * setup.model.embedding)
+        cast = setup.master if setup.reduce != setup.master else 0
+        counted = setup.master if setup.micro_batches == 1 else 0
+        return root * (2 * setup.reduce + cast - counted)
     if not setup.model.tied or setup.adapter:
         return 0.0
     return setup.model.embedding * (2 * setup.compute + setup.reduce)
@@ -230,11 +255,13 @@ def training_phases(setup: Setup, loss: float | None = None) -> dict[str, dict[s
     # the first backward of an update starts without gradients; they grow as activations go
     before = here if setup.micro_batches > 1 else {**here, "gradients": 0.0}
     whole, chunk = (logits_bytes(setup), chunk_bytes(setup)) if loss is None else (loss, 0.0)
+    forward = gathered_head(setup) + (gathered_layers(setup) if setup.fused else 0.0)
+    reduced = before if setup.one_unit else here
     return {
-        "loss": {**before, "activations": saved, "logits": whole + chunk, "unsharded": gathered_head(setup)},
+        "loss": {**before, "activations": saved, "logits": whole + chunk, "unsharded": forward},
         "head": {**before, "activations": saved, "logits": whole, "unsharded": head_units(setup)},
-        "last layer": {**before, "activations": saved + working, "unsharded": layer_units(setup)},
-        "first layer": {**here, "activations": first, "unsharded": layer_units(setup)},
+        "last layer": {**before, "activations": saved + working, "unsharded": layer_units(setup, 1)},
+        "first layer": {**reduced, "activations": first, "unsharded": layer_units(setup, setup.model.layers)},
         "root": {**here, "unsharded": root_units(setup)},
         "optimizer": {**here, "scratch": update_scratch(setup)},
     }
@@ -260,41 +287,3 @@ def rollout_phase(setup: Setup, capacity: float) -> dict[str, float]:
         "vLLM weights": weights,
         "vLLM KV cache": max(claimed - weights - CONTEXT[True], 0.0),
     }
-
-
-def host_bytes(setup: Setup, export: int, reference_tokens: float = 0.0) -> dict[str, float]:
-    """{part: bytes on the fullest host}, a device's own memory not counted. [V]
-
-    Loading: an untied model is read whole by the first process only, a tied one by every process, in the stored dtype.
-    Exports are gathered on the first process. The reference cache is page cache: the system may take it back.
-    """
-    per_host = setup.devices / setup.nodes
-    copies = per_host if setup.model.tied else 1
-    loading = copies * setup.master * setup.model.parameters if setup.cuda else 0.0
-    parts = {
-        "processes": PROCESS * per_host,
-        "loading or export": max(loading, export * setup.model.parameters),
-        "reference cache": cache_bytes(reference_tokens, setup.cache_k),
-    }
-    offloaded = sum(setup.stored.values()) if setup.offload_policy else setup.parked * setup.model.parameters
-    parts["offloaded"] = offloaded / setup.nodes
-    if setup.offload_policy:
-        parts["scratch"] = update_scratch(setup) * per_host
-    if setup.reference and setup.reference_on_host:
-        parts["reference"] = setup.reference.parameters * setup.compute / setup.nodes
-    return {name: size for name, size in parts.items() if size}
-
-
-def cache_bytes(tokens: float, k: int) -> float:
-    """A reference cache: K ids (int32) and log-probabilities (fp32), and one tail, per trained token. [C]"""
-    return tokens * (8 * k + 4) if k else 0.0
-
-
-def checkpoint_bytes(setup: Setup) -> float:
-    """A state to resume: the trained weights and their optimizer state, of all ranks; frozen ones are the base's."""
-    return setup.master * setup.trained + setup.stored["optimizer"]
-
-
-def export_bytes(model: Architecture, dtype: int) -> float:
-    """A Hugging Face folder; a tied head is written once, an adapter is merged."""
-    return dtype * model.parameters

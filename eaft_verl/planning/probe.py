@@ -34,7 +34,7 @@ def probe(config: Config) -> dict[str, Any]:
     setup, lengths = alone(arm.setup, arm.amount.longest)
     phases = training_phases(setup)
     planned = max(sum(parts.values()) for parts in phases.values())
-    measured = _run(config, lengths, setup.model.vocab)
+    measured = _run(config, lengths, setup)
     return {**measured, "planned": planned, "flops": update_flops(setup) / measured["step_s"]}
 
 
@@ -49,18 +49,19 @@ def alone(setup: Setup, longest: int) -> tuple[Setup, list[int]]:
     return replace(setup, **single, packed=len(lengths) > 1, extra_forwards=0.0), lengths
 
 
-def _run(config: Config, lengths: list[int], vocab: int) -> dict[str, Any]:
+def _run(config: Config, lengths: list[int], setup: Setup) -> dict[str, Any]:
     """Start the child on a configuration of one device and read what it wrote."""
     alone_here = {
         **{"verl.trainer.nnodes": 1, "verl.trainer.n_gpus_per_node": 1, "verl.engine.fsdp_size": -1},
         **{"verl.engine.ulysses_sequence_parallel_size": 1, "verl.data.train_batch_size": len(lengths)},
         **{"verl.data.use_dynamic_bsz": True, "verl.data.max_token_len_per_gpu": sum(lengths)},
+        "verl.engine.wrap_policy.disable": setup.one_unit,  # as on all of the arm's devices
     }
     with tempfile.TemporaryDirectory(prefix="eaft-probe-") as folder:
         place = Path(folder)
         (place / "config.yaml").write_text(as_yaml(changed(config, alone_here)), encoding="utf-8")
         job = {"folder": folder, "config": str(place / "config.yaml"), "out": str(place / "out.json")}
-        model = {"model": str(resolve_model(config.model)), "reference": _reference(config), "vocab": vocab}
+        model = {"model": str(resolve_model(config.model)), "reference": _reference(config), "vocab": setup.model.vocab}
         write_json(place / "job.json", {**job, **model, "lengths": lengths})
         command = python_command("eaft_verl.training.sft.step_probe", str(place / "job.json"))
         done = subprocess.run(

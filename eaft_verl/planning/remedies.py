@@ -10,6 +10,7 @@ from eaft_verl.planning.amount import amount_of
 from eaft_verl.planning.architectures import architecture_of
 from eaft_verl.planning.arm_plan import ArmPlan, plan_arm
 from eaft_verl.planning.machine import Machine
+from eaft_verl.planning.units import one_unit
 from eaft_verl.recipe.checks import start_problem
 from eaft_verl.recipe.config import Config, changed
 from eaft_verl.recipe.matching import GRPO
@@ -48,6 +49,7 @@ def _ways(config: Config) -> list[tuple[str, list[Overrides]]]:
     more: list[Overrides] = [(f"verl.trainer.nnodes={verl.trainer.nnodes * times}",) for times in NODES]
     table: list[tuple[bool, str, list[Overrides]]] = [
         (True, "smaller micro-batches", [AS_IS]),
+        (one_unit(config, config.model), "every layer an FSDP unit", [("verl.engine.wrap_policy.disable=false",)]),
         (plain, "gradient checkpointing", [("verl.model.enable_gradient_checkpointing=true",)]),
         (cuda and grpo, "less for vLLM, training state parked while it generates", _shares(config) if grpo else []),
         (cuda and here, "weights, gradients and optimizer on the hosts", [("verl.engine.offload_policy=true",)]),

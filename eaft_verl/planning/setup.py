@@ -9,6 +9,7 @@ from eaft_verl.objectives import Objective
 from eaft_verl.planning.amount import Amount, amount_of
 from eaft_verl.planning.architectures import Architecture, architecture_of
 from eaft_verl.planning.formulas import OPTIMIZERS, Rollout, Setup
+from eaft_verl.planning.units import one_unit
 from eaft_verl.recipe.config import Config
 from eaft_verl.recipe.matching import GRPO
 from eaft_verl.recipe.views import anchor_reference, objective_of, world_size
@@ -87,10 +88,9 @@ def setup_of(config: Config, amount: Amount, objective: Objective | None) -> Set
         master=master,
         reduce=_BYTES[precision.get("reduce_dtype", "fp32")],
         **_update(config, optimizer),
+        **_sharding(config),
         adapter=architecture.adapter(model.lora_rank, model.target_modules) if model.lora_rank else 0,
-        offload_policy=engine.offload_policy,
         parked=_parked(config, master, OPTIMIZERS[optimizer] or 2 * master) if rollout else 0,
-        unsynced=engine.use_no_sync_for_gradient_accumulation,
         rollout=rollout,
         **_loss_terms(config, architecture, objective, rollout),
         extra_forwards=_extra_forwards(objective, rollout),
@@ -100,6 +100,15 @@ def setup_of(config: Config, amount: Amount, objective: Objective | None) -> Set
 def _update(config: Config, optimizer: str) -> dict[str, Any]:
     options = config.verl.optim.override_optimizer_config or {}
     return {"optimizer": optimizer, "one_pass": bool(options.get("fused"))}
+
+
+def _sharding(config: Config) -> dict[str, Any]:
+    engine = config.verl.engine
+    return {
+        "offload_policy": engine.offload_policy,
+        "unsynced": engine.use_no_sync_for_gradient_accumulation,
+        "one_unit": one_unit(config, config.model),
+    }
 
 
 def micro_batch(config: Config, sequences: int, mean: float, longest: int, devices: int) -> tuple[int, int]:
@@ -185,5 +194,8 @@ def _notes(config: Config, amount: Amount, setup: Setup, objective: Objective | 
         length: setup.rollout,
         "the objective's own forward passes are counted": "tau" in needs or "old_logprob" in needs,
         "the l2 anchor keeps a second copy of the weights": setup.held,
+        "the model is one FSDP unit: a faster step for more memory; not with verl.engine.wrap_policy.disable=false": (
+            setup.one_unit
+        ),
         "stats=base: the starting model passes over the data once": objective and objective.stats == "base",
     }

@@ -18,7 +18,15 @@ from eaft_verl.recipe.choose import check_rule
 from eaft_verl.recipe.config import Config, plain
 from eaft_verl.recipe.meter import absent_trackers, check_meter
 from eaft_verl.recipe.rehearsal import rehearse
-from eaft_verl.recipe.views import data_spec, evaluate_settings, key_of, objective_of, source_of, world_size
+from eaft_verl.recipe.views import (
+    data_spec,
+    evaluate_settings,
+    key_of,
+    layers_wrapped,
+    objective_of,
+    source_of,
+    world_size,
+)
 
 TRAINERS = ("sft", "grpo")
 PRECISIONS = ("fp32", "bf16", "fp16", "float32", "bfloat16", "float16")
@@ -179,7 +187,19 @@ def _check_engine(config: Config) -> None:
     )
     for key, dtype in (engine.mixed_precision or {}).items():
         choice(f"verl.engine.mixed_precision.{key}", dtype, PRECISIONS)
+    _check_wrapping(config)
     _check_attention(config)
+
+
+def _check_wrapping(config: Config) -> None:
+    disabled = config.verl.engine.wrap_policy["disable"]
+    require(
+        disabled is None or isinstance(disabled, bool),
+        f"verl.engine.wrap_policy.disable={disabled!r} must be true (the model is one FSDP unit), false "
+        "(each layer is one) or null (as `eaft plan` says)",
+    )
+    if disabled and (reason := layers_wrapped(config)):
+        raise ConfigError(f"verl.engine.wrap_policy.disable=true makes the model one FSDP unit, which {reason}")
 
 
 def _check_attention(config: Config) -> None:

@@ -130,6 +130,7 @@ class VerlEngine:
     """`verl.engine`."""
 
     strategy: str
+    wrap_policy: Mapping[str, bool | None]
     param_offload: bool
     optimizer_offload: bool
     offload_policy: bool

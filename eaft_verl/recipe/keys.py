@@ -46,7 +46,7 @@ SOURCE_KEYS = frozenset(("data.train", "data.heldout"))  # text, or a mapping or
 FREE_KEYS = frozenset(  # several kinds are right; `checks` looks at them where they matter
     (
         *("verl.trainer.save_freq", "verl.trainer.test_freq", "verl.trainer.max_ckpt_to_keep"),
-        *("verl.model.target_modules", "verl.model.use_shm", "verl.engine.model_dtype", "verl.engine.wrap_policy"),
+        *("verl.model.target_modules", "verl.model.use_shm", "verl.engine.model_dtype"),
     )
 )
 ENGINE_OF_GRPO = (  # keys of verl.engine that act where verl computes entropies itself
@@ -64,6 +64,8 @@ WITHOUT_EFFECT = {  # of verl's SFT tree, what its FSDP2 engine never reads here
     "verl.model.lora": "it is Megatron's; set verl.model.lora_rank, lora_alpha and target_modules",
     "verl.model.fused_kernel_options": "fused kernels hide the logits and are not used",
     "verl.model.tiled_mlp": "verl's FSDP engine does not read it",
+    "verl.engine.wrap_policy.min_num_params": "it belongs to FSDP1; set verl.engine.wrap_policy.disable",
+    "verl.engine.wrap_policy.transformer_layer_cls_to_wrap": "the layers are the model's own; set wrap_policy.disable",
     "verl.engine.use_orig_params": "it belongs to FSDP1; verl.engine.strategy is fsdp2",
     "verl.engine.pad_to_length_bucket": "verl.engine.pad_to_length is not used",
     "verl.engine.dtype": "verl's FSDP engine does not read it; set verl.engine.mixed_precision.param_dtype",

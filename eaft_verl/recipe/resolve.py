@@ -165,12 +165,13 @@ def _verl_tree(ours: dict[str, Any], trainer: str) -> dict[str, Any]:
     tree = verl_defaults(VERL_TREE)
     kept = {part: tree[part] for part in ("model", "engine", "optim")}
     kept |= {part: {key: tree[part][key] for key in keys} for part, keys in VERL_KEYS.items()}
-    kept["engine"]["mixed_precision"] = None  # a field of verl's dataclass that its YAML does not list
+    # fields that verl reads and its YAML does not list
+    kept["engine"] |= {"mixed_precision": None, "wrap_policy": {"disable": None}}
     absent = [*WITHOUT_EFFECT, *(key for key in OURS_INSTEAD if key.split(".")[1] in kept)]
     if trainer != "grpo":
         absent += [f"verl.engine.{key}" for key in ENGINE_OF_GRPO]
     for dotted in (*absent, "verl.model.hf_config_path", "verl.model.tokenizer_path"):
-        _verl, part, key = dotted.split(".")
+        _verl, part, key = dotted.split(".", 2)
         kept[part].pop(key, None)
     for dotted, names in PARTS.items():
         _verl, part, key = dotted.split(".")

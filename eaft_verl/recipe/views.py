@@ -92,6 +92,20 @@ def world_size(config: Config) -> int:
     return config.verl.trainer.nnodes * config.verl.trainer.n_gpus_per_node
 
 
+def layers_wrapped(config: Config) -> str | None:
+    """Why FSDP2 must take the model of this arm layer by layer; None where it may be one unit."""
+    model, engine = config.verl.model, config.verl.engine
+    offloads = engine.param_offload or engine.optimizer_offload or engine.offload_policy
+    reasons = {
+        "is for arms with trainer: sft": config.trainer != "sft",
+        "gathers all of it at once on each of several devices": world_size(config) > 1,
+        "brings all of it back from the host at once": offloads,
+        "an adapter is not merged into: verl merges unit by unit and leaves the root out": model.lora_rank,
+        "leaves verl no layers to offload activations by": model.enable_activation_offload,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
 def evaluate_settings(config: Config, heldout: Path | None = None) -> EvaluateSettings:
     """The `evaluate` block as the evaluation package takes it; `heldout`: the prepared file, once there is one."""
     block = plain(config.evaluate)

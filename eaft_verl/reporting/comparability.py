@@ -95,7 +95,9 @@ def flatten(value: Any, prefix: str = "") -> dict[str, str]:
 
 
 def _ignored(key: str) -> bool:
-    return key.split(".")[0] in IGNORED_CONFIG or key.split(".")[-1] in ("seed", "output_dir", "run_dir")
+    parts = key.split(".")
+    wrapping = key.startswith("verl.engine.wrap_policy.")  # changes no number
+    return parts[0] in IGNORED_CONFIG or parts[-1] in ("seed", "output_dir", "run_dir") or wrapping
 
 
 def check(

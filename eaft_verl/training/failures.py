@@ -7,6 +7,7 @@ from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayEr
 
 from eaft_verl.cluster.ray_logs import details_kept
 from eaft_verl.errors import NO_SPACE, ConfigError, DiskFull, Diverged, Lost, OutOfMemory, RunError, WorkerFailed
+from eaft_verl.planning.units import one_unit
 from eaft_verl.recipe.config import Config
 from eaft_verl.runs import Run
 
@@ -33,7 +34,7 @@ def explained(error: BaseException, config: Config, run: Run) -> BaseException:
         return OutOfMemory(f"a host ran out of memory and Ray ended a worker: {on_host(config)}{where}")
     if isinstance(cause, MemoryError) or (isinstance(cause, RuntimeError) and NO_MEMORY_SAID.search(said)):
         device = type(cause).__name__ == "OutOfMemoryError"
-        advice = on_device(config) if device else on_host(config)
+        advice = _on_gpu(config) if device else on_host(config)
         return OutOfMemory(f"a worker ran out of memory{' on its GPU' * device}: {advice}{where}")
     if NO_SPACE_SAID.search(said):
         return _disk_full(cause, run)
@@ -79,6 +80,11 @@ def on_device(config: Config) -> str:
         f"{said}verl.engine.offload_policy=true, or shorter rows in another output=: data.max_length={half} "
         f"data.over_long=drop verl.data.max_token_len_per_gpu={half}"
     )
+
+
+def _on_gpu(config: Config) -> str:
+    layers = ", or verl.engine.wrap_policy.disable=false" if one_unit(config, config.model) else ""
+    return on_device(config) + layers
 
 
 def on_host(config: Config) -> str:

@@ -7,7 +7,8 @@ Prints the median seconds of each, of the wall clock and of the CPU (all threads
 machine), on a GPU its peak memory, and the ratios: SFT-KL with a second engine and with the stored reference. Every
 variant but TRL runs through verl's TrainingWorker.train_batch, in one worker; TRL is a process of its own that waits
 for its turn. key=value: settings of a recipe; attention and gradient checkpointing are TRL's too. Peaks hold what the
-worker holds: leave out `sft_kl engine`, whose frozen model is beside the others', to compare them.
+worker holds: leave out `sft_kl engine`, whose frozen model is beside the others', to compare them. `FSDP units` is the
+number in that worker; verl alone has one for every layer, as here with verl.engine.wrap_policy.disable=false.
 """
 
 import argparse
@@ -210,10 +211,17 @@ def main() -> None:
     for _ in range(options.steps + 1):
         for name, update in updates.items():
             taken[name].append(update())
-    found = summary(taken, options.examples * options.tokens)
+    found = {"FSDP units": fsdp_units(worker), **summary(taken, options.examples * options.tokens)}
     print("\n".join(f"{name:24} {values}" for name, values in found.items()))
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def fsdp_units(worker: Any) -> int:
+    """How many parts of the model FSDP2 gathers by themselves."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return sum(isinstance(module, FSDPModule) for module in worker.engine.module.modules())
 
 
 def beside(worker: Any, options: argparse.Namespace, rows: Any) -> Trl:

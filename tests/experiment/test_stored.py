@@ -152,6 +152,7 @@ def opened(recipe: Path, run: Run, *overrides: str) -> Run:
     [
         ["verl.trainer.save_freq=5", "verl.trainer.test_freq=3", "verl.trainer.max_ckpt_to_keep=4"],
         ["save_minutes=1", "resume=strict"],
+        ["verl.engine.wrap_policy.disable=false"],
         ["verl.trainer.n_gpus_per_node=2", "verl.trainer.nnodes=2"],
     ],
 )

@@ -1,6 +1,7 @@
 """The planner's formulas against hand computation, models built by transformers, and published figures."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -12,15 +13,12 @@ from eaft_verl.planning.formulas import (
     GIB,
     Rollout,
     Setup,
-    cache_bytes,
-    checkpoint_bytes,
-    export_bytes,
-    host_bytes,
     kv_bytes,
     rollout_phase,
     training_phases,
 )
 from eaft_verl.planning.speed import SPEED, forward_flops, update_flops, update_seconds
+from eaft_verl.planning.storage import cache_bytes, checkpoint_bytes, export_bytes, host_bytes
 
 LLAMA_8B = Architecture("llama", 128256, 4096, 14336, 32, 32, 8, 128, tied=False)
 FUSED, LLAMA_FACTORY = "fused head, 2048 rows at a time", "LLaMA-Factory's EAFT"
@@ -154,6 +152,46 @@ def test_a_fused_head_holds_one_chunk_and_its_gradients_by_hand() -> None:
     assert phases["head"]["logits"] == 2 * dx  # the head's gradient is a unit of FSDP's by then
     frozen = training_phases(paper_setup(fused=True, adapter=QWEN_32B.adapter(32, "all-linear")))
     assert frozen["loss"]["logits"] == 2 * rows * 152064 + 2 * dx
+
+
+QWEN_HALF_B = Architecture("qwen2", 151936, 896, 4864, 24, 14, 2, 64, tied=True, attention_bias=True)
+BENCHMARK: dict[str, Any] = {  # tests/benchmarks/step_time.py on an H100, recipes/results/gpu_h100.json
+    **{"model": QWEN_HALF_B, "devices": 1, "nodes": 1, "cuda": True, "shards": 1, "tokens": 8192, "fused": True},
+    **{"update_tokens": 8192, "attended": 512, "micro_batches": 1, "checkpointing": False, "attention": "sdpa"},
+    "one_pass": True,
+}
+
+
+@pytest.mark.parametrize(("one_unit", "measured"), [(False, 17.12), (True, 17.79)])
+def test_the_measured_peaks_of_a_step_with_layers_and_as_one_unit(one_unit: bool, measured: float) -> None:
+    assert QWEN_HALF_B.parameters == 494_032_768 and QWEN_HALF_B.embedding == 136_134_656
+    setup = Setup(**BENCHMARK, one_unit=one_unit)
+    phases = {name: sum(parts.values()) for name, parts in training_phases(setup).items()}
+    assert max(phases, key=lambda name: phases[name]) == "loss"
+    assert phases["loss"] / GIB == pytest.approx(measured, rel=0.01)
+
+
+def test_one_unit_by_hand() -> None:
+    """Layers and norm of 357,898,112 parameters in bf16 are 0.67 GiB, in every phase until their gradients are reduced:
+    4 bytes each once more, 8 where there are gradients of an earlier micro-batch, and 2 beside a cast to bf16."""
+    embedding, layers, layer = 136_134_656, 357_898_112, 14_912_384
+    setup = Setup(**BENCHMARK, one_unit=True)
+    extra = {name: parts.get("unsharded", 0.0) for name, parts in training_phases(setup).items()}
+    assert extra["loss"] == 2 * embedding + 2 * layers
+    assert extra["head"] == 4 * embedding + 2 * layers
+    assert extra["last layer"] == 4 * embedding + 2 * layers + 2 * layer
+    assert extra["first layer"] == 4 * embedding + 2 * layers + 2 * 24 * layer
+    assert extra["root"] == 4 * (embedding + layers)
+    assert training_phases(setup)["first layer"]["gradients"] == 0.0  # all of them are in bf16 yet
+    again = training_phases(replace(setup, micro_batches=4))
+    assert again["first layer"]["gradients"] == 4 * (embedding + layers)
+    assert again["root"]["unsharded"] == 8 * (embedding + layers)
+    assert training_phases(replace(setup, master=2))["root"]["unsharded"] == 8 * (embedding + layers)
+    untied = replace(setup, model=replace(QWEN_HALF_B, tied=False))
+    assert training_phases(untied)["root"]["unsharded"] == 4 * layers  # embedding and head are units of their own
+    whole = training_phases(replace(setup, fused=False))
+    assert whole["loss"]["unsharded"] == 2 * embedding  # the forward pass is over
+    assert whole["head"]["unsharded"] == 4 * embedding + 2 * layers
 
 
 def test_disk_and_cache_by_hand() -> None:

@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+from omegaconf import OmegaConf
 from reporting.fake_runs import edit, edit_samples, make_arm, make_base, make_runs
 
 from eaft_verl.errors import RunError
@@ -116,6 +117,16 @@ def test_an_undeclared_difference_is_refused(folder):
     refused(
         folder, "config verl.optim.lr: 1e-05 in sft seed 0, 2e-05 in eaft seed 0", "neither sft nor eaft declares it"
     )
+
+
+def test_how_the_model_was_wrapped_changes_no_number(folder):
+    """Also beside a run of an earlier version, which has another key there."""
+    for name, policy in (("sft", {"min_num_params": 0}), ("eaft", {"disable": None})):
+        path = folder / name / "config.yaml"
+        config = OmegaConf.load(path)
+        OmegaConf.update(config, "verl.engine.wrap_policy", policy, force_add=True)
+        OmegaConf.save(config, path)
+    assert checked(folder) == []
 
 
 def test_a_declared_difference_passes_also_through_its_parent(folder):

@@ -32,6 +32,7 @@ ENGINES: dict[str, list[str]] = {  # overrides of the recipe
     "eager": ["verl.model.override_config.attn_implementation=eager"],
     "no_sync": ["verl.engine.use_no_sync_for_gradient_accumulation=true"],
     "whole": ["fused_head=false"],
+    "one_unit": ["verl.engine.wrap_policy.disable=true", "verl.model.enable_gradient_checkpointing=true"],
     "bf16": ["verl.engine.mixed_precision.param_dtype=bf16"],
     # an adapter whose B matrices are not zero, so that A has a gradient
     "lora": ["verl.model.lora_rank=4", "verl.model.lora_adapter_path={folder}/adapter"],
@@ -40,7 +41,7 @@ ENGINES: dict[str, list[str]] = {  # overrides of the recipe
         "verl.model.override_config.attn_implementation=ulysses_sdpa",
     ],
 }
-EXPORTED = ("fp32", "lora")
+EXPORTED = ("fp32", "lora", "one_unit")
 ANCHOR = {"kind": "forward_kl", "coef": 0.5}
 TOP = {"kind": "forward_kl_topk", "coef": 0.7, "k": 8}
 
@@ -66,6 +67,8 @@ def cases(world: int) -> list[Case]:
         made.append(Case(f"{objective}-bf16-micro2", objective, engine="bf16"))
         made.append(Case(f"{objective}-lora-micro2", objective, engine="lora"))
         made.append(Case(f"{objective}-whole-dynamic", objective, engine="whole", layout=DYNAMIC))
+        made.append(Case(f"{objective}-one_unit-micro2", objective, engine="one_unit"))
+    made.append(Case("sft_kl-one_unit-dynamic", "sft", {"anchor": ANCHOR}, "one_unit", DYNAMIC))
     made.append(Case("eaft-eager-dynamic", "eaft", engine="eager", layout=DYNAMIC))
     made.append(Case("eaft-no_sync-dynamic", "eaft", engine="no_sync", layout=DYNAMIC))
     made.append(Case("talr-batch_tau", "talr", {"floor": 0.01}, state={"tau": 1.5}))

@@ -43,7 +43,9 @@ class Tied(nn.Module):
         return self.head(hidden)
 
 
-def build(world: int, *, background: bool = False) -> tuple[nn.Module, Any, Any, dcp.DcpCheckpoints]:
+def build(
+    world: int, *, background: bool = False, one_unit: bool = False
+) -> tuple[nn.Module, Any, Any, dcp.DcpCheckpoints]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from verl.utils.torch_functional import get_cosine_schedule_with_warmup
@@ -51,7 +53,7 @@ def build(world: int, *, background: bool = False) -> tuple[nn.Module, Any, Any,
     torch.manual_seed(0)
     model: Any = Tied().double()
     mesh = init_device_mesh("cpu", (world,))
-    for layer in model.layers:
+    for layer in [] if one_unit else model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
@@ -82,7 +84,9 @@ def ranked(rank: int, world: int, port: int, folder: str, jobs: list[dict[str, A
     for job in jobs:
         random.seed(rank)
         np.random.seed(rank)
-        model, optimizer, schedule, checkpoints = build(world, background=job.get("background", False))
+        model, optimizer, schedule, checkpoints = build(
+            world, background=job.get("background", False), one_unit=job.get("one_unit", False)
+        )
         if job.get("poison"):
             with torch.no_grad():
                 model.layers[0].weight.to_local().fill_(math.nan if rank == world - 1 else 1.0)
@@ -143,9 +147,11 @@ def test_a_state_before_the_first_update_is_no_update(whole: list[list[list[floa
     assert [row[:2] for row in whole[-1]] == [row[:2] for row in whole[0][:4]]
 
 
-def test_other_numbers_of_ranks_go_on_to_rounding(folder: Path, whole: list[list[list[float]]]) -> None:
-    """2 -> 1 -> 3 ranks against the uninterrupted run, in float64."""
-    (one,) = on_ranks(1, folder, {"name": "one", "start": 3, "from": "plain", "end": 5, "saves": (5,)})
+@pytest.mark.parametrize("one_unit", [False, True], ids=["layers", "one unit"])
+def test_other_numbers_of_ranks_go_on_to_rounding(folder: Path, whole: list[list[list[float]]], one_unit: bool) -> None:
+    """2 -> 1 -> 3 ranks against the uninterrupted run, in float64; the one may hold all layers as one unit."""
+    alone = {"name": "one", "start": 3, "from": "plain", "end": 5, "saves": (5,), "one_unit": one_unit}
+    (one,) = on_ranks(1, folder, alone)
     (three,) = on_ranks(3, folder, {"name": "three", "start": 5, "from": "one", "end": STEPS, "saves": (7,)})
     for mine, theirs in zip(one + three, whole[0][3:], strict=True):
         assert mine[0] == pytest.approx(theirs[0], abs=1e-12) and mine[1] == theirs[1]

@@ -63,6 +63,7 @@ READ_ELSEWHERE = {
 OTHER = {  # values that another rule of the same key allows
     "verl.optim.lr_scheduler_type": "constant",
     "verl.engine.model_dtype": "bf16",
+    "verl.engine.wrap_policy.disable": True,
     "verl.trainer.save_freq": 7,
     "verl.trainer.test_freq": 7,
     "verl.trainer.max_ckpt_to_keep": 5,

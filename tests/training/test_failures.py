@@ -16,11 +16,13 @@ from eaft_verl.training.failures import explained, on_device
 TRACE = "Traceback (most recent call last):\n  File 'x.py', line 1\nValueError: out of bounds"
 
 
-def config(*, dynamic: bool = True, rows: int = 1, limit: int = 4096, longest: int = 1000, sp: int = 1) -> Any:
+def config(
+    *, dynamic: bool = True, rows: int = 1, limit: int = 4096, longest: int = 1000, sp: int = 1, one_unit: bool = False
+) -> Any:
     data = SimpleNamespace(use_dynamic_bsz=dynamic, micro_batch_size_per_gpu=rows, max_token_len_per_gpu=limit)
-    engine = SimpleNamespace(ulysses_sequence_parallel_size=sp)
+    engine = SimpleNamespace(ulysses_sequence_parallel_size=sp, wrap_policy={"disable": one_unit})
     verl = SimpleNamespace(data=data, engine=engine, trainer=SimpleNamespace(n_gpus_per_node=2))
-    return SimpleNamespace(data=SimpleNamespace(max_length=longest), verl=verl)
+    return SimpleNamespace(data=SimpleNamespace(max_length=longest), verl=verl, model="m")
 
 
 @pytest.fixture
@@ -72,6 +74,12 @@ def test_each_cause_has_its_line_and_code(error: BaseException, code: int, words
     found = explained(error, config(), run)
     assert isinstance(found, RunError) and found.code == code
     assert words in text(found) and "\n" not in str(found) and "Traceback" not in str(found), str(found)
+
+
+def test_where_the_model_is_one_unit_layers_are_advised(run: Run) -> None:
+    error, advice = raised(torch.OutOfMemoryError("CUDA out of memory")), "or verl.engine.wrap_policy.disable=false"
+    assert advice in text(explained(error, config(one_unit=True), run))
+    assert advice not in text(explained(error, config(), run))
 
 
 def test_an_actor_killed_for_memory_is_out_of_memory(run: Run) -> None:

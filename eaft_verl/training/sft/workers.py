@@ -9,8 +9,13 @@ from omegaconf import OmegaConf
 
 from eaft_verl.cluster.demand import CPUS_PER_WORKER
 from eaft_verl.cluster.session import worker_environment
+from eaft_verl.planning.units import one_unit
 from eaft_verl.recipe.config import Config, plain
 from eaft_verl.recipe.views import world_size
+
+# what verl wraps beside the root (and an untied embedding and head): its search for layers is off, and FSDP2's own list
+# of their classes, which may not be empty, names none
+NO_LAYERS = {"disable": True, "transformer_layer_cls_to_wrap": ["none"]}
 
 
 def start_workers(
@@ -62,6 +67,7 @@ def worker_config(config: Config, model_path: str, total_steps: int, reference: 
     tree: Any = OmegaConf.create(plain(config.verl))
     tree.model.update(path=model_path, hf_config_path=model_path, tokenizer_path=model_path)
     tree.engine.seed = config.seed
+    tree.engine.wrap_policy = NO_LAYERS if one_unit(config, model_path) else {}
     tree.optim.total_training_steps = total_steps
     data = tree.data
     tree.engine.update(
@@ -90,14 +96,15 @@ def worker_config(config: Config, model_path: str, total_steps: int, reference: 
 
 
 def _reference_config(tree: Any, path: str) -> dict[str, Any]:
-    """The second engine: like the first, without adapter or offloading, its weights in the dtype both compute in."""
+    """The second engine: like the first, without adapter or offloading, layer by layer (it may be a larger model), its
+    weights in the dtype both compute in."""
     from verl.utils.config import omega_conf_to_dataclass
 
     tree = OmegaConf.create(plain(tree))
     tree.model.update(path=path, hf_config_path=path, tokenizer_path=path)
     tree.model.update(lora_rank=0, lora_adapter_path=None, enable_gradient_checkpointing=False)
     dtype = (tree.engine.mixed_precision or {}).get("param_dtype", "bf16")
-    tree.engine.update(model_dtype="fp32", param_offload=False, optimizer_offload=False)
+    tree.engine.update(model_dtype="fp32", param_offload=False, optimizer_offload=False, wrap_policy={})
     return {
         "dtype": dtype,
         "model_config": omega_conf_to_dataclass(tree.model),
