@@ -238,6 +238,7 @@ def test_no_number_is_said_that_was_not_found(tmp_path, make):
                 f"{100 * value:.2f}",
                 f"{100 * value:.0f}",
                 f"{100 * value:.1g}",  # of a share that two decimals would call zero
+                f"{100 * value:.3f}",  # of one that two decimals would call all
             }
         said = re.findall(r"\d[\d,]*(?:\.\d+)?", one["text"].replace("95 % interval", ""))
         assert set(said) <= known, (one["text"], set(said) - known)
