@@ -200,3 +200,16 @@ def test_one_question_asked_over_and_over_has_nothing_to_hold_out(
     assert main(["init", "same.jsonl", "--model", str(tiny_model_path)]) == 2
     assert "so few different questions that none can be held out" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == [tmp_path / "same.jsonl"]
+
+
+def test_a_row_of_millions_of_tokens_is_left_out(
+    tmp_path: Path, tiny_model_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`eaft init` takes no data.over_long, so it may not ask for it."""
+    monkeypatch.setattr("eaft_verl.data.profile.LONGEST", 1000)
+    rows = [{"prompt": "Go on.", "response": "yo " * 1000}, *tiny.sums(40, seed=3)]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["init", "long.jsonl", "--model", str(tiny_model_path)]) == 0
+    assert "rows: 40 of 41 rows are used; 1 are not: over_long 1" in capsys.readouterr().out
+    assert rows[0] in rows_of(tmp_path / "long.train.jsonl")
+    assert resolve(load_recipe(tmp_path / "long.yaml"), "eaft").data.over_long == "drop"
