@@ -15,7 +15,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from eaft_verl.analysis.blocks import BRANCHING, CONFLICT, SETTLED, Array, Block, blocks, candidates
 from eaft_verl.analysis.store import TokenStore
@@ -77,9 +79,9 @@ def _parse(word: str) -> list[tuple[str, Row]]:
 
 
 def _value(word: str, text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+    try:  # as a recipe's, for which 1e-3 is a number
+        return OmegaConf.from_dotlist([f"value={text}"]).value
+    except (YAMLError, OmegaConfBaseException):
         raise ConfigError(f"--gates {word!r}: {text!r} is no value") from None
 
 
@@ -127,7 +129,7 @@ class Gates:
             inside = (block.regime_T[start : start + _EXACT] == regimes_R).astype(np.float32)
             features = np.concatenate([measure, (inside[:, None] * measure).reshape(-1, len(inside[0]))])
             self._sums += weight @ features.T
-            self._squares += np.einsum("gt,gt->g", weight, weight)
+            self._squares += np.einsum("gt,gt->g", weight, weight, dtype=np.float64)  # 1e-23 squared is 0 in float32
             self._plain += features.sum(axis=1)
         self._chosen.append(weight_GT[:, -self._seen % self._step :: self._step].copy())  # a view would keep the block
         self._seen += len(block)

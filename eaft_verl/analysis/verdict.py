@@ -102,7 +102,7 @@ def _baseline(own: Row | None, apart: Row | None) -> Row:
     numbers["answers"] = own["breakdown"]["samples"]
     if apart["share"] < 0:
         text, numbers["apart"] = text[:-5] + "below", -apart["share"]
-    if apart["low"] is not None:
+    if apart["low"] != apart["high"]:  # else resamples know no spread
         text += " (interval of the difference: {low:points} to {high:points})"
         numbers |= {"low": apart["low"], "high": apart["high"]}
     text += "."
@@ -172,7 +172,8 @@ def _kinds(data: Row, groups: dict[str, float]) -> list[Row]:
         "a turn or labels that recur in many samples. "
     )
     if parts["samples_implausible"]:
-        text += "{noise:%} stand in {implausible:,} of {samples:,} samples that the model finds implausible as a whole."
+        text += "{noise:%} are noise: all others in {implausible:,} of {samples:,} samples that the model finds "
+        text += "implausible as a whole."
     else:
         text += "None is noise: the model finds no sample implausible as a whole."
     numbers = {**kinds, "format": groups["format"], "implausible": parts["samples_implausible"]}

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,41 +24,53 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 class Split:
     """Two files made of one: rows to train on, rows held out; no prompt is in both.
 
-    unused: rows of the first that are faulty or copies, of those looked at. usable: the others, as far as that tells.
+    held: rows of the second, beside `copies` of them. unused: rows of the first that are faulty or copies, of those
+    looked at. usable: the others, as far as that tells.
     """
 
     train: Path
     heldout: Path
     trained: int
     held: int
+    copies: int
     unused: int
     usable: int
 
 
 def held_out(found: Profile, train: Path, heldout: Path) -> Split:
-    """Write the rows of the source to two files. Rows of one first question go to one side; faulty rows stay where they
-    are trained, or rather counted. DataError where there are too few of them."""
-    faulty = {entry["row"] for entry in found.manifest["rejected"]}
+    """Write the rows of the source to two files. Rows of one first question go to one side, copies among them; faulty
+    rows stay where they are trained, or rather counted. DataError where there are too few of them."""
+    unused = {entry["row"]: entry["kind"] for entry in found.manifest["rejected"]}
     groups: dict[str, list[int]] = {}
     number = 0
     for number, row in enumerate(iter_rows(found.source), 1):
-        if number not in faulty and (key := _question(row, found.asked)):
+        if unused.get(number, "duplicate") == "duplicate" and (key := _question(row, found.asked)):
             groups.setdefault(key, []).append(number)
     if number < FEWEST_ROWS:
         raise DataError(f"{found.source}: rows: {number}; {FEWEST_ROWS} are the least of which some can be held out")
-    wanted = min(HELD_OUT, max(1, sum(map(len, groups.values())) // 10))
-    chosen: set[int] = set()
-    for key in sorted(groups):  # keys are hashes: an order that has nothing to do with the file's
-        if len(chosen) + len(groups[key]) <= wanted:
-            chosen.update(groups[key])
+    chosen = _chosen([groups[key] for key in sorted(groups)], unused.keys())  # hashes: an order of their own
     if not chosen:
         raise DataError(f"{found.source}: its rows ask so few different questions that none can be held out")
     for path, held in ((train, False), (heldout, True)):
         with new_file(path) as stream:
             stream.writelines(_lines(found.source, chosen, held=held))
-    trained = number - len(chosen)
-    share = len(faulty) / max(found.manifest["counts"]["read"] - len(chosen), 1)
-    return Split(train, heldout, trained, len(chosen), len(faulty), max(1, round(trained * (1 - share))))
+    trained, copies, left = number - len(chosen), len(chosen & unused.keys()), len(unused.keys() - chosen)
+    share = left / max(found.manifest["counts"]["read"] - len(chosen), 1)
+    usable = max(1, round(trained * (1 - share)))
+    return Split(train, heldout, trained, len(chosen) - copies, copies, left, usable)
+
+
+def _chosen(groups: list[list[int]], unused: Set[int]) -> set[int]:
+    """Rows that are held out: whole groups up to a tenth of what can be used, and never all of them."""
+    sizes = [len(set(group) - unused) for group in groups]
+    wanted = min(HELD_OUT, max(1, sum(sizes) // 10), sum(sizes) - 1)
+    chosen: set[int] = set()
+    held = 0
+    for group, size in zip(groups, sizes, strict=True):
+        if 0 < size <= wanted - held:
+            chosen.update(group)
+            held += size
+    return chosen
 
 
 def _question(row: dict[str, Any], columns: Columns | None) -> str:

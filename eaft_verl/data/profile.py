@@ -24,7 +24,7 @@ from eaft_verl.grading.process import GradingProcess
 
 LOOKED_AT = 5000  # rows at most whose tokens are counted
 GRADED = 200  # examples at most whose answers are tried
-LONGEST = 1 << 20  # tokens: nothing is too long for a look
+LONGEST = 1 << 20  # tokens: what is longer is left out, as the recipe does with what is too long for it
 QUANTILES = (0.5, 0.9, 0.99, 1.0)
 
 
@@ -67,9 +67,9 @@ class Profile:
 
     @property
     def faulty(self) -> int:
-        """Rows looked at that cannot be used, copies of other rows not counted."""
+        """Rows looked at that cannot be used, as `data.max_rejected` counts them: neither copies nor long ones."""
         rejected = self.manifest["counts"]["rejected"].items()
-        return sum(count for kind, count in rejected if kind not in ("duplicate", "masked"))
+        return sum(count for kind, count in rejected if kind not in ("duplicate", "masked", "over_long"))
 
 
 def profile(source: str, tokenizer: Any, columns: Columns | None = None) -> Profile:
@@ -78,7 +78,7 @@ def profile(source: str, tokenizer: Any, columns: Columns | None = None) -> Prof
     if first is None:
         raise DataError(f"{source} holds no rows")
     with tempfile.TemporaryDirectory() as scratch:
-        spec = DataSpec(source, max_length=LONGEST, rows=LOOKED_AT, columns=columns)
+        spec = DataSpec(source, max_length=LONGEST, rows=LOOKED_AT, columns=columns, over_long="drop")
         prepared, spec = _prepared(spec, tokenizer, Path(scratch))
         return _profile(source, first, prepared, spec)
 

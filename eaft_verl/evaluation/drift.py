@@ -3,6 +3,7 @@
 Dimension letters: B prompts of a batch, T answer tokens of one example, V vocabulary.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +19,7 @@ from eaft_verl.data.parquet import Example, read_examples, write_examples
 from eaft_verl.data.sources import read_rows
 from eaft_verl.data.spec import RowError
 from eaft_verl.errors import DataError
+from eaft_verl.evaluation.model_files import positions_of
 from eaft_verl.evaluation.records import Sample, check_ids, digest
 from eaft_verl.evaluation.settings import DriftSettings
 from eaft_verl.evaluation.shared_prefix import prompts as prompts_once
@@ -136,6 +138,8 @@ def make_probe(
 ) -> Sequence[Example]:
     """The base's own answers of at most new_tokens tokens, its end token included where it came to an end.
 
+    None goes on beyond the positions that the model knows: what is said there is noise.
+
     sampling: arguments of transformers' generate; greedy without any.
     """
     texts = [
@@ -175,9 +179,10 @@ def _generate(
     shipped = model.generation_config.eos_token_id
     ends = shipped if isinstance(shipped, list) else [tokenizer.eos_token_id]
     batch = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt").to(model.device)
+    room = (positions_of(model.config) or math.inf) - batch["input_ids"].shape[1]
     output = cast(Any, model).generate(
         **prompts_once(model, batch["input_ids"], batch["attention_mask"]),
-        max_new_tokens=new_tokens,
+        max_new_tokens=int(min(new_tokens, max(1, room))),
         **({"do_sample": False} | sampling),
         eos_token_id=ends,
         pad_token_id=tokenizer.pad_token_id,

@@ -87,7 +87,6 @@ def _check_options(options: argparse.Namespace) -> None:
     for name in ("temperature", "top_p", "new_tokens"):
         useless = name in vars(options).get("given", ()) and not options.own
         require(not useless, f"--{name.replace('_', '-')} is of --own N, the model's own answers to N prompts")
-    require(options.temperature >= 0, f"--temperature {options.temperature} must be 0 (greedy) or more")
     require(0 < options.top_p <= 1, f"--top-p {options.top_p} must be above 0 and at most 1")
     require(options.new_tokens >= 1, f"--new-tokens {options.new_tokens} must be 1 or more")
 

@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 
 from eaft_verl import __version__
 from eaft_verl.errors import EXIT_CODES, REFUSED
-from eaft_verl.experiment.processes import whole_number
+from eaft_verl.experiment.processes import amount, temperature, whole_number
 
 DEFAULT_RECIPE = "quickstart"
 DATA = (
@@ -170,7 +170,7 @@ def _add_chat(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument("--prompt", help="ask this once (default: every line that is typed or piped in)")
     verb.add_argument("--system", help="system prompt")
     verb.add_argument("--new-tokens", type=int, default=256, help="of an answer, at most (default: %(default)s)")
-    verb.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
+    verb.add_argument("--temperature", type=temperature, default=0.0, help="0 is greedy (default: %(default)s)")
 
 
 def _add_export(verbs: argparse._SubParsersAction) -> None:
@@ -193,7 +193,7 @@ def _add_doctor(verbs: argparse._SubParsersAction) -> None:
     verb = verbs.add_parser("doctor", help="check machine and cluster before anything is loaded")
     _add_recipe(verb)
     verb.add_argument("--arm", help="which arm (default: the recipe's first)")
-    verb.add_argument("--wait", type=float, default=0.0, metavar="SECONDS", help="for nodes that have yet to join")
+    verb.add_argument("--wait", type=amount, default=0.0, metavar="SECONDS", help="for nodes that have yet to join")
 
 
 def _add_launch(verbs: argparse._SubParsersAction) -> None:
@@ -205,7 +205,7 @@ def _add_launch(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument("--on", required=True, help="local, ray, slurm, kuberay or skypilot")
     verb.add_argument("--seeds", help="comma-separated, e.g. 0,1,2 (default: the recipe's seed)")
     verb.add_argument("--env", action="append", default=[], metavar="NAME[=VALUE]", help="variable for the Ray job")
-    verb.add_argument("--wait", type=float, default=0.0, metavar="SECONDS", help="for nodes that have yet to join")
+    verb.add_argument("--wait", type=amount, default=0.0, metavar="SECONDS", help="for nodes that have yet to join")
     _add_restarts(verb)
     verb.add_argument("--dry-run", action="store_true", help="check what can be checked, print what would run")
     verb.add_argument("--recipe-hash", metavar="HASH", help="refuse a recipe that says something else; set by --on")
@@ -217,7 +217,7 @@ def _add_plan(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument("--arm", help="only this arm (default: all)")
     verb.add_argument("--gpus", metavar="NxGIB", help="GPUs per node x GiB, 8x80 or 8xH100-80 (default: this machine)")
     verb.add_argument("--nodes", type=int, help="nodes (default: the recipe's verl.trainer.nnodes)")
-    verb.add_argument("--host", type=float, metavar="GIB", help="memory of a host, to have it judged")
+    verb.add_argument("--host", type=amount, metavar="GIB", help="memory of a host, to have it judged")
     verb.add_argument("--probe", action="store_true", help="run the longest micro-batch here and compare; minutes")
     verb.add_argument("--json", action="store_true", help="bytes and seconds for programs")
 
@@ -243,7 +243,9 @@ def _add_analyze(verbs: argparse._SubParsersAction) -> None:
         "--out", type=Path, help="folder to write (default: OUTPUT/analysis; runs/analyze-MODEL-DATA; in the STORE)"
     )
     verb.add_argument("--own", type=int, default=0, metavar="N", help="beside it, the model's own answers to N prompts")
-    verb.add_argument("--temperature", type=float, default=1.0, help="of --own; 0 is greedy (default: %(default)s)")
+    verb.add_argument(
+        "--temperature", type=temperature, default=1.0, help="of --own; 0 is greedy (default: %(default)s)"
+    )
     verb.add_argument("--top-p", type=float, default=1.0, help="of --own (default: %(default)s)")
     verb.add_argument("--new-tokens", type=int, default=512, help="of --own, at most (default: %(default)s)")
     verb.add_argument("--rollouts", type=Path, metavar="RUN", help="beside it, the kept rollouts of a GRPO run")

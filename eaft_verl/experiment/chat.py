@@ -34,8 +34,8 @@ def chat_command(
     what: Sequence[str], prompt: str | None, system: str | None, new_tokens: int, temperature: float
 ) -> None:
     """Answer one prompt, or every line that is typed or piped in, until the input ends."""
-    if new_tokens < 1 or temperature < 0:
-        raise ConfigError("--new-tokens must be at least 1 and --temperature at least 0")
+    if new_tokens < 1:
+        raise ConfigError("--new-tokens must be at least 1")
     if prompt is not None and not prompt.strip():
         raise ConfigError("--prompt is empty; say something, or leave it out to type")
     speakers = speakers_of(what)

@@ -165,7 +165,7 @@ def recipe_text(found: Profile, split: Split, model: str, settings: dict[str, An
     for key, usual in (("turns", "whole"), ("control_tokens", "error")):
         if vars(found)[key] != usual:
             data[key] = vars(found)[key]
-    rejected = found.faulty / max(found.manifest["counts"]["read"] - split.held, 1)
+    rejected = found.faulty / max(found.manifest["counts"]["read"] - split.held - split.copies, 1)
     if rejected > USUAL_REJECTED:
         data["max_rejected"] = min(1.0, math.ceil(100 * rejected + 1) / 100)
         notes["max_rejected"] = "share of rows that cannot be used: look at why before you train"
@@ -221,11 +221,17 @@ def _said(
 ) -> Iterator[str]:
     limit, batch = settings["max_length"], settings["verl"]["data"]["train_batch_size"]
     recipe = quote(str(out))
-    looked = f"the first {LOOKED_AT:,}" if found.manifest["counts"]["read"] < split.trained + split.held else "them"
+    looked = (
+        f"the first {LOOKED_AT:,}"
+        if found.manifest["counts"]["read"] < split.trained + split.held + split.copies
+        else "them"
+    )
     unused = f" ({split.unused:,} of {looked} at fault or copies, which are left out)" if split.unused else ""
     yield (
         f"wrote {out}: max_length {limit:,} keeps {kept:,} of {len(found.lengths_E):,} examples; "
         f"{split.trained:,} rows to train on{unused}, {split.held} held out"
+        + f" (beside {split.copies:,} copies of them, which are left out)"
+        * bool(split.copies)
     )
     yield f"      {split.train}\n      {split.heldout}"
     if isinstance(plan, ConfigError):

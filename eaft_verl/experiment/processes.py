@@ -6,6 +6,7 @@ of either kind ends the stage at once, with everything that it started.
 
 import argparse
 import contextlib
+import math
 import os
 import secrets
 import signal
@@ -167,6 +168,22 @@ def whole_number(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 0")
     return int(text)
+
+
+def amount(text: str) -> float:
+    """The value of an option that measures something; ArgumentTypeError below 0, and for what is no finite number."""
+    with contextlib.suppress(ValueError):
+        if 0 <= (value := float(text)) < math.inf:
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} must be a number from 0")
+
+
+def temperature(text: str) -> float:
+    """The value of an option by which tokens are drawn: beyond these bounds logits overflow, or no longer count."""
+    with contextlib.suppress(ValueError):
+        if (value := float(text)) == 0 or 0.01 <= value <= 100:
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} must be 0 (greedy), or a number from 0.01 to 100")
 
 
 class _Told:

@@ -22,6 +22,7 @@ from eaft_verl.boundary import python_command
 from eaft_verl.errors import ConfigError, DataError, RunError
 from eaft_verl.experiment.processes import CAUSE_FILE, LOG_FILE, PATIENCE_S, Child, attend, run_stage
 from eaft_verl.experiment.supervision import supervised
+from eaft_verl.files import read_json, write_json
 from eaft_verl.planning.formulas import GIB
 from eaft_verl.planning.machine import AWAKE, cpus_here, machine_of, memory_here
 from eaft_verl.recipe.config import Config
@@ -67,7 +68,8 @@ class Lane:
         self.waiting: deque[Stage] = deque()
         self.going: list[_Going] = []
         self.ended: list[_Going] = []
-        self.beside: list[str] = []  # labels of those that went on since somebody asked
+        self.beside: list[str] = []  # labels of those that went on beside the training
+        self.noted: Path | None = None  # where they are kept meanwhile, should this process be killed
         self.usual_s = math.inf  # what the last one took
 
     @property
@@ -89,6 +91,7 @@ class Lane:
         while self.waiting and not self.stopped and len(self.going) < self.width:
             self.going.append(_Going(self.waiting.popleft()))
             self.beside.append(self.going[-1].stage.label)
+            self._note()
         return not self.broken
 
     def tell(self, number: int) -> None:
@@ -112,10 +115,28 @@ class Lane:
         for one in ended:
             yield one.stage, one.say()
 
-    def went_on(self) -> list[str]:
-        """Labels of those that went on since this was asked."""
-        labels, self.beside = self.beside, [one.stage.label for one in self.going]
-        return labels
+    @contextlib.contextmanager
+    def beside_of(self, training: Stage) -> Iterator[None]:
+        """Keep with its run the labels of those that go on meanwhile, of every attempt: all are in its seconds.
+
+        An attempt whose command was killed left them in a file of their own, as the training writes run.json itself.
+        """
+        self.noted = training.run.with_name(f".{training.run.name}.beside.json")
+        killed = read_json(self.noted) if self.noted.exists() and is_run(training.run) else []
+        self.beside = [*killed, *(one.stage.label for one in self.going)]
+        self._note()
+        try:
+            yield
+        finally:
+            if self.beside and is_run(training.run):
+                run = Run(training.run)
+                run.update(beside=[*run.info.get("beside", []), *self.beside])
+            self.noted.unlink(missing_ok=True)
+            self.noted = None
+
+    def _note(self) -> None:
+        if self.noted and self.beside:
+            write_json(self.noted, self.beside)
 
     def close(self) -> None:
         """End those that go on, and show what all said."""
@@ -177,17 +198,15 @@ def run(stage: Stage, restarts: int, lane: Lane | None = None) -> str | None:
         return None
     print(f"[{stage.label}]", flush=True)
     started = time.monotonic()
-    if lane:
-        lane.went_on()  # before this one began
+    kept = lane.beside_of(stage) if lane else contextlib.nullcontext()
     with tempfile.TemporaryDirectory() as folder:
         environ = _environ(stage, Path(folder)) | (_asleep() if lane and (lane.going or lane.waiting) else {})
 
         def attempt() -> int:
             return run_stage(_command(stage), environ, lane)
 
-        code = supervised(attempt, stage.run, restarts) if stage.arguments[0] == "train" else attempt()
-        if lane and (labels := lane.went_on()) and is_run(stage.run):  # of every attempt: all are in its seconds
-            Run(stage.run).update(beside=[*Run(stage.run).info.get("beside", []), *labels])
+        with kept:
+            code = supervised(attempt, stage.run, restarts) if stage.arguments[0] == "train" else attempt()
         return _outcome(stage, code, time.monotonic() - started, Path(folder))
 
 

@@ -25,12 +25,16 @@ def percent(share: float | None, decimals: int = 0) -> str:
 
 
 def share(value: float) -> str:
-    """'2.6 %', '0.57 %', '0.003 %', '15 %': a share with as many digits as small ones need; '0 %' is none at all."""
+    """'2.6 %', '0.57 %', '0.003 %', '15 %': a share with as many digits as small ones need; '0 %' is none at all, and
+    '100 %' all, but for a rounding."""
     percents = 100 * value
     size = abs(percents)
+    gap = 100 - size
     if 0 < size < 1e-6:
         return f"{percents:.0e} %".replace("-", MINUS)
     decimals = max(2, math.ceil(-math.log10(size))) if 0 < size < 1 else 1
+    if 1e-6 < gap < 0.05:
+        decimals = math.ceil(-math.log10(gap))
     return f"{number(percents, decimals).removesuffix('.0')} %"
 
 

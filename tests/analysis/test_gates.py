@@ -251,3 +251,11 @@ def test_the_tokens_kept_for_overlaps_hold_no_block_in_memory(store, monkeypatch
         gates.add(block)
     assert all(part.base is None for part in gates._chosen)
     assert gates.result()["overlap"]["tokens"] == 96  # every 15th of 1,440
+
+
+@pytest.mark.parametrize("slope", ["1e-25", "1e25"])
+def test_a_gate_s_effective_sample_size_knows_no_scale(tmp_path, slope):
+    """Squares of such weights are 0, or infinite, in float32; 1e-25 is a number here as in a recipe."""
+    store = write_store(tmp_path, **random_columns(20, 30))
+    plain, scaled = sweep(store, [f"analysis.test_gates:Squared:slope=1,{slope}"])["gates"]
+    assert scaled["ess"] == pytest.approx(plain["ess"], rel=1e-4) and plain["ess"] > 0

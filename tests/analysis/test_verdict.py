@@ -238,6 +238,7 @@ def test_no_number_is_said_that_was_not_found(tmp_path, make):
                 f"{100 * value:.2f}",
                 f"{100 * value:.0f}",
                 f"{100 * value:.1g}",  # of a share that two decimals would call zero
+                f"{100 * value:.3f}",  # of one that two decimals would call all
             }
         said = re.findall(r"\d[\d,]*(?:\.\d+)?", one["text"].replace("95 % interval", ""))
         assert set(said) <= known, (one["text"], set(said) - known)
@@ -246,3 +247,19 @@ def test_no_number_is_said_that_was_not_found(tmp_path, make):
 def text(found, about):
     (one,) = [one["text"] for one in found["sentences"] if one["about"] == about]
     return one
+
+
+def test_the_template_s_tokens_in_noise_are_told_from_noise(tmp_path):
+    """60 samples are noise from beginning to end; the last of their 40 tokens is the template's."""
+    case = Case().conflict(np.arange(60 * LENGTH))
+    case.token[rows_of(range(60), LENGTH - 1)] = TOKENIZER.convert_tokens_to_ids("<|im_end|>")
+    found, _ = judged(tmp_path, case)
+    said = "2.5 % on tokens of the chat template, 0 % on openings of a turn or labels that recur in many samples."
+    assert said in text(found, "kind")
+    assert "97.5 % are noise: all others in 60 of 200 samples that" in text(found, "kind")
+
+
+def test_samples_without_a_spread_have_no_interval(tmp_path):
+    """Every sample has one conflict in 40 tokens, the answers beside them have none."""
+    found, _ = judged(tmp_path, Case().conflict(rows_of(range(SAMPLES), 20)), Case())
+    assert "the data is 2.5 points above." in text(found, "baseline") and "interval" not in text(found, "amount")

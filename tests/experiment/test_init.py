@@ -176,3 +176,40 @@ def test_an_adapter_gets_a_rate_of_its_own() -> None:
         "model": {"lora_rank": 32},
         "engine": {"model_dtype": "bf16"},
     }
+
+
+def test_copies_of_a_row_that_is_held_out_are_not_trained(
+    tmp_path: Path, tiny_model_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": f"What is {n}?", "response": f"It is {n}."} for n in range(40)]
+    (tmp_path / "twice.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows + rows))
+    assert main(["init", "twice.jsonl", "--model", str(tiny_model_path)]) == 0
+    train, heldout = rows_of(tmp_path / "twice.train.jsonl"), rows_of(tmp_path / "twice.heldout.jsonl")
+    assert not {row["prompt"] for row in train} & {row["prompt"] for row in heldout}
+    assert sorted(map(str, train + heldout)) == sorted(map(str, rows + rows))
+    asked = len({row["prompt"] for row in heldout})
+    said = capsys.readouterr().out
+    assert f"{len(train)} rows to train on ({40 - asked} of them at fault or copies, which are left out)" in said
+    assert f"{asked} held out (beside {asked} copies of them, which are left out)" in said
+
+
+def test_one_question_asked_over_and_over_has_nothing_to_hold_out(
+    tmp_path: Path, tiny_model_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "same.jsonl").write_text('{"prompt": "hi", "response": "yo"}\n' * 40)
+    assert main(["init", "same.jsonl", "--model", str(tiny_model_path)]) == 2
+    assert "so few different questions that none can be held out" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [tmp_path / "same.jsonl"]
+
+
+def test_a_row_of_millions_of_tokens_is_left_out(
+    tmp_path: Path, tiny_model_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`eaft init` takes no data.over_long, so it may not ask for it."""
+    monkeypatch.setattr("eaft_verl.data.profile.LONGEST", 1000)
+    rows = [{"prompt": "Go on.", "response": "yo " * 1000}, *tiny.sums(40, seed=3)]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["init", "long.jsonl", "--model", str(tiny_model_path)]) == 0
+    assert "rows: 40 of 41 rows are used; 1 are not: over_long 1" in capsys.readouterr().out
+    assert rows[0] in rows_of(tmp_path / "long.train.jsonl")
+    assert resolve(load_recipe(tmp_path / "long.yaml"), "eaft").data.over_long == "drop"

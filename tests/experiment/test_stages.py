@@ -359,3 +359,33 @@ def test_where_the_base_fails_after_the_training_the_other_evaluation_is_told(wo
     begun = time.monotonic()
     assert world.run() is None
     assert time.monotonic() - begun < 10 and world.events[-1] == "told a: evaluate"
+
+
+def test_what_went_on_beside_an_attempt_that_was_told_to_stop_is_kept(world: World) -> None:
+    world.seconds = dict.fromkeys(("base: evaluate", "a: train"), 60.0)
+    (world.folder / "a").mkdir()
+    (world.folder / "a" / "run.json").write_text(json.dumps({"status": "running"}))
+    child = send_when(world, 'events.count("begin") == 2', signal.SIGTERM)
+    with pytest.raises(Interrupted):
+        world.run()
+    child.wait()
+    assert world.beside("a") == ["base: evaluate"]
+
+
+def test_what_went_on_beside_an_attempt_whose_command_was_killed_is_kept(world: World) -> None:
+    """Killed with -9 in the middle of the first training; the next call has all cores to itself."""
+    world.seconds = dict.fromkeys(("base: evaluate", "a: train"), 60.0)
+    (world.folder / "a").mkdir()
+    (world.folder / "a" / "run.json").write_text(json.dumps({"status": "running"}))
+    if not (killed := os.fork()):
+        world.run()
+        os._exit(0)
+    send_when(world, 'events.count("begin") == 2', 0).wait()
+    for process in psutil.Process(killed).children():
+        process.kill()
+    os.kill(killed, signal.SIGKILL)
+    os.waitpid(killed, 0)
+    world.seconds = {}
+    assert world.run(alone=True) == {}
+    assert world.beside("a") == ["base: evaluate"] and world.beside("b") is None
+    assert not [path for path in world.folder.iterdir() if "beside" in path.name]

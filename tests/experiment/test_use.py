@@ -70,6 +70,19 @@ def test_lines_that_are_piped_in_are_one_conversation_until_a_new_one(
     assert capsys.readouterr().out == "7 {}\n7 {}\n7 {}\n"
 
 
+def test_an_answer_ends_with_the_positions_that_the_model_knows(models: tuple[Path, Path]) -> None:
+    """512 of them: 500 tokens of prompt and less than a hundred more, whatever is asked for."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from eaft_verl.evaluation.drift import make_probe
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(models[0]), AutoTokenizer.from_pretrained(models[0])
+    model.generation_config.eos_token_id = [len(tokenizer) + 7]  # it never ends by itself
+    prompt = {"id": "0", "messages": [{"role": "user", "content": "ab " * 150}], "tools": None}
+    (example,) = make_probe(model, tokenizer, [prompt], 10_000)
+    assert len(example.input_ids) == 512 and sum(example.loss_mask) < 100
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -87,6 +100,27 @@ def test_what_cannot_be_used(
 ) -> None:
     known = {"FOLDER": str(tmp_path), "MODEL": str(models[0])}
     assert main([known.get(word, word) for word in words]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["chat", "MODEL", "--temperature", "nan"], "'nan' must be 0 (greedy), or a number from 0.01 to 100"),
+        (["chat", "MODEL", "--temperature", "inf"], "'inf' must be 0 (greedy)"),
+        (["chat", "MODEL", "--temperature", "1e-320"], "'1e-320' must be 0 (greedy)"),
+        (["analyze", "MODEL", "x.jsonl", "--own", "2", "--temperature", "inf"], "'inf' must be 0 (greedy)"),
+        (["plan", "--host", "nan"], "'nan' must be a number from 0"),
+        (["plan", "--host", "-5"], "'-5' must be a number from 0"),
+        (["doctor", "--wait", "nan"], "'nan' must be a number from 0"),
+        (["launch", "x.yaml", "--wait", "inf"], "'inf' must be a number from 0"),
+    ],
+)
+def test_an_option_that_is_no_number_of_its_kind(
+    capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
     assert said in capsys.readouterr().err
 
 

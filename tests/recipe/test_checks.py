@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -237,6 +238,7 @@ def test_every_objective_is_accepted_by_its_name_alone(recipe: Any, name: str) -
 # Each of these leaves `check` as something else than ConfigError, or is accepted and fails after the model was loaded.
 SLIPS_THROUGH = [
     ["seed=-1"],  # ValueError of numpy at the first batch
+    [f"seed={2**63}"],  # RuntimeError of torch in a worker
     ["seed=null"],
     ["verl.optim.lr=null"],  # TypeError
     ["verl.data.train_batch_size=null"],  # TypeError
@@ -311,3 +313,12 @@ def test_resolving_and_checking_load_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stderr == ""
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("place", "said"), [("file", "output={0}/file is a file"), ("file/runs/x", "lies in {0}/file, which is a file")]
+)
+def test_an_output_that_no_folder_can_be(recipe: Any, tmp_path: Path, place: str, said: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=re.escape(said.format(tmp_path))):
+        check(resolve(recipe, "sft", [f"output={tmp_path / place}"]))

@@ -1,5 +1,6 @@
 """Which differences are called better or worse: Holm by hand, three seeds between arms, the noise floor."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -155,3 +156,17 @@ def test_enough_resamples_for_the_smallest_p_of_a_large_table(tmp_path: Path) ->
     from eaft_verl.reporting.report import _resamples
 
     assert 2 / (1 + _resamples(base, many)) < 0.05 / (40 * 11)
+
+
+def test_a_model_that_did_not_move_is_not_within_a_floor_that_nobody_measured(tmp_path: Path) -> None:
+    """Its records at every step are the base's own; no noise.json."""
+    base, sft, still = make_runs(tmp_path, ("sft", "eaft"))
+    for step in (3, 6, 9, 12):
+        for part in ("eval", "samples"):
+            shutil.rmtree(still / part / f"step_{step:06d}")
+            shutil.copytree(base / part / "step_000000", still / part / f"step_{step:06d}")
+    found = measure(*load([base, sft, still]), tmp_path, problems=[], seed=0)
+    assert found["results"]["eaft"]["drift.kl"]["delta"]["unmarked"] == "zero"
+    (said,) = [row["sentences"] for row in found["headline"] if row["arm"] == "eaft"]
+    assert "On general text it moved 0.000 nats per token away from the base" in " ".join(said)
+    assert "noise floor" not in " ".join(said)
