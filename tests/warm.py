@@ -26,7 +26,7 @@ _FORKS.set_forkserver_preload(
 )
 
 
-def eaft(words: Sequence[object], folder: Path, out: Path, err: Path | None = None, timeout: float = 240.0) -> int:
+def eaft(words: Sequence[object], folder: Path, out: Path, err: Path | None = None, timeout: float = 600.0) -> int:
     """Exit code of `eaft WORDS`, run in a folder, negative for a signal; what it prints goes to two files, or to one.
 
     Raises subprocess.TimeoutExpired.
