@@ -22,6 +22,7 @@ _FORKS.set_forkserver_preload(
         *("transformers.models.auto.tokenization_auto", "transformers.models.llama.modeling_llama"),
         *("accelerate", "safetensors.torch", "pyarrow.compute", "pyarrow.parquet", "hydra", "omegaconf", "scipy.stats"),
         *("matplotlib.pyplot", "jinja2", "tensordict", "datasets", "peft", "ray"),
+        "composed",
     ]
 )
 
