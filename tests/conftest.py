@@ -6,6 +6,7 @@ import signal
 import tempfile
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 TESTS = Path(__file__).parent
@@ -25,6 +26,11 @@ os.environ.pop("RAY_ADDRESS", None)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background job ignores it, and all that it starts
 if not shutil.which("nvidia-smi"):  # Triton asks when it is first imported
     os.environ["TRITON_INTERPRET"] = "1"
+
+hypothesis.settings.register_profile(  # no test fails because a machine is slow
+    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any machine")
 
 LONG = (  # a minute or more each, the longest first
     *("experiment/test_pipeline.py", "faults/test_faults.py", "training/grpo/test_grpo.py"),

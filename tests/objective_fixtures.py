@@ -11,7 +11,7 @@ from eaft_verl.recipe.objective import build_objective
 from eaft_verl.tokens.logits import LogitStats, logit_stats
 from eaft_verl.tokens.stats import BaseStats, TokenStats
 
-few = settings(max_examples=6, deadline=None, derandomize=True, database=None)
+few = settings(max_examples=6, derandomize=True, database=None)
 EXACT = {"rtol": 0.0, "atol": 1e-12}  # for float64
 EXAMPLES = 4
 TAU = 1.3  # nats

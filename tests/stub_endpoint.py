@@ -15,7 +15,10 @@ MODEL = "stub-teacher"
 
 @dataclass
 class Reply:
-    """What is sent. cut: bytes of the body after which the connection is closed; hang: seconds before anything."""
+    """What is sent. cut: bytes of the body after which the connection is closed.
+
+    hang: seconds before anything, or until the endpoint is closed.
+    """
 
     status: int = 200
     body: Any = None
@@ -61,6 +64,7 @@ class StubEndpoint:
         self.times: list[float] = []
         self._counts: Counter[tuple[str, int]] = Counter()
         self._lock = threading.Lock()
+        self._closed = threading.Event()
         stub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -90,7 +94,8 @@ class StubEndpoint:
 
     def send(self, handler: BaseHTTPRequestHandler, reply: Reply) -> None:
         """One reply, or what is to come of it."""
-        time.sleep(reply.hang)
+        if reply.hang:
+            self._closed.wait(reply.hang)
         data = reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body).encode()
         try:
             handler.send_response(reply.status)
@@ -114,5 +119,6 @@ class StubEndpoint:
         return self
 
     def __exit__(self, *error: Any) -> None:
+        self._closed.set()
         self._server.shutdown()
         self._server.server_close()

@@ -165,7 +165,7 @@ def test_a_stop_that_another_thread_is_handed_waits_as_well(number: int) -> None
             os.kill(os.getpid(), number)
             for _ in range(1000):
                 assert not told
-        end = time.monotonic() + 10
+        end = time.monotonic() + 60
         while not told and time.monotonic() < end:  # the other thread may be asleep while the machine is busy
             time.sleep(0.01)
         assert told == [number]

@@ -5,6 +5,7 @@ import fcntl
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,36 +23,49 @@ def make(folder):
         calls.write("made\\n")
     for part in range(20):
         (folder / f"{part}.bin").write_bytes(bytes([part]) * 1000)
-        time.sleep(0.02)
+        while part == 9 and not Path(sys.argv[3]).exists():
+            time.sleep(0.01)
 
 folder = computed_once(Path(sys.argv[1]), "key", make)
 print(sorted((int(file.stem), file.read_bytes()[0], len(file.read_bytes())) for file in folder.glob("*.bin")))
 """
 
 
-def start(folder: Path, calls: Path) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-c", MAKER, str(folder), str(calls)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(folder: Path, number: int = 0) -> "subprocess.Popen[str]":
+    """A process that makes `store`; the maker stops half-way until there is a file `go`."""
+    command = [sys.executable, "-c", MAKER, *(str(folder / name) for name in ("store", "calls", "go"))]
+    with (folder / f"err{number}").open("w") as err:
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=err, text=True)
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    latest = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < latest
+        time.sleep(0.01)
 
 
 def test_processes_that_start_at_once_share_one_whole_result(tmp_path: Path) -> None:
-    processes = [start(tmp_path / "store", tmp_path / "calls") for _ in range(3)]
-    said = [process.communicate(timeout=60) for process in processes]
-    assert [out for out, _ in said] == [f"{[(part, part, 1000) for part in range(20)]}\n"] * 3, said
+    processes = [start(tmp_path, number) for number in range(3)]
+    errors = [tmp_path / f"err{number}" for number in range(3)]
+    try:
+        wait_until(lambda: sum("another process computes" in err.read_text() for err in errors) == 2)
+    finally:
+        (tmp_path / "go").touch()
+        said = [process.communicate(timeout=60)[0] for process in processes]
+    assert said == [f"{[(part, part, 1000) for part in range(20)]}\n"] * 3, said
     assert (tmp_path / "calls").read_text() == "made\n"
-    assert sum("another process computes" in err and "waiting" in err for _, err in said) >= 1
+    assert sum("waiting" in err.read_text() for err in errors) == 2
 
 
 def test_what_a_killed_process_left_is_neither_used_nor_kept(tmp_path: Path) -> None:
-    first = start(tmp_path / "store", tmp_path / "calls")
-    until = time.monotonic() + 30
-    while not list(tmp_path.glob(".store.*.partial/3.bin")) and time.monotonic() < until:
-        time.sleep(0.01)
+    first = start(tmp_path)
+    wait_until(lambda: list(tmp_path.glob(".store.*.partial/3.bin")))
     first.kill()
     first.communicate()
     assert not (tmp_path / "store").exists()
-    out, err = start(tmp_path / "store", tmp_path / "calls").communicate(timeout=60)
-    assert out.count("1000)") == 20, err
+    (tmp_path / "go").touch()
+    assert start(tmp_path).communicate(timeout=60)[0].count("1000)") == 20, (tmp_path / "err0").read_text()
     assert not list(tmp_path.glob(".store.*.partial")) and (tmp_path / "calls").read_text() == "made\n" * 2
 
 

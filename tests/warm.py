@@ -22,11 +22,12 @@ _FORKS.set_forkserver_preload(
         *("transformers.models.auto.tokenization_auto", "transformers.models.llama.modeling_llama"),
         *("accelerate", "safetensors.torch", "pyarrow.compute", "pyarrow.parquet", "hydra", "omegaconf", "scipy.stats"),
         *("matplotlib.pyplot", "jinja2", "tensordict", "datasets", "peft", "ray"),
+        "composed",
     ]
 )
 
 
-def eaft(words: Sequence[object], folder: Path, out: Path, err: Path | None = None, timeout: float = 240.0) -> int:
+def eaft(words: Sequence[object], folder: Path, out: Path, err: Path | None = None, timeout: float = 600.0) -> int:
     """Exit code of `eaft WORDS`, run in a folder, negative for a signal; what it prints goes to two files, or to one.
 
     Raises subprocess.TimeoutExpired.

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -91,12 +92,18 @@ def test_a_bound_from_unprepared_data_refuses_nothing(recipe: Path, monkeypatch:
         doctor_module.require_disk(config(recipe))
 
 
-def test_the_drivers_part_takes_less_than_a_second(recipe: Path) -> None:
+def test_the_drivers_part_takes_a_fraction_of_a_second(recipe: Path) -> None:
+    """About as long as the recipe takes to be read, on whatever machine."""
+
+    def seconds(work: Callable[[], object]) -> float:
+        started = time.monotonic()
+        work()
+        return time.monotonic() - started
+
     found = config(recipe)
     require_machine(found)
-    started = time.monotonic()
-    require_machine(found)
-    assert time.monotonic() - started < 1
+    least = min(seconds(lambda: require_machine(found)) for _ in range(5))
+    assert least < 10 * min(seconds(lambda: config(recipe)) for _ in range(5))
 
 
 def test_what_training_asks_before_it_starts_loads_nothing_heavy(recipe: Path) -> None:
@@ -176,7 +183,7 @@ def test_an_address_that_does_not_answer_is_refused_within_its_time(monkeypatch:
     monkeypatch.setattr(doctor_module, "CONNECT_TIMEOUT_S", 0.5)
     started = time.monotonic()
     found = address_findings({"RAY_ADDRESS": "192.0.2.250:6379", "RAY_AUTH_MODE": "disabled"})  # RFC 5737: nobody's
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30  # the kernel would try for two minutes
     assert found[0].status == "fail" and "does not answer within" in found[0].detail
     assert "ray start --head" in found[0].remedy
 

@@ -42,7 +42,7 @@ arms:
 def eaft(*words: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
-        code = warm.eaft(words, cwd, out, err, timeout=400)
+        code = warm.eaft(words, cwd, out, err, timeout=1500)
         return subprocess.CompletedProcess(words, code, out.read_text(), err.read_text())
 
 

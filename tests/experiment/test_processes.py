@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,6 +29,7 @@ for one in (signal.SIGTERM, signal.SIGINT):
 subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", sys.argv[1]], start_new_session=True)
 open(sys.argv[1] + "/ready", "w").close()
 while not seen: time.sleep(0.01)
+open(sys.argv[1] + "/told", "w").close()
 time.sleep(float(sys.argv[3]))
 open(sys.argv[1] + "/seen", "w").write(" ".join(map(str, map(int, seen))))
 sys.exit(int(sys.argv[2]))
@@ -36,7 +38,7 @@ PARENT = """
 import sys
 from eaft_verl.errors import Interrupted
 from eaft_verl.experiment import processes
-processes.PATIENCE_S = 0.5
+processes.PATIENCE_S, processes.ECHO_S = 0.5, float(sys.argv.pop())
 try:
     code = processes.run_stage([sys.executable, "-c", STAGE, *sys.argv[1:]])
 except Interrupted as told:
@@ -46,14 +48,24 @@ sys.exit(code)
 """.replace("STAGE", repr(STAGE))
 
 
-def parent(folder: Path, code: int, seconds: float = 1.0) -> subprocess.Popen[str]:
-    words = [sys.executable, "-c", PARENT, str(folder), str(code), str(seconds)]
+# what ends a command that does not end as it should; the commands would go on for twice as long
+LATE_S = 30.0
+# seconds within which a second signal is the same one: far more than a busy machine takes to send it, and next to none
+ECHO, NO_ECHO = "60", "0.01"
+
+
+def wait_for(file: Path, started: subprocess.Popen[Any]) -> None:
+    while not file.exists():
+        assert started.poll() is None
+        time.sleep(0.01)
+
+
+def parent(folder: Path, code: int, seconds: float = 1.0, echo: str = ECHO) -> subprocess.Popen[str]:
+    words = [sys.executable, "-c", PARENT, str(folder), str(code), str(seconds), echo]
     # as a shell starts a background job, which is to hear a signal that is meant for it all the same
     ignoring = functools.partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
     started = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=ignoring)
-    while not (folder / "ready").exists():
-        assert started.poll() is None
-        time.sleep(0.01)
+    wait_for(folder / "ready", started)
     return started
 
 
@@ -87,8 +99,9 @@ def living(folder: Path) -> int:
 def test_a_stage_is_told_once_and_its_code_kept(tmp_path: Path, number: int, code: int, expected: int) -> None:
     started = parent(tmp_path, code)
     os.killpg(started.pid, number)  # as the terminal does, and ray job stop
+    wait_for(tmp_path / "told", started)
     os.kill(started.pid, number)  # a launcher's trap sends it again within moments
-    assert started.wait(20) == expected
+    assert started.wait(LATE_S) == expected
     asked = signal.SIGTERM if number == signal.SIGHUP else number
     assert (tmp_path / "seen").read_text() == str(int(asked)), "neither the terminal's nor the second one reached it"
     assert not living(tmp_path)
@@ -96,12 +109,12 @@ def test_a_stage_is_told_once_and_its_code_kept(tmp_path: Path, number: int, cod
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
 def test_the_second_one_of_either_kind_ends_it_at_once(tmp_path: Path, second: int) -> None:
-    started = parent(tmp_path, 75, 60)
+    started = parent(tmp_path, 75, 2 * LATE_S, NO_ECHO)
     started.send_signal(signal.SIGTERM)
-    time.sleep(0.7)
-    begun = time.monotonic()
+    wait_for(tmp_path / "told", started)
+    time.sleep(2 * float(NO_ECHO))
     started.send_signal(second)
-    assert started.wait(10) == 128 + second and time.monotonic() - begun < 3
+    assert started.wait(LATE_S) == 128 + second
     assert "told to stop twice" in started.stdout.read() and not living(tmp_path)
 
 
@@ -109,6 +122,8 @@ def test_the_second_one_of_either_kind_ends_it_at_once(tmp_path: Path, second: i
 COMMAND = """
 import subprocess, sys, time
 from eaft_verl import cli
+from eaft_verl.experiment import processes
+processes.ECHO_S = float(sys.argv[3])
 def verb(options):
     try:
         words = [sys.executable, "-c", "import time; time.sleep(60)", sys.argv[1]]
@@ -116,6 +131,7 @@ def verb(options):
         open(sys.argv[1] + "/ready", "w").close()
         time.sleep(60)
     finally:
+        open(sys.argv[1] + "/told", "w").close()
         time.sleep(float(sys.argv[2]))
         open(sys.argv[1] + "/clean", "w").close()
 cli.VERBS["tasks"] = verb
@@ -125,50 +141,48 @@ sys.exit(cli.main(["tasks"]))
 
 @pytest.mark.parametrize("ignored", [None, signal.SIGINT])  # as in the background jobs of a script
 def test_sigterm_lets_a_command_clean_up(tmp_path: Path, ignored: int | None) -> None:
-    started = command(tmp_path, 0.2, ignored=ignored)
+    started = command(tmp_path, 1, ignored=ignored)
     started.send_signal(signal.SIGTERM)
-    assert started.wait(20) == 143 and (tmp_path / "clean").exists()
+    wait_for(tmp_path / "told", started)
+    started.send_signal(signal.SIGTERM)  # sent again within moments: the same one
+    assert started.wait(LATE_S) == 143 and (tmp_path / "clean").exists()
     assert (
         started.stdout.read() == "eaft: SIGTERM: ended; what was finished before is kept; run the same command again\n"
     )
 
 
 def test_the_second_sigterm_does_not_wait_for_that(tmp_path: Path) -> None:
-    started = command(tmp_path, 60)
+    started = command(tmp_path, 2 * LATE_S, echo=NO_ECHO)
     started.send_signal(signal.SIGTERM)
-    started.send_signal(signal.SIGTERM)  # sent again within moments: the same one
-    time.sleep(0.7)
-    assert started.poll() is None and living(tmp_path)
-    begun = time.monotonic()
+    wait_for(tmp_path / "told", started)
+    assert living(tmp_path)
+    time.sleep(2 * float(NO_ECHO))
     started.send_signal(signal.SIGTERM)
-    assert started.wait(10) == 143 and time.monotonic() - begun < 3
+    assert started.wait(LATE_S) == 143
     assert "told to stop twice" in started.stdout.read() and not living(tmp_path)
 
 
 def test_nohup_is_heeded_and_a_closed_terminal_says_it_often(tmp_path: Path) -> None:
-    started = command(tmp_path, 1)
-    for _ in range(2):  # the kernel, then the shell, which may be slow
-        started.send_signal(signal.SIGHUP)
-        time.sleep(0.7)
-    assert started.wait(20) == 143 and (tmp_path / "clean").exists()
+    started = command(tmp_path, 1, echo=NO_ECHO)
+    started.send_signal(signal.SIGHUP)  # the kernel, then the shell, which may be slow
+    wait_for(tmp_path / "told", started)
+    time.sleep(2 * float(NO_ECHO))
+    started.send_signal(signal.SIGHUP)
+    assert started.wait(LATE_S) == 143 and (tmp_path / "clean").exists()
     assert started.stdout.read().startswith("eaft: SIGHUP: ended; ")
     (tmp_path / "ready").unlink()
     started = command(tmp_path, 0, ignored=signal.SIGHUP)
     started.send_signal(signal.SIGHUP)
-    time.sleep(0.3)
-    assert started.poll() is None
     started.send_signal(signal.SIGTERM)
-    assert started.wait(20) == 143
+    assert started.wait(LATE_S) == 143 and started.stdout.read().startswith("eaft: SIGTERM: ended; ")
 
 
-def command(folder: Path, seconds: float, *, ignored: int | None = None) -> subprocess.Popen[str]:
-    words = [sys.executable, "-c", COMMAND, str(folder), str(seconds)]
+def command(folder: Path, seconds: float, *, ignored: int | None = None, echo: str = ECHO) -> subprocess.Popen[str]:
+    words = [sys.executable, "-c", COMMAND, str(folder), str(seconds), echo]
     ignoring = functools.partial(signal.signal, ignored, signal.SIG_IGN) if ignored else None
     piped = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     started = subprocess.Popen(words, start_new_session=True, preexec_fn=ignoring, **piped)
-    while not (folder / "ready").exists():
-        assert started.poll() is None
-        time.sleep(0.01)
+    wait_for(folder / "ready", started)
     return started
 
 
@@ -179,12 +193,12 @@ def test_a_killed_parent_takes_its_stage_with_it(tmp_path: Path) -> None:
     words = ["from eaft_verl.experiment.processes import run_stage", "import sys", "run_stage(sys.argv[1:])"]
     command = [sys.executable, "-c", "; ".join(words), sys.executable, "-c", code, str(tmp_path / "ready")]
     with subprocess.Popen(command, start_new_session=True) as started:
-        while not (tmp_path / "ready").exists():
-            time.sleep(0.01)
+        wait_for(tmp_path / "ready", started)
         started.kill()
-    time.sleep(0.5)
-    found = subprocess.run(["pgrep", "-f", str(tmp_path / "ready")], capture_output=True, check=False)
-    assert found.returncode == 1, "still there"
+    latest = time.monotonic() + LATE_S  # the stage would go on for twice as long
+    while not subprocess.run(["pgrep", "-f", str(tmp_path / "ready")], capture_output=True, check=False).returncode:
+        assert time.monotonic() < latest, "still there"
+        time.sleep(0.05)
 
 
 class Attempts:

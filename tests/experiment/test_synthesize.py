@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from eaft_verl.errors import LOST, REFUSED, DiskFull, RunError
 from eaft_verl.files import locked
 from eaft_verl.recipe.resolve import overrides_tree
 
-FAST = ("grader=number", "endpoint.backoff=0.01", "endpoint.attempts=3", "endpoint.timeout=5")
+FAST = ("grader=number", "endpoint.backoff=0.01", "endpoint.attempts=3", "endpoint.timeout=60")
 ROOT = Path(__file__).parents[2]
 
 
@@ -88,7 +89,7 @@ ONCE = {  # what the first request for a prompt gets; the second is answered
     2: Reply(429, {"error": "slow down"}, {"Retry-After": "0.05"}),
     3: Reply(body=HALF[:40]),
     4: Reply(body=HALF, cut=40),
-    5: Reply(body=completion("late"), hang=3.5),
+    5: Reply(body=completion("late"), hang=600),
     6: Reply(body=completion("")),
     7: Reply(body=completion("half", finish=None)),
     8: Reply(body={"choices": 5}),
@@ -115,9 +116,10 @@ def test_a_misbehaving_endpoint_loses_and_doubles_nothing(desk: Desk) -> None:
         return right(body)
 
     with StubEndpoint(behave) as stub:
-        assert desk.run(stub.url, "endpoint.timeout=2.5") == LOST and "1 requests have failed (HTTP 400" in desk.said
+        words = ("endpoint.timeout=5", "endpoint.concurrency=4")  # a reply waits for those beside it: few are quick
+        assert desk.run(stub.url, *words) == LOST and "1 requests have failed (HTTP 400" in desk.said
         assert "--partial writes what there is" in desk.said and not desk.out.exists()
-        assert desk.run(stub.url, "endpoint.timeout=2.5", "--partial") == 0, desk.said  # the failed one is asked again
+        assert desk.run(stub.url, *words, "--partial") == 0, desk.said  # the failed one is asked again
         for number in range(1, 21):
             want = ALWAYS[number][2] if number in ALWAYS else 1 + (number in ONCE)
             assert stub.asked_for(f"What is {number} +") == want, number
@@ -158,8 +160,12 @@ def test_a_draw_asks_no_more_than_it_needs_and_is_the_same_at_any_pace(desk: Des
 
 
 def test_killed_and_resumed_is_as_if_never_killed(desk: Desk) -> None:
+    killed = threading.Event()
+
     def slow(body: dict[str, Any], before: int) -> Reply:
-        return Reply(body=right(body).body, hang=0.05)
+        if len(stub.requests) > 12:
+            killed.wait(60)
+        return right(body)
 
     with StubEndpoint(slow) as stub:
         words = ["synthesize", str(desk.prompts), str(desk.out), *FAST, f"endpoint.url={stub.url}"]
@@ -174,6 +180,7 @@ def test_killed_and_resumed_is_as_if_never_killed(desk: Desk) -> None:
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         process.wait()
+        killed.set()
         before = file.read_bytes()
         assert not desk.out.exists()
         whole = before[: before.rfind(b"\n") + 1]
@@ -190,20 +197,27 @@ def test_killed_and_resumed_is_as_if_never_killed(desk: Desk) -> None:
     assert "as if nothing were sampled" in desk.said
 
 
-def test_retry_after_stops_everybody_and_the_rate_is_kept(desk: Desk) -> None:
+def test_retry_after_stops_everybody_and_the_rate_is_kept(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     def limited(body: dict[str, Any], before: int) -> Reply:
         first = len(stub.requests) == 1
         return Reply(429, {"error": "slow"}, {"Retry-After": "0.8"}) if first else right(body)
 
     with StubEndpoint(limited) as stub:
         assert desk.run(stub.url, "endpoint.concurrency=1", "rows=3") == 0
-        assert 0.75 < stub.times[1] - stub.times[0] < 5
+        assert 0.75 < stub.times[1] - stub.times[0] < endpoint_module.LONGEST_PAUSE / 2
+    turn, asked_at, sent_at = endpoint_module.Teacher._turn, [], []
+
+    async def noted(teacher: endpoint_module.Teacher) -> None:
+        asked_at.append(time.monotonic())
+        await turn(teacher)
+        sent_at.append(time.monotonic())
+
+    monkeypatch.setattr(endpoint_module.Teacher, "_turn", noted)
     with StubEndpoint() as stub:
         out = desk.folder / "paced.jsonl"
-        assert (
-            desk.run(stub.url, "endpoint.concurrency=8", "endpoint.requests_per_minute=1200", "rows=12", out=out) == 0
-        )
-        assert stub.times[-1] - stub.times[0] >= 0.05 * 11 * 0.95
+        words = ("endpoint.concurrency=8", "endpoint.requests_per_minute=1200", "rows=12")
+        assert desk.run(stub.url, *words, out=out) == 0 and len(sent_at) >= 12
+    assert all(at - asked_at[0] > 0.05 * place - 0.01 for place, at in enumerate(sent_at))  # the clock's last digits
 
 
 def test_an_endpoint_that_dies_keeps_the_answers_for_the_same_command(desk: Desk) -> None:

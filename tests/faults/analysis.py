@@ -52,7 +52,7 @@ def _two(lab: Lab) -> Outcome:
             time.sleep(0.01)
         os.killpg(process.pid, signal.SIGKILL)
     with lab.started(*words) as first, lab.started(*words) as second:
-        codes = [process.wait(timeout=240) for process in (first, second)]
+        codes = [process.wait(timeout=600) for process in (first, second)]
         said = "".join(map(lab.said, (first, second)))
     assert codes == [0, 0] and said.count("step 1/") == 1 and "waiting for it" in said
     assert not partial.exists() and "Traceback" not in said

@@ -14,7 +14,7 @@ WRITTEN = ".step_000008.partial"  # what step 8's state is called until it is wh
 
 def _seen_writing(lab: Lab, process: subprocess.Popen[str]) -> None:
     """Return while the state of step 8 is being written."""
-    end = time.monotonic() + 200
+    end = time.monotonic() + 600
     while not (lab.run / "resume" / WRITTEN).exists():
         assert time.monotonic() < end and process.poll() is None, lab.said(process)
         time.sleep(0.001)
@@ -48,7 +48,7 @@ def _told(lab: Lab) -> Outcome:
     with lab.started("train", lab.recipe, "--arm", ARM, ASYNC, LAB=str(lab.run)) as process:
         _seen_writing(lab, process)
         process.send_signal(signal.SIGTERM)
-        code, said, left = process.wait(timeout=120), lab.said(process), orphans(lab.run)
+        code, said, left = process.wait(timeout=600), lab.said(process), orphans(lab.run)
     step = len(lab.rows())
     assert code == SAVED and not left and f"is saved at step {step} of {STEPS}" in assert_one_line(said), (said, left)
     kept = sorted(path.name for path in (lab.run / "resume").iterdir())

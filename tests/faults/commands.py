@@ -26,12 +26,12 @@ def told(lab: Lab, number: int, words: list[str | Path], ready: Callable[[subpro
     """Start the command and tell its group to stop once `ready`: one line, its code, nothing of it left running."""
     name, codes = ENDS[signal.Signals(number)]
     with lab.started(*words, LAB=str(lab.run)) as process:
-        end = time.monotonic() + 120
+        end = time.monotonic() + 600
         while not ready(process):
             assert process.poll() is None and time.monotonic() < end, lab.said(process)
             time.sleep(0.01)
         os.killpg(process.pid, number)
-        code = process.wait(timeout=60)
+        code = process.wait(timeout=600)
         said, left = lab.said(process), orphans(lab.run)
     assert code in codes and assert_one_line(said) == f"eaft: {name}: {KEPT}", (code, said)
     assert not left, left
@@ -86,12 +86,12 @@ def _reproduce(lab: Lab) -> Outcome:
     words = ["reproduce", lab.snapshots / "whole" / lab.run.name, "--output", lab.folder / "again"]
     made = lab.folder / "again" / lab.run.name
     with lab.started(*words, LAB=str(lab.run)) as process:
-        end = time.monotonic() + 200
+        end = time.monotonic() + 600
         while len(read_rows(made)) < 10:
             assert process.poll() is None and time.monotonic() < end, lab.said(process)
             time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
-        code, said, left = process.wait(timeout=60), lab.said(process), orphans(lab.run)
+        code, said, left = process.wait(timeout=600), lab.said(process), orphans(lab.run)
     step = len(read_rows(made))
     assert code == SAVED and not left and f"is saved at step {step} of {STEPS}" in assert_one_line(said), (code, said)
     seen = lab.eaft(*words)

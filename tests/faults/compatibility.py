@@ -83,7 +83,7 @@ def _export_fails(lab: Lab) -> Outcome:
     with lab.started("train", lab.recipe, "--arm", "eaft") as process:
         lab.wait_for_step(process, 12)
         blocked.symlink_to(lab.folder / "nowhere")
-        process.wait(timeout=200)
+        process.wait(timeout=600)
     assert process.returncode != 0 and len(lab.rows()) == 20, lab.said(process)
     blocked.unlink()
     again = lab.train()

@@ -152,7 +152,7 @@ def _disk_full(lab: Lab) -> Outcome:
             with contextlib.suppress(OSError), (lab.out / "ballast").open("wb") as stream:
                 while True:
                     stream.write(bytes(1 << 16))
-            code, said = process.wait(timeout=60), lab.said(process)
+            code, said = process.wait(timeout=600), lab.said(process)
         assert code == DISK_FULL and "no space left while writing" in assert_one_line(said), said
         (lab.out / "ballast").unlink()
         again = lab.train()
@@ -190,10 +190,10 @@ def _hanging_grader(lab: Lab) -> Outcome:
 @fault("GRPO: the rollout server is stopped for ever", "exit 6, the silent server named", slow=True)
 def _hung_server(lab: Lab) -> Outcome:
     with lab.started("train", lab.recipe, "--arm", ARM, **grpo(lab), EAFT_HANG_SECONDS="90") as process:
-        lab.wait_for_step(process, 2, timeout=300)
+        lab.wait_for_step(process, 2)
         (server,) = family(process, "ray::HfServer")
         server.suspend()
-        code, said, left = process.wait(timeout=240), lab.said(process), orphans(lab.run)
+        code, said, left = process.wait(timeout=600), lab.said(process), orphans(lab.run)
     line = assert_one_line(said)
     assert code == HUNG and f"(pid {server.pid} on" in line and not left, (code, said, left)
     assert "HfServer" in line and len(list((lab.run / "stacks").glob("*--*.txt"))) >= 4
@@ -204,10 +204,10 @@ def _hung_server(lab: Lab) -> Outcome:
 def _grpo_ctrl_c(lab: Lab) -> Outcome:
     env = grpo(lab)
     with lab.started("train", lab.recipe, "--arm", ARM, **env) as process:
-        lab.wait_for_step(process, 3, timeout=300)
+        lab.wait_for_step(process, 3)
         process.send_signal(signal.SIGINT)
         started = time.monotonic()
-        code, said, left = process.wait(timeout=120), lab.said(process), orphans(lab.run)
+        code, said, left = process.wait(timeout=600), lab.said(process), orphans(lab.run)
         seconds = time.monotonic() - started
     step = len(lab.rows())
     assert code == 130 and f"Ctrl-C: {lab.run} is saved at step {step} of 8" in assert_one_line(said), said

@@ -119,7 +119,7 @@ class Lab:
         """Variables of a command."""
         return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **env}
 
-    def eaft(self, *words: str | Path, timeout: float = 400.0, **env: str) -> Seen:
+    def eaft(self, *words: str | Path, timeout: float = 600.0, **env: str) -> Seen:
         """Run a command to its end; again, as it says, where a busy machine has not let Ray start within its 30 s."""
         if self.fork and not env:
             told = self.folder / "said.txt"
@@ -139,7 +139,7 @@ class Lab:
         """What a command has printed so far."""
         return (self.folder / f"said-{process.pid}.txt").read_text(encoding="utf-8", errors="replace")
 
-    def train(self, *overrides: str, timeout: float = 400.0, **env: str) -> Seen:
+    def train(self, *overrides: str, timeout: float = 600.0, **env: str) -> Seen:
         """`eaft train` of the recipe's arm."""
         return self.eaft("train", self.recipe, "--arm", ARM, *overrides, timeout=timeout, **env)
 
@@ -169,9 +169,13 @@ class Lab:
         """Make `out` that of an arm killed with all its processes after step 10; it saved at steps 4 and 8."""
         kept = self.snapshots / "interrupted"
         if not kept.exists():
-            with self.started("train", self.recipe, "--arm", ARM) as process:
-                self.wait_for_step(process, 10)
-                os.killpg(process.pid, signal.SIGKILL)
+            for _ in range(5):
+                shutil.rmtree(self.out, ignore_errors=True)
+                with self.started("train", self.recipe, "--arm", ARM) as process:
+                    self.wait_for_step(process, 10)
+                    os.killpg(process.pid, signal.SIGKILL)
+                if self.saved() == [4, 8]:  # else a busy machine has killed it too late
+                    break
             shutil.copytree(self.out, kept)
         shutil.rmtree(self.out, ignore_errors=True)
         shutil.copytree(kept, self.out)
@@ -189,6 +193,10 @@ class Lab:
                 aside.rename(self.out)
         return read_rows(kept / self.run.name)
 
+    def saved(self) -> list[int]:
+        """Steps of the arm that can be gone on from."""
+        return sorted(int(file.parent.name.rpartition("_")[2]) for file in self.run.glob("resume/step_*/manifest.json"))
+
     def rows(self) -> list[dict[str, float]]:
         """Training rows of the arm so far."""
         return read_rows(self.run)
@@ -199,7 +207,7 @@ class Lab:
         mine, theirs = ([[row[name] for name in names] for row in rows] for rows in (self.rows(), self.whole()))
         assert mine == theirs and len(mine) == STEPS, "not the uninterrupted run"
 
-    def wait_for_step(self, process: subprocess.Popen[str], step: int, timeout: float = 400.0) -> None:
+    def wait_for_step(self, process: subprocess.Popen[str], step: int, timeout: float = 600.0) -> None:
         """Return as soon as this many steps are logged; the command must still run then."""
         end = time.monotonic() + timeout
         while process.poll() is None and len(self.rows()) < step:

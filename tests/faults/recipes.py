@@ -107,7 +107,7 @@ def _no_start(lab: Lab) -> Outcome:
 def _stale_start(lab: Lab) -> Outcome:
     _recipe_of(lab, CHAINS)
     short = ("verl.trainer.total_training_steps=2",)
-    assert lab.eaft("compare", lab.recipe, *short, timeout=900).code == 0
+    assert lab.eaft("compare", lab.recipe, *short).code == 0
     shutil.rmtree(lab.run)
     assert lab.eaft("train", lab.recipe, "--arm", ARM, "verl.optim.lr=2e-3", *short).code == 0
     seen = lab.eaft("train", lab.recipe, "--arm", "next", *short)

@@ -49,6 +49,9 @@ def dies_at_import(response, answer):
 """
 
 
+PATIENT_S = 60.0  # for answers that come; a grader that hangs ends itself some seconds later
+
+
 @pytest.fixture
 def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., GradingProcess]]:
     """GradingProcess of a grader in my_graders.py, closed afterwards."""
@@ -56,8 +59,8 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[.
     monkeypatch.syspath_prepend(str(tmp_path))
     made: list[GradingProcess] = []
 
-    def make(grader: str = "my_graders:grade", seconds: float = 1.0) -> GradingProcess:
-        made.append(GradingProcess(grader, seconds))
+    def make(grader: str = "my_graders:grade") -> GradingProcess:
+        made.append(GradingProcess(grader, PATIENT_S))
         return made[-1]
 
     yield make
@@ -71,8 +74,16 @@ def alive(pid: int) -> bool:
     return status.exists() and "State:\tZ" not in status.read_text()
 
 
+def assert_ends(pid: int) -> None:
+    """Killed or told, and gone once the kernel has come to it."""
+    latest = time.monotonic() + 60
+    while alive(pid):
+        assert time.monotonic() < latest, "still there"
+        time.sleep(0.01)
+
+
 def test_one_process_grades_many_answers(make):
-    process = make("number", 10.0)
+    process = make("number")
     assert process.pid is None
     assert process.grade("It is 7", "7") == Grade(1.0)
     pid = process.pid
@@ -90,21 +101,22 @@ def test_one_process_grades_many_answers(make):
 def test_a_grader_that_hangs_or_dies_is_cut_off_and_replaced(make, response: str):
     process = make()
     assert process.grade("x" * 1000, "") == Grade(0.001)
-    pid, started = process.pid, time.monotonic()
+    pid, started, process.seconds = process.pid, time.monotonic(), 1.0
     assert process.grade(response, "") == Grade(0.0, "timeout")
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < PATIENT_S / 2
     assert not alive(pid)
+    process.seconds = PATIENT_S
     assert process.grade("x" * 1000, "") == Grade(0.001)
     assert process.pid != pid
 
 
 def test_what_a_grader_started_ends_with_it(make, tmp_path: Path):
-    process = make()
-    assert process.grade(f"leave {tmp_path / 'pid'}", "") == Grade(0.0, "timeout")
-    pid, end = int((tmp_path / "pid").read_text()), time.monotonic() + 30
-    while alive(pid) and time.monotonic() < end:  # killed, and gone once the kernel has come to it
-        time.sleep(0.05)
-    assert not alive(pid)
+    process, file = make(), tmp_path / "pid"
+    process.seconds = 1.0
+    while not (file.exists() and file.read_text()):  # a slow machine has started nothing by then
+        assert process.grade(f"leave {file}", "") == Grade(0.0, "timeout") and process.seconds < PATIENT_S
+        process.seconds *= 2
+    assert_ends(int(file.read_text()))
 
 
 def test_a_script_needs_no_guard_and_its_thinking_is_cut_before_its_length(tmp_path: Path):
@@ -142,12 +154,12 @@ def test_a_process_that_was_killed_while_idle_is_replaced(make):
     process = make("number")
     process.grade("7", "7")
     os.kill(process.pid, 9)
-    time.sleep(0.2)
+    assert_ends(process.pid)
     assert process.grade("7", "7") == Grade(1.0)
 
 
 def test_threads_share_it(make):
-    process, grades = make("number", 10.0), []
+    process, grades = make("number"), []
     threads = [
         threading.Thread(target=lambda n=n: grades.append((n, process.grade(str(n), "7").score))) for n in range(16)
     ]
@@ -172,8 +184,7 @@ def test_it_ends_with_its_parent():
         "p = GradingProcess('number'); p.grade('7', '7'); print(p.pid, flush=True)\n"
         "import os; os._exit(0)"
     )
-    pid = int(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
-    deadline = time.monotonic() + 5
-    while alive(pid) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not alive(pid)
+    done = subprocess.run(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, check=True
+    )  # the child has our stderr
+    assert_ends(int(done.stdout))

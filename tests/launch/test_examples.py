@@ -26,7 +26,7 @@ YAMLLINT = "{extends: default, rules: {line-length: {max: 140}, document-start: 
 def dry_run(command: list[str], cwd: Path = ROOT, **environ: str) -> str:
     """What it prints with DRY_RUN=1."""
     environ = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "DRY_RUN": "1", **environ}
-    done = subprocess.run(command, env=environ, cwd=cwd, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(command, env=environ, cwd=cwd, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -158,7 +158,7 @@ def test_the_slurm_script_gives_workers_an_address_and_ends_when_ray_does(
     environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path), "SLURM_JOB_ID": "7"}
     environ |= {"SLURM_JOB_NODELIST": "n1", "SLURM_CPUS_ON_NODE": "2"}
     command = ["bash", str(EXAMPLES / "slurm.sbatch"), "recipe.yaml"]
-    done = subprocess.run(command, env=environ, cwd=tmp_path, capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run(command, env=environ, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 1 and "ray start has ended on n1" in done.stderr, done.stderr
     assert f"ray start --head --node-ip-address {head} --port 20007" in done.stdout
     assert not list((tmp_path / ".ray").iterdir()), "no token is left"

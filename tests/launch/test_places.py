@@ -305,7 +305,7 @@ def test_a_ray_that_does_not_answer_is_refused_within_seconds(monkeypatch: pytes
         "try: ray_jobs.connect(f'http://127.0.0.1:{server.getsockname()[1]}')\n"
         "except ConfigError as error: print(error)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600, check=True)
     silent, wrong, token = done.stdout.splitlines()[0], done.stdout.splitlines()[1], done.stdout
     assert "does not answer within" in silent and "ssh -L" in silent
     assert "must be http://HOST:PORT" in wrong

@@ -93,7 +93,7 @@ def slurm() -> Iterator[dict[str, str]]:
             quiet = {"stdout": subprocess.DEVNULL, "stderr": (here / f"{command[0]}.err").open("w")}
             running.append(subprocess.Popen(command, env=environ, start_new_session=True, **quiet))
             time.sleep(1)
-        until = time.monotonic() + 30
+        until = time.monotonic() + 120
         while "idle" not in (seen := shown(environ, "sinfo", "-h", "-o", "%T")):
             errors = "\n".join(file.read_text()[-800:] for file in here.glob("*.err"))
             assert time.monotonic() < until, f"{seen}\n{errors}"
@@ -102,7 +102,7 @@ def slurm() -> Iterator[dict[str, str]]:
     finally:
         for daemon in reversed(running):
             daemon.terminate()
-            daemon.wait(20)
+            daemon.wait(120)
         shutil.rmtree(here, ignore_errors=True)
 
 

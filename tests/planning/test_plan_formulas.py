@@ -244,7 +244,7 @@ SETUPS = st.builds(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(setup=SETUPS, factor=st.integers(2, 8))
 def test_more_devices_never_need_more_of_each(setup: Setup, factor: int) -> None:
     more = replace(setup, devices=8 * factor, shards=8 * factor)
@@ -252,13 +252,13 @@ def test_more_devices_never_need_more_of_each(setup: Setup, factor: int) -> None
     assert update_seconds(more, SPEED["A100"])["arithmetic"] < update_seconds(setup, SPEED["A100"])["arithmetic"]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(setup=SETUPS, more=st.integers(1, 40000))
 def test_memory_grows_with_tokens(setup: Setup, more: int) -> None:
     assert peak_gib(replace(setup, tokens=setup.tokens + more)) >= peak_gib(setup)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(setup=SETUPS, rank=st.sampled_from([1, 8, 64]))
 def test_lora_needs_less_than_full_training(setup: Setup, rank: int) -> None:
     lora = replace(setup, adapter=setup.model.adapter(rank, "all-linear"))
@@ -267,7 +267,7 @@ def test_lora_needs_less_than_full_training(setup: Setup, rank: int) -> None:
     assert update_flops(lora) < update_flops(setup)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(setup=SETUPS)
 def test_offloading_moves_bytes_from_devices_to_hosts(setup: Setup) -> None:
     setup = replace(setup, cuda=True)
@@ -277,7 +277,7 @@ def test_offloading_moves_bytes_from_devices_to_hosts(setup: Setup) -> None:
     assert sum(update_seconds(offloaded, SPEED["A100"]).values()) > sum(update_seconds(setup, SPEED["A100"]).values())
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(setup=SETUPS)
 def test_recomputation_trades_time_for_memory(setup: Setup) -> None:
     kept, again = (replace(setup, checkpointing=flag) for flag in (False, True))

@@ -121,7 +121,7 @@ def test_no_markup_of_a_text_survives(text):
     assert_inert(text)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.text(alphabet="![](){}<>&;#*_~`|\\$:/-+=.1^ax w\n\t\"'\u00a0\u00b7\u25b2", max_size=24))
 def test_no_markup_of_any_text_survives(text):
     assert_inert(text)
@@ -336,7 +336,7 @@ def test_the_page_opens_without_console_errors(made, tmp_path):
     quiet = "--no-sandbox --disable-gpu --disable-background-networking --no-first-run --disable-component-update"
     command = [CHROMIUM, "--headless", *quiet.split(), "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}"]
     command += ["--enable-logging=stderr", "--dump-dom", (made[1] / "report.html").as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
     assert "CONSOLE" not in done.stderr
     assert done.stdout.count("<h2>") == 10
     assert "<script>" not in done.stdout

@@ -33,7 +33,7 @@ row = st.lists(st.integers(0, 1), min_size=1, max_size=24)
 tails = st.lists(st.tuples(st.integers(0, 60), row), min_size=1, max_size=9)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(tails=tails, trunk=st.lists(st.integers(0, 1), min_size=60, max_size=60), shuffle=st.randoms())
 def test_every_token_sees_what_is_before_it_in_its_row(
     tails: list[tuple[int, list[int]]], trunk: list[int], shuffle: Any

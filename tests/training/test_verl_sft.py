@@ -117,7 +117,7 @@ def test_the_trajectory_is_that_of_the_arms_worker(tiny_model_path: Path, tmp_pa
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1500,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     logged = [json.loads(line)["data"] for line in log.read_text().splitlines()]

@@ -7,10 +7,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from eaft_verl.errors import HUNG, Hung
+from eaft_verl.training import watchdog
 from eaft_verl.training.watchdog import LIMIT, Watchdog
 
 WORKER = """
@@ -18,6 +20,7 @@ import time
 from eaft_verl.training.stacks import write_stacks_when_asked
 write_stacks_when_asked()
 def deep_in_a_call():
+    print("there", flush=True)
     time.sleep(600)
 deep_in_a_call()
 """
@@ -26,23 +29,20 @@ deep_in_a_call()
 def worker(watch: Watchdog) -> subprocess.Popen[bytes]:
     """A process that has registered, as Ray's workers do."""
     environ = {**os.environ, **watch.variables, "RAY_RAYLET_PID": "1"}
-    started = subprocess.Popen([sys.executable, "-c", WORKER], env=environ)
-    while not (watch.folder / f"{socket.gethostname()}--{started.pid}.txt").exists():
-        assert started.poll() is None
-        time.sleep(0.01)
-    time.sleep(0.2)  # for it to be in its call
+    started = subprocess.Popen([sys.executable, "-c", WORKER], env=environ, stdout=subprocess.PIPE)
+    assert started.stdout and started.stdout.readline() == b"there\n"
     return started
 
 
 def test_stacks_of_all_the_silent_named_and_everything_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(LIMIT, "4")
-    workers: list[subprocess.Popen[bytes]] = []
+    monkeypatch.setenv(LIMIT, "1")
+    watch = Watchdog(tmp_path)
+    workers = [worker(watch), worker(watch)]
+    workers[1].send_signal(signal.SIGSTOP)
+    watch.beat(0.1)
 
     def driver() -> None:
-        with Watchdog(tmp_path) as watch:
-            workers.extend([worker(watch), worker(watch)])
-            workers[1].send_signal(signal.SIGSTOP)
-            watch.beat(0.1)
+        with watch:
             for one in workers:
                 one.wait(60)
 
@@ -83,6 +83,7 @@ def test_a_job_that_was_suspended_has_not_been_hanging(tmp_path: Path) -> None:
 
 def test_a_foreign_process_that_took_over_a_pid_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(LIMIT, "1")
+    monkeypatch.setattr(watchdog, "ANSWER_S", 0.1)  # nobody is asked, so nobody answers
 
     def driver() -> None:
         with Watchdog(tmp_path) as watch:
@@ -98,15 +99,33 @@ def test_a_foreign_process_that_took_over_a_pid_is_left_alone(tmp_path: Path, mo
 
 
 def test_progress_keeps_it_quiet_and_slow_steps_are_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that moves while it waits, and only then."""
     monkeypatch.setenv(LIMIT, "1")
-    with Watchdog(tmp_path) as watch:
-        for _ in range(15):
-            time.sleep(0.1)
+    now, ended = 100.0, []
+
+    def wait(seconds: float) -> bool:
+        nonlocal now
+        now += seconds
+        if now < 110:
             watch.beat()
-        for seconds in (2.0, 3.0, 400.0):
-            watch.beat(seconds)
-        assert watch.limit == 30.0  # ten times the median
-        time.sleep(1.5)
+        elif not watch.steps:
+            for step_s in (2.0, 3.0, 400.0):
+                watch.beat(step_s)
+        return now > 200
+
+    monkeypatch.setattr(watchdog, "time", SimpleNamespace(monotonic=lambda: now))
+    watch = Watchdog(tmp_path)
+    monkeypatch.setattr(watch, "leave", SimpleNamespace(wait=wait))
+    monkeypatch.setattr(watch, "_end", lambda: ended.append(now))
+    watch._watch()
+    assert watch.limit == 30.0  # ten times the median
+    assert ended == [pytest.approx(140, abs=0.3)]
+
+
+def test_a_training_that_ends_leaves_no_stacks(tmp_path: Path) -> None:
+    with Watchdog(tmp_path) as watch:
+        watch.beat()
+        assert watch.thread.is_alive() and (tmp_path / "stacks").exists()
     assert not watch.verdict and not (tmp_path / "stacks").exists()
 
 
