@@ -267,14 +267,10 @@ def run_benchmarks(language: Any, benchmarks: list[Benchmark]) -> list[tuple[dic
     random.seed(SEED)
     np.random.seed(SEED)
     torch.manual_seed(SEED)
+    tasks = {name: task for one in benchmarks for name, task in one.tasks.items()}
+    groups = {name: group for one in benchmarks for name, group in one.groups.items()}
+    documents = {name: chosen for one in benchmarks for name, chosen in (one.documents or {}).items()}
     # without a template, choices are weighed where the task's own text ends
-    tasks: dict[str, Any] = {}
-    groups: dict[str, Any] = {}
-    documents: dict[str, Any] = {}
-    for one in benchmarks:
-        tasks |= one.tasks
-        groups |= one.groups
-        documents |= one.documents or {}
     writes = any(task.OUTPUT_TYPE == "generate_until" for task in tasks.values())
     as_chat = writes or bool(language.tokenizer.chat_template)
     with quiet():
