@@ -10,7 +10,7 @@ OFFLOADS = ("param_offload", "optimizer_offload", "offload_policy")
 
 
 def check_engine(config: Config) -> None:
-    """Raise ConfigError for a strategy, a head, a precision, a wrapping or an attention that would not train as asked."""
+    """Raise ConfigError for a strategy, head, precision, wrapping or attention that would not train as asked."""
     model, engine = config.verl.model, config.verl.engine
     require(
         engine.strategy == "fsdp2",
