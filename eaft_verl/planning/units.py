@@ -13,8 +13,8 @@ def one_unit(config: Config, model: str) -> bool:
     """Whether the layers of the arm's model are one unit. model: as `architecture_of` takes it.
 
     As `verl.engine.wrap_policy.disable` says, and where that is null: on one GPU, for a model of at most SMALL
-    parameters whose sizes are known, unless something needs the layers. Of 0.5 B on an H100 a step took 0.2295 s in
-    place of 0.2635 (recipes/results/gpu_h100.json); on a CPU nothing is gained.
+    parameters whose sizes are known, unless something needs the layers. Of 0.5 B on an H100 a step took 0.63 to 0.85
+    times as long, without a gain in one of six tries (recipes/results/gpu_h100.json); on a CPU nothing is gained.
     """
     if (said := config.verl.engine.wrap_policy["disable"]) is not None:
         return said
