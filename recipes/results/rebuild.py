@@ -228,18 +228,19 @@ def _of_h100(found: Row) -> list[Row]:
     worst = max(value for key, value in found["engine"].items() if "worst" in key)
     row = {"name": "h100.engine", "value": worst, "unit": "relative", "says": ["at worst {value:.0e} apart"]}
     rows.append(row | {"commit": commits["engine"]})
-    return [row | about for row in [*rows, *_of_steps(found["step"], commits["step"]), *_of_study(found)]]
+    return [row | about for row in [*rows, *_of_steps(found["step"]["one FSDP unit"]), *_of_study(found)]]
 
 
-def _of_steps(found: Row, commit: str) -> list[Row]:
-    """An update beside TRL's, at two sizes."""
-    short, long = (found[name]["our sft / TRL"] for name in ("fused AdamW too", "twice the tokens"))
+def _of_steps(found: Row) -> list[Row]:
+    """An update beside TRL's, and beside that of verl's own engine, which takes a unit per layer."""
+    trl, verl = found["beside TRL"], found["flash-attn's cross entropy"]
+    times = verl["one unit (null)"]["our sft"]["s"] / verl["a unit per layer (false)"]["verl sft"]["s"]
     return [
-        {"name": f"h100.trl.{name}", "value": value, "unit": "times", "says": [says], "commit": commit}
-        for name, value, says in (
-            ("short", short["s"], "H100 it took {value:.2f} times TRL's"),
-            ("long", long["s"], "of 512 tokens and {value:.2f} times at 1,024"),
-            ("memory", long["GiB"], "in {value:.2f} times the memory"),
+        {"name": f"h100.{name}", "value": value, "unit": "times", "says": [says], "commit": commit}
+        for name, value, says, commit in (
+            ("trl.seconds", trl["our sft / TRL"]["s"], "H100 it took {value:.2f} times TRL's", trl["commit"]),
+            ("trl.memory", trl["our sft / TRL"]["GiB"], "in {value:.2f} times the memory", trl["commit"]),
+            ("verl", times, "and {value:.2f} times that of verl's own engine", verl["commit"]),
         )
     ]
 
