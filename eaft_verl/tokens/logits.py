@@ -14,7 +14,8 @@ from torch import Tensor
 from eaft_verl.tokens.chunks import CHUNK_TOKENS
 from eaft_verl.tokens.stats import TOPK
 
-CPU_CHUNK_TOKENS = 16  # without a gradient to keep, rows that stay in a core's cache: twice as fast
+CPU_CHUNK_TOKENS = 64  # rows of a pass without a gradient: enough that the work on their K best is done at once
+_CACHED_BYTES = 1_600_000  # per thread, of the two float32 copies of some rows: they stay in a core's second cache
 _NEIGHBOURS = 64  # logits of a group in `largest`
 
 
@@ -114,7 +115,7 @@ def distribution_of(
     k: int = TOPK,
     by: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] | None = None,
 ) -> Distribution:
-    """The same, of (rows [R], their logits [R, V]); these are used up, and on a CPU best few enough for its cache.
+    """The same, of (rows [R], their logits [R, V]); these may be used up.
 
     by: what takes the place of `row_distribution`.
     """
@@ -127,19 +128,46 @@ def distribution_of(
     return Distribution(nll_T, entropy_T, full_T, max_T, sum_p2_T, mass_T, argmax_T)
 
 
+@torch.no_grad()
 def row_distribution(logits_RV: Tensor, labels_R: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Six numbers [6, R] in the order of Distribution and the most likely token [R] of some rows; uses them up."""
-    best_RK, ids_RK, wide_RV, label_R = _relative(logits_RV, labels_R, k)
-    prob_RV = wide_RV.exp()
-    total_R = prob_RV.sum(dim=-1)
-    # in place: memory of this size is given back to the system, and faulted in again, at every allocation on a CPU
-    weighed_R = wide_RV.mul_(prob_RV).nansum(dim=-1)  # -inf * 0 counts as 0; of a row with NaN the total says so
+    """Six numbers [6, R] in the order of Distribution and the most likely token [R] of some rows."""
+    most_RG, (total_R, weighed_R, norm_R) = _sums(logits_RV)
+    best_RK, ids_RK = largest(logits_RV, min(max(k, TOPK), logits_RV.shape[-1]), most_RG)
+    best_RK = best_RK.to(most_RG.dtype)
+    # relative to the largest logit, so that a confident token's small nll is no difference of two large numbers
+    label_R = logits_RV.gather(-1, labels_R[:, None]).squeeze(-1).to(most_RG.dtype) - best_RK[:, 0]
     nll_R, entropy_R = total_R.log() - label_R, topk_entropy(best_RK[:, :k])
     full_entropy_R = total_R.log() - weighed_R / total_R
-    sum_p2_R = (torch.linalg.vector_norm(prob_RV, dim=-1) / total_R).square()
+    sum_p2_R = (norm_R / total_R).square()
     mass_R = ((best_RK[:, :k] - best_RK[:, :1]).exp().sum(dim=-1) / total_R).clamp(max=1.0)
     parts = (nll_R, entropy_R, full_entropy_R, total_R.reciprocal(), sum_p2_R, mass_R)
     return torch.stack(parts), ids_RK[:, 0]
+
+
+def _sums(logits_RV: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest of every whole group of neighbours, [R, V // _NEIGHBOURS], and [3, R]: with z relative to a row's
+    largest, the sum of exp(z), of z exp(z), and the root of that of exp(z)^2. On a CPU a few rows at a time."""
+    (count, vocab), dtype, groups = logits_RV.shape, accumulator(logits_RV), logits_RV.shape[-1] // _NEIGHBOURS
+    most_RG = logits_RV.new_empty(count, groups, dtype=dtype)
+    sums_3R = logits_RV.new_empty(3, count, dtype=dtype)
+    rows = count
+    if logits_RV.device.type == "cpu":
+        rows = min(count, torch.get_num_threads() * max(1, _CACHED_BYTES // (2 * dtype.itemsize * vocab)))
+    held_2RV = logits_RV.new_empty(2, rows, vocab, dtype=dtype)
+    for start in range(0, count, rows):
+        here = slice(start, min(start + rows, count))
+        wide_RV, prob_RV = held_2RV[:, : here.stop - start]
+        wide_RV.copy_(logits_RV[here])
+        if groups:
+            whole_RGN = wide_RV[:, : groups * _NEIGHBOURS].unflatten(-1, (groups, _NEIGHBOURS))
+            torch.amax(whole_RGN, dim=-1, out=most_RG[here])
+        largest_R1 = torch.cat([most_RG[here], wide_RV[:, groups * _NEIGHBOURS :]], dim=-1).amax(dim=-1, keepdim=True)
+        torch.exp(wide_RV.sub_(largest_R1), out=prob_RV)
+        sums_3R[0, here] = prob_RV.sum(dim=-1)
+        sums_3R[2, here] = torch.linalg.vector_norm(prob_RV, dim=-1)
+        # -inf * 0 counts as 0; of a row with NaN the sum of exp(z) says so
+        sums_3R[1, here] = wide_RV.mul_(prob_RV).nansum(dim=-1)
+    return most_RG, sums_3R
 
 
 def _relative(logits_RV: Tensor, labels_R: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -158,22 +186,24 @@ def _relative(logits_RV: Tensor, labels_R: Tensor, k: int) -> tuple[Tensor, Tens
     return best_RK, ids_RK, wide_RV, wide_RV.gather(-1, labels_R[:, None]).squeeze(-1)
 
 
-def largest(rows_RV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def largest(rows_RV: Tensor, k: int, most_RG: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The k largest values of each row, in order, and their places, [R, k] both: `torch.topk`, faster on a CPU.
 
     The k largest lie in the k groups of neighbours whose own largest are the largest, or behind the last whole group.
+    most_RG: the largest of every whole group, where it is known.
     """
     groups = rows_RV.shape[-1] // _NEIGHBOURS
     if rows_RV.device.type != "cpu" or groups < 8 * k:
         top = rows_RV.topk(k, dim=-1)
         return top.values, top.indices
     whole = groups * _NEIGHBOURS
-    most_RG = rows_RV[:, :whole].unflatten(-1, (groups, _NEIGHBOURS)).amax(dim=-1)
+    if most_RG is None:
+        most_RG = rows_RV[:, :whole].unflatten(-1, (groups, _NEIGHBOURS)).amax(dim=-1)
     start_RK = most_RG.topk(k, dim=-1, sorted=False).indices * _NEIGHBOURS
     inside_RC = (start_RK[..., None] + torch.arange(_NEIGHBOURS)).flatten(1)
     behind_RC = torch.arange(whole, rows_RV.shape[-1]).expand(len(rows_RV), -1)
     places_RC = torch.cat([inside_RC, behind_RC], dim=-1)
-    best = rows_RV.gather(-1, places_RC).topk(k, dim=-1)
+    best = rows_RV.gather(-1, places_RC).to(most_RG.dtype).topk(k, dim=-1)  # of bfloat16 it takes four times as long
     return best.values, places_RC.gather(-1, best.indices)
 
 
