@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,8 @@ SECTIONS = {
     "samples": "Samples",
     "about": "What was analysed",
 }
+_SOMETIMES = [f"{kind}_{name}" for kind in ("landscape", "landscape_log", "scatter") for name in TITLES]
+_SOMETIMES += ["gradients", "fidelity"]  # figures that not every page has
 _WORST = 4
 NAMED = 20  # sources in the table
 Row = dict[str, Any]
@@ -72,6 +74,7 @@ def write_page(
         drawn = draw(found)
     groups = _groups(data, words, examples, show)
     text = html(found, drawn, groups)
+    _forget(out / "figures", {*_SOMETIMES, *(f"words_{name}" for name in data.result["clouds"])} - {*drawn})
     for name, (image, shown) in drawn.items():
         write_bytes(out / "figures" / f"{name}.png", image)
         write_json(out / "figures" / f"{name}.json", shown)
@@ -80,6 +83,13 @@ def write_page(
     write_json(out / DATA, found)
     write_text(out / PAGE, text)
     return found
+
+
+def _forget(folder: Path, names: Iterable[str]) -> None:
+    """Remove what an earlier page has left of these figures: of answers, say, that this one is not given."""
+    for name in names:
+        for suffix in ("png", "json"):
+            (folder / f"{name}.{suffix}").unlink(missing_ok=True)
 
 
 def _alike(stores: Sequence[TokenStore]) -> None:

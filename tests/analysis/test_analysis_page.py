@@ -134,6 +134,22 @@ def test_a_store_alone_without_examples(tmp_path, tokenizer):
     assert "were not analysed" in page(tmp_path / "out")
 
 
+def test_a_page_keeps_no_figure_of_an_earlier_one(tmp_path, tokenizer):
+    vocab, out = len(tokenizer), tmp_path / "out"
+    stores = [
+        write_store(tmp_path / "data", vocab=vocab, **columns(vocab, 1)),
+        write_store(tmp_path / "own", vocab=vocab, origin="own", **columns(vocab, 2)),
+    ]
+    write_page(out, stores, tokenizer)
+    own, mine = out / "figures" / "landscape_own.png", out / "figures" / "landscape_mine.png"
+    mine.write_bytes(own.read_bytes())
+    write_page(out, stores[:1], tokenizer)
+    left = {path.name for path in (out / "figures").iterdir()}
+    fresh = tmp_path / "fresh"
+    write_page(fresh, stores[:1], tokenizer)
+    assert left == {path.name for path in (fresh / "figures").iterdir()} | {mine.name}
+
+
 def test_many_sources_and_text_that_steers(tmp_path, tokenizer):
     found = random_columns(12, 50, vocab=len(tokenizer))
     source = [f"part-{i:03} \x1b[31m\u202e" for i in range(600)]
