@@ -20,7 +20,7 @@ import psutil
 
 from eaft_verl.boundary import python_command
 from eaft_verl.errors import ConfigError, DataError, RunError
-from eaft_verl.experiment.processes import CAUSE_FILE, LOG_FILE, PATIENCE_S, Child, attend, run_stage
+from eaft_verl.experiment.processes import CAUSE_FILE, LOG_FILE, PATIENCE_S, WATCH_S, Child, attend, run_stage
 from eaft_verl.experiment.supervision import supervised
 from eaft_verl.files import read_json, write_json
 from eaft_verl.planning.formulas import GIB
@@ -99,6 +99,12 @@ class Lane:
         self.stopped = True
         for one in self.going:
             one.tell(number)
+
+    def rest(self, seconds: float) -> None:
+        """Look after those that go on for so long; shorter where the vital one has failed."""
+        until = time.monotonic() + seconds
+        while self.look() and (left := until - time.monotonic()) > 0:
+            time.sleep(min(WATCH_S, left))
 
     def finish(self) -> None:
         """Wait for all of them. Raises Interrupted as `run_stage` does."""
@@ -206,7 +212,8 @@ def run(stage: Stage, restarts: int, lane: Lane | None = None) -> str | None:
             return run_stage(_command(stage), environ, lane)
 
         with kept:
-            code = supervised(attempt, stage.run, restarts) if stage.arguments[0] == "train" else attempt()
+            rest = lane.rest if lane else None
+            code = supervised(attempt, stage.run, restarts, rest) if stage.arguments[0] == "train" else attempt()
         return _outcome(stage, code, time.monotonic() - started, Path(folder))
 
 

@@ -20,10 +20,13 @@ WORTH_ANOTHER = (LOST, HUNG)
 MOST_FRUITLESS = 2  # failures in a row without a new saved state: the next one would be the same
 
 
-def supervised(attempt: Callable[[], int], folder: Path, restarts: int) -> int:
+def supervised(
+    attempt: Callable[[], int], folder: Path, restarts: int, rest: Callable[[float], None] | None = None
+) -> int:
     """Exit code of the last attempt; after the loss of a worker or node it is made again, at most `restarts` times.
 
-    folder: of the run. Raises Interrupted as `run_stage` does.
+    folder: of the run. rest: what to do for so many seconds before a restart, not only sleep. Raises Interrupted as
+    `run_stage` does.
     """
     made, fruitless = 0, 0
     while True:
@@ -43,7 +46,7 @@ def supervised(attempt: Callable[[], int], folder: Path, restarts: int) -> int:
         pause = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**made)
         made += 1
         _restart(folder, f"restart {made} of {restarts} in {pause:.0f} s", saved_step(folder), code)
-        time.sleep(pause)
+        (rest or time.sleep)(pause)
         os.environ[WAIT] = str(NODES_S)
 
 

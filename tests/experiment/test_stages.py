@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from eaft_verl.errors import Interrupted
+from eaft_verl.errors import LOST, Interrupted
 from eaft_verl.experiment import compare, stages
 from eaft_verl.experiment.stages import Stage
 from eaft_verl.planning.arm_plan import ArmPlan
@@ -151,6 +151,21 @@ def test_evaluations_go_on_beside_the_trainings(world: World, capsys: pytest.Cap
     assert took["[base: evaluate"] < world.when("end b: train") - begun - 1  # before which nobody tells of it
     assert said.count("goes on beside other stages") == 3  # nothing is left that the last one could go on beside
     assert "[a: evaluate]\nsaid by a: evaluate\n[a: evaluate] done, " in said
+
+
+def test_evaluations_are_looked_after_while_a_training_waits_for_its_restart(
+    world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("eaft_verl.experiment.supervision.FIRST_PAUSE_S", 6.0)
+    world.configs, world.stages = world.configs[:1], world.stages[:1]
+    world.until = {"base: evaluate": "end a: train"}
+    world.codes = {"a: train": LOST}
+    begun = time.time()
+    assert compare._run_arms(world.base, world.configs, world.stages, 1, alone=False) == {"a": "cause of a: train"}
+    assert world.events.count("begin a: train") == 2
+    again = float(Path(f"{world.log}.times").read_text().split()[-2]) - begun
+    said = capsys.readouterr().out
+    assert int(said.split("[base: evaluate] done, ")[1].split()[0]) < again - 2  # not when the pause was over
 
 
 def test_a_training_that_leaves_no_room_waits_for_the_evaluations(
