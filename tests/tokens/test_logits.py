@@ -19,6 +19,7 @@ from eaft_verl.tokens.logits import (
     largest,
     logit_stats,
     reference_stats,
+    row_distribution,
     topk_entropy,
 )
 from eaft_verl.tokens.stats import BaseStats
@@ -320,6 +321,26 @@ def test_distribution_in_low_precision_is_float32_arithmetic(dtype, scale):
     for name, ours, expected in zip(Distribution._fields[:-1], found, truth, strict=False):
         assert ours.dtype == torch.float32
         assert ((ours - expected).abs() <= tolerance).all(), name
+
+
+@pytest.mark.parametrize("vocab", [50, 64 * 40, 64 * 40 + 7])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_few_rows_at_a_time_say_what_all_at_once_say(monkeypatch, vocab, dtype):
+    """17 rows in pieces that are no divisor of them; a largest logit behind the last whole group, -inf and NaN."""
+    logits_TV, labels_T, _, _ = random_tokens(3, tokens=17, vocab=vocab, scale=3.0)
+    logits_TV[4, -1], logits_TV[5, : vocab // 2], logits_TV[16, 3] = 40.0, -math.inf, math.nan
+    logits_TV, labels_T = logits_TV.to(dtype), labels_T.clamp(min=vocab // 2)
+    whole, best_R = row_distribution(logits_TV.clone(), labels_T, 7)
+    monkeypatch.setattr("eaft_verl.tokens.logits._CACHED_BYTES", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    pieces, likeliest_R = row_distribution(logits_TV.clone(), labels_T, 7)
+    assert torch.equal(pieces[:, :16], whole[:, :16]) and torch.equal(likeliest_R[:16], best_R[:16])
+    assert pieces[:, 16].isnan().all() and whole[:, 16].isnan().all()
+    truth = numpy_distribution(logits_TV[:16], labels_T[:16], 7)
+    for ours, expected in zip(pieces[:, :16], truth[:-1], strict=True):
+        assert_close(ours.double(), expected.double(), rtol=1e-5, atol=1e-5)
+    best_R = logits_TV[:16].gather(-1, likeliest_R[:16, None]).squeeze(-1)  # of equal ones any
+    assert torch.equal(best_R, logits_TV[:16].amax(dim=-1))
 
 
 @few
