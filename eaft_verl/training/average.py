@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoTokenizer
 from eaft_verl.errors import RunError
 from eaft_verl.evaluation.model_files import write_checksums
 from eaft_verl.files import new_folder
+from eaft_verl.training.dcp import finite
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 SIZES = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "tie_word_embeddings")
@@ -37,7 +38,7 @@ def average_weights(tuned: Path, other: Path, weight: float, target: Path) -> No
         shutil.copytree(tuned, partial, dirs_exist_ok=True)
         for name, place in ours.items():
             value = mean(place.read(name), theirs[name].read(name), weight)
-            if value.is_floating_point() and not value.isfinite().all():
+            if not finite(value):
                 raise RunError(f"{name} is not finite in {tuned}, in {other} or in their average, which is not made")
             written = place._replace(file=partial / place.file.name)
             written.write(value)

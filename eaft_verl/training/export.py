@@ -13,9 +13,10 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from eaft_verl.errors import ConfigError, RunError
+from eaft_verl.errors import ConfigError, Diverged, RunError
 from eaft_verl.evaluation.model_files import write_checksums
 from eaft_verl.files import new_folder
+from eaft_verl.training.dcp import finite
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -33,7 +34,8 @@ def export_weights(
 
     All ranks must walk the iterator: each weight is all-gathered as it is reached. The folder appears under its name
     only when it is complete and read back. ends: tokens that ended the trained turns, which generation has to stop at.
-    Raises RunError for a weight that is not finite in `dtype`, or that the files do not hold as it was.
+    Raises Diverged for weights that are not finite in `dtype`, RunError for one that the files do not hold
+    as it was.
     """
     config = AutoConfig.from_pretrained(base_model)
     state = {}
@@ -43,12 +45,13 @@ def export_weights(
             kept = weight.detach().to("cpu", DTYPES[dtype]).contiguous()
             # Rows that do not divide by the ranks are gathered into a longer buffer, which safetensors refuses.
             state[name] = kept if kept.untyped_storage().nbytes() == kept.nbytes else kept.clone()
-            if not state[name].isfinite().all():
-                raise FloatingPointError(f"weight {name} is not finite in {dtype}: the model is not exported")
     if not write:
         return
-    if bad := [name for name, weight in state.items() if not weight.isfinite().all()]:
-        raise RunError(f"{folder.name} is not exported: {len(bad)} weights are not finite in {dtype}, first {bad[0]}")
+    if bad := [name for name, weight in state.items() if not finite(weight)]:
+        raise Diverged(
+            f"{folder.name} is not exported: {len(bad)} weights are not finite in {dtype}, first {bad[0]}; go on with "
+            "resume=changed and a lower verl.optim.lr, or choose another output="
+        )
     with new_folder(folder) as partial:
         save_torch_state_dict(state, partial, metadata={"format": "pt"})
         write_companions(partial, base_model, dtype, ends)

@@ -6,7 +6,7 @@ import re
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError, RayTaskError, WorkerCrashedError
 
 from eaft_verl.cluster.ray_logs import details_kept
-from eaft_verl.errors import NO_SPACE, ConfigError, DiskFull, Diverged, Lost, OutOfMemory, RunError, WorkerFailed
+from eaft_verl.errors import NO_SPACE, ConfigError, DiskFull, Lost, OutOfMemory, RunError, WorkerFailed
 from eaft_verl.planning.units import one_unit
 from eaft_verl.recipe.config import Config
 from eaft_verl.runs import Run
@@ -26,7 +26,9 @@ def explained(error: BaseException, config: Config, run: Run) -> BaseException:
     if not isinstance(error, RayError):
         return error
     text, pids = f"{error}", [int(found) for found in re.findall(r"pid[=:] ?(\d+)", str(error))]
-    if isinstance(cause, RunError | ConfigError):  # ours, raised in another process
+    if isinstance(cause, RunError):  # ours, raised in another process
+        return cause
+    if isinstance(cause, ConfigError):
         return RunError(str(cause))
     where = details_kept(run, text, pids)
     said = " ".join(str(cause).split())
@@ -43,10 +45,6 @@ def explained(error: BaseException, config: Config, run: Run) -> BaseException:
 
 def _of_worker(cause: BaseException, said: str, text: str, where: str, pids: list[int]) -> RunError:
     """A worker's end that no number of the recipe explains; `text`: all that Ray says of it."""
-    if isinstance(cause, FloatingPointError):
-        return Diverged(
-            f"{said}; go on with resume=changed and a lower verl.optim.lr, or choose another output={where}"
-        )
     if isinstance(cause, RayActorError | WorkerCrashedError | NodeDiedError):
         pid = f" (pid {pids[0]})" if pids else ""
         return Lost(f"a worker{pid} has died: {_why(text)}{where}; run the same command again")

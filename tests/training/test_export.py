@@ -1,12 +1,14 @@
 """Where an exported model stops: at what the base stopped at, and at what ended the turns it was trained on."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
 
+from eaft_verl.errors import Diverged
 from eaft_verl.training.export import export_weights, generation_config, stored_weights
 
 
@@ -50,3 +52,21 @@ def test_weights_that_are_parts_of_longer_buffers_are_exported(tmp_path: Path) -
     expected = dict(stored_weights(base))
     made = dict(stored_weights(tmp_path / "export"))
     assert made.keys() == expected.keys() and all(torch.equal(made[name], expected[name]) for name in made)
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(float("nan"), "bfloat16"), (-float("inf"), "float32"), (7e4, "float16")])
+def test_weights_that_are_not_finite_are_not_exported(tmp_path: Path, value: float, dtype: str) -> None:
+    """Every rank gathers all of them first: one that stopped half way would leave the others waiting."""
+    base = tiny.tiny_model(tmp_path / "base")
+    weights, asked = dict(stored_weights(base)), []
+    names = sorted(weights)
+    weights[names[3]].view(-1)[5] = value
+
+    def gathered() -> Iterator[tuple[str, torch.Tensor]]:
+        for name in names:
+            asked.append(name)
+            yield name, weights[name]
+
+    with pytest.raises(Diverged, match=f"export is not exported: 1 weights .* {dtype}, first {names[3]}; go on with"):
+        export_weights(gathered(), tmp_path / "export", str(base), dtype, write=True)
+    assert asked == names and not (tmp_path / "export").exists()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from ray.exceptions import ActorDiedError, NodeDiedError, OutOfMemoryError, RayTaskError
 
-from eaft_verl.errors import RunError
+from eaft_verl.errors import Diverged, RunError
 from eaft_verl.runs import Run
 from eaft_verl.training.failures import explained, on_device
 
@@ -59,9 +59,9 @@ def text(error: BaseException) -> str:
         (raised(RuntimeError("basic_ios::clear: iostream error")), 5, "no space left while writing"),
         (OSError(errno.EDQUOT, "Disk quota exceeded", "/x/metrics.jsonl"), 5, "while writing /x/metrics.jsonl"),
         (
-            raised(FloatingPointError("weight w is not finite")),
+            raised(Diverged("1 weights are not finite in bfloat16, first w")),
             7,
-            "weight w is not finite; go on with resume=changed and a lower verl.optim.lr",
+            "1 weights are not finite in bfloat16, first w",
         ),
         (ActorDiedError(), 8, "a worker has died"),
         (NodeDiedError("the node 10.0.0.2 has died"), 8, "a worker has died: the node 10.0.0.2 has died"),
