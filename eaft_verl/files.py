@@ -182,18 +182,7 @@ def computed_once(folder: Path, key: str, make: Callable[[Path], None]) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with locked(folder.with_name(f".{folder.name}.lock"), busy=f"another process computes {folder}", wait=True):
         if not (folder / "meta.json").exists():
-            for leftover in folder.parent.glob(f".{folder.name}.*.partial"):  # of a process that was killed
-                shutil.rmtree(leftover)
-            partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".partial"))
-            partial.chmod(0o755)
-            started = time.monotonic()
-            make(partial)
-            seconds = time.monotonic() - started
-            files = sorted(partial.iterdir())
-            meta = {"key": key, "seconds": seconds, "sizes": {file.name: file.stat().st_size for file in files}}
-            write_json(partial / "meta.json", meta | {"hashes": {file.name: bytes_hash(file) for file in files}})
-            shutil.rmtree(folder, ignore_errors=True)
-            partial.rename(folder)
+            _make(folder, key, make)
         stored = _meta(folder)
         if stored["key"] != key:
             raise RunError(
@@ -206,6 +195,26 @@ def computed_once(folder: Path, key: str, make: Callable[[Path], None]) -> Path:
             if content_hash(folder / name) != stored["hashes"].get(name):
                 raise RunError(f"{folder / name} is not the file that was written; delete {folder}")
     return folder
+
+
+def _make(folder: Path, key: str, make: Callable[[Path], None]) -> None:
+    """A new `folder`; nothing is left of one whose making fails, nor of one whose process was killed."""
+    for leftover in folder.parent.glob(f".{folder.name}.*.partial"):
+        shutil.rmtree(leftover)
+    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".partial"))
+    partial.chmod(0o755)
+    try:
+        started = time.monotonic()
+        make(partial)
+        seconds = time.monotonic() - started
+        files = sorted(partial.iterdir())
+        meta = {"key": key, "seconds": seconds, "sizes": {file.name: file.stat().st_size for file in files}}
+        write_json(partial / "meta.json", meta | {"hashes": {file.name: bytes_hash(file) for file in files}})
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def _meta(folder: Path) -> dict[str, Any]:
