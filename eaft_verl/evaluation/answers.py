@@ -9,7 +9,7 @@ import torch
 
 from eaft_verl.data.parquet import Example
 from eaft_verl.evaluation.drift import make_probe
-from eaft_verl.evaluation.harness import load_model, release
+from eaft_verl.evaluation.loading import load_model, release
 from eaft_verl.evaluation.settings import EvaluateSettings
 from eaft_verl.files import write_jsonl
 from eaft_verl.runs import Run, answers_file

@@ -2,13 +2,12 @@
 
 import contextlib
 import functools
-import gc
 import importlib.metadata
 import random
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jinja2
 import lm_eval.models.huggingface
@@ -20,9 +19,6 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from torch import Tensor
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -31,7 +27,7 @@ from eaft_verl.data.template import template_arguments
 from eaft_verl.errors import DataError
 from eaft_verl.evaluation.benchmarks import Benchmark
 from eaft_verl.evaluation.endpoint import Endpoint, serve_loaded, serve_vllm
-from eaft_verl.evaluation.model_files import check_checksums, positions_of, require_all
+from eaft_verl.evaluation.model_files import positions_of
 from eaft_verl.evaluation.quiet import quiet
 from eaft_verl.evaluation.records import Fit, Sample, convert
 from eaft_verl.evaluation.responses import STOPS
@@ -42,7 +38,6 @@ from eaft_verl.models import hub_arguments, load_tokenizer
 
 SEED = 1234
 BATCH_SIZE = 32
-SMALL = 10**9  # weights of a model that is evaluated in float32 on any device
 _OF_THE_HARNESS = ("batch_size", "max_batch_size", "max_gen_toks", "think_end_token", "add_bos_token")
 PLAIN_CHAT = (  # see `plain_chat`
     r"{% for message in messages %}{% set text = message['content'] | trim %}"
@@ -52,62 +47,6 @@ PLAIN_CHAT = (  # see `plain_chat`
 )
 _PLAIN_CHAT = jinja2.Template(PLAIN_CHAT)
 MIN_ANSWER = 64  # tokens that a prompt must leave for a longer answer
-
-
-def load_model(path: Path | str, settings: EvaluateSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model, ready to evaluate, and its tokenizer (left padding).
-
-    float32 on the CPU and for small models; else bfloat16 with a float32 head: in bfloat16 logits the likeliest two
-    words are often exactly equal, and batch size and kernel then choose the answer. Eager attention on the CPU, the
-    model's default elsewhere. One GPU if there is one, spread over all if there are several; `backend_args` of hf
-    override.
-    """
-    check_checksums(Path(path))
-    given = settings.backend_args if settings.backend == "hf" else {}
-    device = str(given.get("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
-    exact = device == "cpu" or _parameters(path) <= SMALL
-    options: dict[str, Any] = {"dtype": given.get("dtype", "float32" if exact else "bfloat16")}
-    if attention := given.get("attn_implementation") or ("eager" if device == "cpu" else None):
-        options["attn_implementation"] = attention
-    if device == "cuda" and torch.cuda.device_count() > 1:
-        options["device_map"] = "auto"
-    with quiet():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(**hub_arguments(path), **options, output_loading_info=True)
-        model: PreTrainedModel = loaded[0]
-        tokenizer = AutoTokenizer.from_pretrained(**hub_arguments(path), padding_side="left")
-    require_all(path, loaded[1])  # of a hub id that was not at hand when the evaluation began
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model.generation_config = _greedy(model, tokenizer)
-    _widen_head(model)
-    if "device_map" not in options:
-        cast(torch.nn.Module, model).to(device)
-    return model.eval(), tokenizer
-
-
-def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """End tokens and nothing else: a shipped repetition penalty would apply to the base and not to its checkpoints."""
-    shipped = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(shipped if isinstance(shipped, list) else [shipped])} - {None}
-    return GenerationConfig(eos_token_id=sorted(ends), pad_token_id=tokenizer.pad_token_id)
-
-
-def _parameters(path: Path | str) -> int:
-    """Number of weights, from the configuration alone."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(**hub_arguments(path))).num_parameters()
-
-
-def _widen_head(model: PreTrainedModel) -> None:
-    """Logits in float32 from the last hidden state on; a head tied to the embedding gets a copy of its own."""
-    head = model.get_output_embeddings()
-    if not isinstance(head, torch.nn.Linear) or head.weight.dtype == torch.float32:
-        return
-    model.config.get_text_config().tie_word_embeddings = False  # the harness ties the weights of what it is given
-    head.weight = torch.nn.Parameter(head.weight.float(), requires_grad=False)
-    if head.bias is not None:
-        head.bias = torch.nn.Parameter(head.bias.float(), requires_grad=False)
-    head.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(), *inputs[1:]))
 
 
 def language_model(
@@ -220,13 +159,6 @@ def plain_chat(history: list[dict[str, str]], add_generation_prompt: bool = True
     A question that asks for its answer itself, at its end, is left as it is.
     """
     return _PLAIN_CHAT.render(messages=history)
-
-
-def release() -> None:
-    """Give memory back after the last reference to a model is gone."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def give_room(language: Any, benchmark: Benchmark) -> None:

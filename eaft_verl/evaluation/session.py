@@ -48,19 +48,19 @@ class Session:
 
     def model(self, path: Path | str) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
         """The checkpoint and its tokenizer; one model is held at a time, the last one is kept."""
-        from eaft_verl.evaluation import harness
+        from eaft_verl.evaluation import loading
 
         if self.loaded is None or self.loaded[0] != path:
             self.free()
-            self.loaded = (path, *harness.load_model(path, self.settings))
+            self.loaded = (path, *loading.load_model(path, self.settings))
         return self.loaded[1:]
 
     def free(self) -> None:
         """Release the held model."""
-        from eaft_verl.evaluation import harness
+        from eaft_verl.evaluation import loading
 
         self.loaded = None
-        harness.release()
+        loading.release()
 
     def book_time(self) -> None:
         """Add the seconds since the last call to run.json, so that a killed evaluation has booked what it did."""

@@ -204,7 +204,7 @@ def _filled(config: Config, panels: Sequence[Panel], tokenizer: Any, model: str,
 def _fidelity(model: str, examples: Sequence[Example]) -> dict[str, Any]:
     """`fidelity.measure` of these samples, by transformers alone: other K need logits, and a store keeps none."""
     from eaft_verl.analysis.fidelity import measure
-    from eaft_verl.evaluation.harness import load_model
+    from eaft_verl.evaluation.loading import load_model
     from eaft_verl.evaluation.settings import EvaluateSettings
     from eaft_verl.evaluation.teacher_forced import answer_logits
 

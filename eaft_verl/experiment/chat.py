@@ -108,7 +108,7 @@ def _typed(speakers: Sequence[Speaker]) -> Iterator[str]:
 def _answer(speaker: Speaker, asked: str, system: str | None, new_tokens: int, temperature: float) -> str:
     """The model's answer, which stays in its conversation as the question does."""
     from eaft_verl.evaluation.drift import make_probe
-    from eaft_verl.evaluation.harness import load_model
+    from eaft_verl.evaluation.loading import load_model
 
     if speaker.loaded is None:
         speaker.loaded = load_model(speaker.model, EvaluateSettings())

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tiny import tiny_model
 
-from eaft_verl.evaluation import harness
+from eaft_verl.evaluation import harness, loading
 from eaft_verl.evaluation.benchmarks import asked_together, load_benchmark
 from eaft_verl.evaluation.checkpoints import EvaluateSettings, evaluate_checkpoints
 from eaft_verl.evaluation.tasks import Entry
@@ -57,7 +57,7 @@ def test_records_are_those_of_each_by_itself(model, tmp_path, monkeypatch, capsy
 
 def test_what_does_not_fit_one_batch_is_asked_by_itself(model, tmp_path):
     settings = EvaluateSettings(max_length=512)
-    language = harness.language_model(*harness.load_model(model, settings), settings)
+    language = harness.language_model(*loading.load_model(model, settings), settings)
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"id": n, "problem": "P", "answer": "2"}) + "\n" for n in range(3)))
     entries = [Entry(name, limit=3) for name in ("gcd", "lcm")]

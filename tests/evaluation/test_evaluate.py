@@ -18,7 +18,7 @@ from eaft_verl.data.prepare import prepare
 from eaft_verl.data.spec import DataSpec
 from eaft_verl.errors import ConfigError, DataError, RunError
 from eaft_verl.evaluation import checkpoints as module
-from eaft_verl.evaluation import harness
+from eaft_verl.evaluation import harness, loading
 from eaft_verl.evaluation.benchmarks import Benchmark, _shares, load_benchmark
 from eaft_verl.evaluation.checkpoints import EvaluateSettings, evaluate_checkpoints
 from eaft_verl.evaluation.tasks import Entry
@@ -117,7 +117,7 @@ def test_a_date_in_the_template_is_the_one_of_training(models, tmp_path):
     tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}\n" + CHATML
     tokenizer.save_pretrained(folder)
     settings = EvaluateSettings(max_length=512)
-    model, tokenizer = harness.load_model(folder, settings)
+    model, tokenizer = loading.load_model(folder, settings)
     message = [{"role": "user", "content": "Hi"}]
     language = harness.language_model(model, tokenizer, settings)
     assert language.apply_chat_template(message) == render(tokenizer, message, generate=True)
@@ -260,7 +260,7 @@ def test_noise_of_answers_that_do_change_is_counted(models, settings, tmp_path, 
 
     def language_model(model, tokenizer, settings, batch_size=None):
         asked.append(batch_size)
-        chosen = harness.load_model(models[8], settings)[0] if batch_size else model
+        chosen = loading.load_model(models[8], settings)[0] if batch_size else model
         return real(chosen, tokenizer, settings, batch_size)
 
     monkeypatch.setattr(harness, "language_model", language_model)
@@ -324,7 +324,7 @@ def language_and_tasks(models, rows: list[dict], tmp_path: Path, max_length: int
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = EvaluateSettings(max_length=max_length)
-    language = harness.language_model(*harness.load_model(models[4], settings), settings)
+    language = harness.language_model(*loading.load_model(models[4], settings), settings)
     return language, load_benchmark(Entry("aime24", data=str(path)))
 
 
@@ -386,7 +386,7 @@ def test_a_limit_on_a_group_is_that_of_the_whole_group(models, tmp_path):
         group.add(task)
     whole = Benchmark("both", parts, {"both": group}, "1")
     settings = EvaluateSettings(max_length=120)
-    language = harness.language_model(*harness.load_model(models[4], settings), settings)
+    language = harness.language_model(*loading.load_model(models[4], settings), settings)
     for limit, ids in (
         (3, ["aime24:0", "aime24:1", "aime25:0"]),
         (9, ["aime24:0", "aime24:1", "aime24:2", "aime25:0"]),
@@ -432,7 +432,7 @@ def test_the_engine_of_each_checkpoint_is_asked_for_all_its_tasks(models, settin
 
     def engine(path, settings):
         started.append(path)
-        return harness.language_model(*harness.load_model(path, settings), settings)
+        return harness.language_model(*loading.load_model(path, settings), settings)
 
     monkeypatch.setattr(harness, "vllm_model", engine)
     monkeypatch.setattr("eaft_verl.evaluation.settings.EvaluateSettings.absent", lambda self, **_: [])

@@ -17,7 +17,8 @@ MESSAGES = [{"role": "user", "content": "What is 2 + 2?"}]
 
 @pytest.mark.parametrize("kwargs", [None, {"enable_thinking": False}, {"enable_thinking": True}])
 def test_a_benchmark_is_asked_as_training_was_rendered(tmp_path: Path, kwargs: dict[str, bool] | None) -> None:
-    from eaft_verl.evaluation.harness import language_model, load_model
+    from eaft_verl.evaluation.harness import language_model
+    from eaft_verl.evaluation.loading import load_model
 
     settings = EvaluateSettings(target=["sums"], chat_template_kwargs=kwargs, max_length=256)
     model, tokenizer = load_model(tiny.tiny_model(tmp_path), settings)
@@ -50,7 +51,8 @@ def test_a_rows_own_arguments_come_on_top(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("asked", "taken"), [(64, 64), (100_000, 512)])
 def test_a_model_takes_no_more_than_it_knows_positions(tmp_path: Path, asked: int, taken: int) -> None:
-    from eaft_verl.evaluation.harness import _engine_arguments, language_model, load_model
+    from eaft_verl.evaluation.harness import _engine_arguments, language_model
+    from eaft_verl.evaluation.loading import load_model
 
     settings = EvaluateSettings(target=["sums"], max_length=asked)
     folder = tiny.tiny_model(tmp_path)
@@ -64,7 +66,8 @@ def test_a_tied_head_in_float32_stays_so_behind_the_harness(tmp_path: Path) -> N
     """The harness ties the weights of every model that it is given, and bfloat16 took the head's place."""
     from lm_eval.api.instance import Instance
 
-    from eaft_verl.evaluation.harness import language_model, load_model
+    from eaft_verl.evaluation.harness import language_model
+    from eaft_verl.evaluation.loading import load_model
 
     settings = EvaluateSettings(target=["sums"], max_length=64, backend_args={"dtype": "bfloat16", "device": "cpu"})
     language = language_model(*load_model(tiny.tiny_model(tmp_path), settings), settings)
