@@ -18,10 +18,12 @@ from eaft_verl.evaluation.model_files import check_model_files
 from eaft_verl.evaluation.session import Session
 from eaft_verl.evaluation.settings import EvaluateSettings, evaluation_key
 from eaft_verl.files import write_json
-from eaft_verl.models import model_key, resolve_model
+from eaft_verl.models import load_tokenizer, model_key, resolve_model
 from eaft_verl.runs import Run, step_name
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from eaft_verl.evaluation.benchmarks import Benchmark
 
 __all__ = ["EvaluateSettings", "evaluate_checkpoints", "evaluation_key"]
@@ -55,6 +57,7 @@ def evaluate_checkpoints(
         return
     from eaft_verl.evaluation import answers
 
+    gc.freeze()  # what is imported stays, and need not be looked through each time a model is released
     session = Session(run, settings, resolve_model(base_model), Path(work))
     paths = {step: resolve_model(path) for step, path in checkpoints.items() if step in pending or noisy}
     for path in {session.base, *paths.values()}:
@@ -117,9 +120,10 @@ def _load_benchmarks(settings: EvaluateSettings, names: set[str]) -> dict[str, "
 
 
 def _prepare_drift(session: Session, name: str) -> None:
-    """Probe and base logits; after this the base model itself is not needed any more."""
+    """Probe and base logits, kept for the other runs; after this the base model itself is not needed any more."""
     from eaft_verl.data.prepare import load_prepared
     from eaft_verl.evaluation import drift
+    from eaft_verl.evaluation.base_logits import base_logits, kept_logits
 
     wanted = session.settings.drift_settings()
     assert wanted is not None
@@ -127,13 +131,20 @@ def _prepare_drift(session: Session, name: str) -> None:
         prompts = drift.prompts_of(wanted, session.settings.chat_template_kwargs)
     else:
         prompts = drift.task_prompts(load_prepared(Path(str(session.settings.heldout))).examples[: wanted.task_rows])
-    model, tokenizer = session.model(session.base)
+    key, tokenizer = model_key(session.base), load_tokenizer(session.base)
+
+    def base() -> "PreTrainedModel":
+        return session.model(session.base)[0]
+
     if drift.has_answers(prompts):
         probe = drift.given_probe(tokenizer, prompts, wanted, session.settings.max_length)
     else:
-        made = (session.work, model_key(session.base), tokenizer, prompts, wanted.new_tokens)
-        probe = drift.own_answers(*made, lambda: model)
-    session.probes[name] = probe, drift.base_logits(model, probe, session.token_budget)
+        probe = drift.own_answers(session.work, key, tokenizer, prompts, wanted.new_tokens, base)
+    how = [key, session.settings.backend, session.settings.backend_args]
+    logits = kept_logits(
+        session.work, how, probe, len(tokenizer), lambda: base_logits(base(), probe, session.token_budget)
+    )
+    session.probes[name] = probe, logits
 
 
 def _evaluate_step(session: Session, step: int, path: Path | str, names: list[str]) -> None:

@@ -123,6 +123,8 @@ def own_answers(
     path = probe_path(work, base_key, tokenizer, prompts, new_tokens)
 
     def make(empty: Path) -> None:
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
         write_examples(empty / path.name, make_probe(load(), tokenizer, prompts, new_tokens))
 
     return read_examples(computed_once(path.with_suffix(""), path.stem, make) / path.name)
@@ -194,15 +196,6 @@ def _generate(
 def _until(tokens: list[int], ends: list[int]) -> list[int]:
     first = next((index for index, token in enumerate(tokens) if token in ends), len(tokens) - 1)
     return tokens[: first + 1]
-
-
-def base_logits(model: PreTrainedModel, examples: Sequence[Example], token_budget: int = TOKEN_BUDGET) -> list[Tensor]:
-    """The base's logits_TV of every example in host memory, float32.
-
-    Memory: answer tokens * vocabulary * 4 bytes (48 x 48 tokens of 49,152 words: 0.45 GB; 64 x 256 of 151,936: 10 GB).
-    """
-    logits = {index: logits_TV.float().cpu() for index, logits_TV in answer_logits(model, examples, token_budget)}
-    return [logits[index] for index in range(len(examples))]
 
 
 def divergence(base_TV: Tensor, model_TV: Tensor, labels_T: Tensor) -> dict[str, Tensor]:

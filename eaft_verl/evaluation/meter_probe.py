@@ -25,10 +25,8 @@ def meter_probe(
         return drift.given_probe(tokenizer, prompts, wanted, settings.max_length)
 
     def load() -> Any:
-        from eaft_verl.evaluation import harness
+        from eaft_verl.evaluation.loading import load_model
 
-        return harness.load_model(model, settings)[0]
+        return load_model(model, settings)[0]
 
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     return drift.own_answers(work, model_key(model), tokenizer, prompts, new_tokens, load)

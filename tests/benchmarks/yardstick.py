@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from eaft_verl.evaluation.drift import base_logits, divergence, drift, make_probe, prompts_of
+from eaft_verl.evaluation.base_logits import base_logits
+from eaft_verl.evaluation.drift import divergence, drift, make_probe, prompts_of
 from eaft_verl.evaluation.settings import DriftSettings
 from eaft_verl.evaluation.teacher_forced import labels
 from eaft_verl.models import load_tokenizer, resolve_model

@@ -12,7 +12,7 @@ from eaft_verl.data.encode import encode
 from eaft_verl.data.formats import to_messages
 from eaft_verl.data.parquet import Example, read_examples, write_examples
 from eaft_verl.errors import DataError
-from eaft_verl.evaluation import drift, harness, noise, teacher_forced
+from eaft_verl.evaluation import base_logits, drift, loading, noise, teacher_forced
 from eaft_verl.evaluation.settings import DriftSettings, EvaluateSettings
 
 
@@ -86,7 +86,7 @@ def test_batches_do_not_change_the_scores(base, examples, token_budget: int):
 
 
 def test_drift_equals_a_float64_loop(base, moved, examples):
-    record, samples = drift.drift(moved, examples, drift.base_logits(base, examples, 128), 128)
+    record, samples = drift.drift(moved, examples, base_logits.base_logits(base, examples, 128), 128)
     sums_of = {"kl": 0.0, "agreement": 0.0, "nll": 0.0}
     for example, sample in zip(examples, samples, strict=True):
         token_scores = []
@@ -107,7 +107,7 @@ def test_drift_equals_a_float64_loop(base, moved, examples):
 
 
 def test_the_base_has_not_moved_at_all(base, examples):
-    logits = drift.base_logits(base, examples)
+    logits = base_logits.base_logits(base, examples)
     for model in (None, base):
         record, samples = drift.drift(model, examples, logits)
         assert record["metrics"]["kl"] == {"score": 0.0, "stderr": 0.0, "higher_is_better": False}
@@ -195,7 +195,7 @@ def test_every_turn_of_a_given_conversation_counts_once(tokenizer, tmp_path):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_broken_model_has_no_score(base_path, examples, value: float):
     model = AutoModelForCausalLM.from_pretrained(base_path, dtype=torch.float32).eval()
-    logits = drift.base_logits(model, examples)
+    logits = base_logits.base_logits(model, examples)
     with torch.no_grad():
         model.model.norm.weight[0] = value
     with pytest.raises(DataError, match="example 0: nll nan; the model's logits are not finite"):
@@ -203,7 +203,7 @@ def test_a_broken_model_has_no_score(base_path, examples, value: float):
     with pytest.raises(DataError, match="example 0: kl nan"):
         drift.drift(model, examples, logits)
     with pytest.raises(DataError, match="example 0: kl nan"):  # a broken base
-        drift.drift(AutoModelForCausalLM.from_pretrained(base_path), examples, drift.base_logits(model, examples))
+        drift.drift(AutoModelForCausalLM.from_pretrained(base_path), examples, base_logits.base_logits(model, examples))
 
 
 def test_a_word_that_only_the_model_calls_impossible_is_infinitely_far():
@@ -216,7 +216,7 @@ def test_a_word_that_only_the_model_calls_impossible_is_infinitely_far():
 def test_logits_are_float32_whatever_the_weights_are(base_path, examples):
     """The head gets the last hidden state, in bfloat16, and works in float32: no rounding after it."""
     settings = EvaluateSettings(backend_args={"dtype": "bfloat16", "device": "cpu"})
-    model, tokenizer = harness.load_model(base_path, settings)
+    model, tokenizer = loading.load_model(base_path, settings)
     assert model.get_input_embeddings().weight.dtype == torch.bfloat16
     ids = torch.tensor([examples[0].input_ids])
     with torch.no_grad():
@@ -230,17 +230,17 @@ def test_logits_are_float32_whatever_the_weights_are(base_path, examples):
 
 
 def test_small_is_a_number_of_weights(base_path, base):
-    assert harness._parameters(base_path) == base.num_parameters() < harness.SMALL
+    assert loading._parameters(base_path) == base.num_parameters() < loading.SMALL
 
 
 def test_float32_on_the_cpu_unless_told_otherwise(base_path):
-    model, _ = harness.load_model(base_path, EvaluateSettings(backend_args={"device": "cpu"}))
+    model, _ = loading.load_model(base_path, EvaluateSettings(backend_args={"device": "cpu"}))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 def test_noise_is_what_other_batches_and_another_order_change(base, moved, examples):
-    logits = drift.base_logits(base, examples)
+    logits = base_logits.base_logits(base, examples)
     _, of_drift = drift.drift(None, examples, logits)
     _, of_heldout = teacher_forced.heldout(base, examples)
     found = noise.drift_noise(base, examples, logits, of_drift)
