@@ -57,7 +57,6 @@ def evaluate_checkpoints(
         return
     from eaft_verl.evaluation import answers
 
-    gc.freeze()  # what is imported stays, and need not be looked through each time a model is released
     session = Session(run, settings, resolve_model(base_model), Path(work))
     paths = {step: resolve_model(path) for step, path in checkpoints.items() if step in pending or noisy}
     for path in {session.base, *paths.values()}:
@@ -101,6 +100,7 @@ def _prepare(session: Session, names: set[str]) -> None:
     """Everything that is read once, for these benchmarks: their data first, because that needs no model."""
     settings = session.settings
     session.benchmarks = _load_benchmarks(settings, names - {BFCL})
+    gc.freeze()  # what is imported stays, and need not be looked through each time a model is released
     if "heldout" in names:
         from eaft_verl.data.prepare import load_prepared
 

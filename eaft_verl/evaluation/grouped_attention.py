@@ -6,6 +6,7 @@ copies were a third of its attention. The sums are those of transformers' `eager
 Dimension letters: B batch, H query heads, G key heads, R = H / G, T query tokens, L key tokens, D of a head.
 """
 
+import inspect
 import sys
 from types import CodeType
 from typing import Any
@@ -38,9 +39,9 @@ def use_grouped(model: PreTrainedModel) -> bool:
 
 def _says(function: Any) -> object:
     """All that a function does, whatever file it stands in."""
-    code: CodeType | None = getattr(function, "__code__", None)  # a kernel of its own has none
-    if code is None:
+    if not inspect.isfunction(function):  # a kernel of its own
         return function
+    code = function.__code__
     known = tuple(constant for constant in code.co_consts if not isinstance(constant, CodeType))
     return code.co_code, code.co_names, known, code.co_varnames, function.__defaults__, function.__kwdefaults__
 

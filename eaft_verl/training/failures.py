@@ -19,16 +19,14 @@ KILLED_FOR_MEMORY = re.compile(r"due to the node running low on memory|killed du
 def explained(error: BaseException, config: Config, run: Run) -> BaseException:
     """The error that the user is told: one with a cause that is known and an exit code, or what it was."""
     cause = innermost(error)
-    if isinstance(error, RunError) and not isinstance(error, RayError):  # Ray mixes what was raised into its own
-        return error
+    if isinstance(cause, RunError) and not isinstance(cause, RayError):  # Ray mixes what was raised into its own
+        return cause
     if isinstance(cause, OSError) and cause.errno in NO_SPACE:
         return _disk_full(cause, run)
     if not isinstance(error, RayError):
         return error
     text, pids = f"{error}", [int(found) for found in re.findall(r"pid[=:] ?(\d+)", str(error))]
-    if isinstance(cause, RunError):  # ours, raised in another process
-        return cause
-    if isinstance(cause, ConfigError):
+    if isinstance(cause, ConfigError):  # ours, raised in another process
         return RunError(str(cause))
     where = details_kept(run, text, pids)
     said = " ".join(str(cause).split())
