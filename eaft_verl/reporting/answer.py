@@ -120,6 +120,8 @@ def _without_rule(report: Row) -> list[str]:
             f"{name} {score(columns[axis], ends[arm]['x'])}, KL to base {score(columns['drift.kl'], ends[arm]['kl'])}"
         )
 
+    if len(ends) == 1:  # the most of one says nothing
+        return [f"At the end {arm_name(learnt)}: {at(learnt)}.", text]
     if learnt == kept:
         return [f"At the end {arm_name(learnt)} learnt most and moved least ({at(learnt)}).", text]
     return [

@@ -64,6 +64,21 @@ def test_without_a_rule_nothing_is_recommended(board):
     assert found["rule"] is None and said.startswith("No checkpoint is recommended")
 
 
+@pytest.mark.parametrize(
+    ("ends", "words"),
+    [
+        ({"sft": (0.9, 0.05)}, "At the end SFT: held-out NLL 0.900, KL to base 0.050."),
+        ({"sft": (0.9, 0.02), "eaft": (1.1, 0.03)}, "At the end SFT learnt most and moved least (held-out NLL 0.900"),
+        ({"sft": (0.9, 0.05), "eaft": (1.1, 0.03)}, "At the end SFT learnt most (held-out NLL 0.900, KL to base"),
+    ],
+)
+def test_what_the_ends_were_is_said_without_a_rule(board, ends, words):
+    """Of one arm there is no most and no least."""
+    paths = {"heldout": {arm: [{"x": 2.0, "kl": 0.0}, {"x": x, "kl": kl}] for arm, (x, kl) in ends.items()}}
+    said = {"choice": {"rule": None}, "columns": columns(board[0]), "seeds": {"sft": [0]}, "paths": paths}
+    assert " ".join(answer(said)).startswith(words)
+
+
 def test_a_recorded_rule_is_no_change(tmp_path):
     runs = [make_base(tmp_path / "base"), make_arm(tmp_path / "sft-seed0", "sft")]
     for name in ("config.yaml", ".config.yaml"):
