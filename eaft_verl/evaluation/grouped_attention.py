@@ -8,7 +8,6 @@ Dimension letters: B batch, H query heads, G key heads, R = H / G, T query token
 
 import inspect
 import sys
-from types import CodeType
 from typing import Any
 
 import torch
@@ -42,8 +41,7 @@ def _says(function: Any) -> object:
     if not inspect.isfunction(function):  # a kernel of its own
         return function
     code = function.__code__
-    known = tuple(constant for constant in code.co_consts if not isinstance(constant, CodeType))
-    return code.co_code, code.co_names, known, code.co_varnames, function.__defaults__, function.__kwdefaults__
+    return code.co_code, code.co_names, code.co_consts, code.co_varnames, function.__defaults__, function.__kwdefaults__
 
 
 def grouped_attention(
