@@ -100,6 +100,7 @@ def _prepare(session: Session, names: set[str]) -> None:
     """Everything that is read once, for these benchmarks: their data first, because that needs no model."""
     settings = session.settings
     session.benchmarks = _load_benchmarks(settings, names - {BFCL})
+    gc.collect()  # the model of an earlier call would stay for ever
     gc.freeze()  # what is imported stays, and need not be looked through each time a model is released
     if "heldout" in names:
         from eaft_verl.data.prepare import load_prepared
