@@ -1,11 +1,13 @@
 """A run's checkpoints evaluated from end to end on a tiny random Llama: records, resuming, failures."""
 
+import gc
 import json
 import math
 import multiprocessing
 import os
 import shutil
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -94,6 +96,28 @@ def test_records_of_an_arm(models, settings, tmp_path):
         for sample in run.samples(8, name):
             assert len(sample["kl_T"]) == sample["tokens"]
             assert math.fsum(sample["kl_T"]) / sample["tokens"] == pytest.approx(sample["scores"]["kl"], rel=1e-5)
+
+
+def test_no_model_outlives_its_evaluation(models, settings, tmp_path, monkeypatch):
+    """In one process after another: what is frozen is never collected."""
+    held = []
+
+    def load(path, given):
+        model, tokenizer = original(path, given)
+        held.append(weakref.ref(model.get_input_embeddings().weight))
+        return model, tokenizer
+
+    original = loading.load_model
+    monkeypatch.setattr(loading, "load_model", load)
+    gc.disable()  # what nobody asks to be collected is not
+    try:
+        for number in range(3):
+            run = new_run(tmp_path / f"run{number}")
+            evaluate_checkpoints(run, {8: models[8]}, settings, str(models[0]), tmp_path / "work", points=1)
+    finally:
+        gc.enable()
+    gc.collect()
+    assert len(held) >= 3 and not [one for one in held if one() is not None]
 
 
 def test_prompts_are_those_of_training(models, settings, tmp_path):
