@@ -41,12 +41,11 @@ def kept_logits(
         return make()
     here = [torch.cuda.is_available(), torch.__version__, transformers.__version__]
     key = digest([how, here, [(list(example.input_ids), list(example.loss_mask)) for example in examples]])
-    folder, made = work / f"base-logits-{key[:16]}", None
+    folder = work / f"base-logits-{key[:16]}"
+    made = None if folder.exists() else make()  # out here, so that its own errors are not taken for the disk's
 
     def write(empty: Path) -> None:
-        nonlocal made
-        made = make()
-        tensors = {str(index): logits_TV.contiguous() for index, logits_TV in enumerate(made)}
+        tensors = {str(index): logits_TV.contiguous() for index, logits_TV in enumerate(made or make())}
         save_file(tensors, empty / "logits.safetensors")
 
     with contextlib.suppress(OSError, SafetensorError):

@@ -94,3 +94,15 @@ def test_a_file_that_is_not_what_was_written_is_refused(tmp_path: Path) -> None:
     file.write_bytes(data)
     with pytest.raises(RunError, match=r"logits\.safetensors is not the file that was written; delete "):
         kept(tmp_path, base)
+
+
+def test_an_error_of_the_base_itself_is_met_once(tmp_path: Path) -> None:
+    base = Base()
+
+    def broken() -> list[torch.Tensor]:
+        base()
+        raise OSError(errno.EIO, "Input/output error", "model.safetensors")
+
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        kept_logits(tmp_path, "base", EXAMPLES, WORDS, broken)
+    assert base.asked == 1
