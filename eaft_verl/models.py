@@ -47,6 +47,11 @@ def resolve_model(name: str | Path) -> Path | str:
     return name
 
 
+def told(described: Any, name: str) -> Any:
+    """What a configuration or a class of transformers says under a name that not all of them have, else None."""
+    return getattr(described, name) if hasattr(described, name) else None
+
+
 def check_model(name: str | Path) -> None:
     """Raise what `resolve_model` would raise, without converting or downloading anything."""
     if not str(name).startswith("package:"):

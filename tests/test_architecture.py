@@ -12,12 +12,13 @@ PACKAGE = Path(__file__).parent.parent / "eaft_verl"
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 # Lowest first: a room may import those before it. `root` is every module of the root but the two that stand elsewhere.
 ROOMS = (
-    *("root", "pages", "tokens", "objectives", "grading", "data", "evaluation", "recipe", "planning", "cluster"),
+    *("root", "pages", "tokens", "attention", "objectives", "grading", "data", "evaluation", "recipe", "planning"),
+    "cluster",
     *("analysis", "reporting", "training", "experiment", "launch", "cli"),
 )
 SIDE_BY_SIDE = ({"analysis", "reporting", "training"},)  # no order among them: they import none of each other
 HOMES = {  # package -> rooms that may import it
-    "torch": {"tokens", "training", "evaluation", "analysis"},
+    "torch": {"tokens", "attention", "training", "evaluation", "analysis"},
     "verl": {"training"},
     "tensordict": {"training"},
     "ray": {"training", "cluster", "launch"},

@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from eaft_verl.evaluation.grouped_attention import use_grouped
+from eaft_verl.attention.grouped import use_grouped
 from eaft_verl.evaluation.model_files import check_checksums, require_all
 from eaft_verl.evaluation.quiet import quiet
 from eaft_verl.evaluation.settings import EvaluateSettings

@@ -12,17 +12,12 @@ from typing import Any
 
 from eaft_verl.errors import ConfigError
 from eaft_verl.files import bytes_hash, content_hash, write_json
-from eaft_verl.models import hub_arguments
+from eaft_verl.models import hub_arguments, told
 
 INDEX = ".index.json"
 NAMES = ("model.safetensors", "pytorch_model.bin")  # in the order in which transformers takes them
 CHECKSUMS = "checksums.json"  # in an export: {file: xxh3 of its bytes}
 SHOWN = 3
-
-
-def told(described: Any, name: str) -> Any:
-    """What a configuration or a class of transformers says under a name that not all of them have, else None."""
-    return getattr(described, name) if hasattr(described, name) else None
 
 
 def positions_of(model: Any) -> int | None:

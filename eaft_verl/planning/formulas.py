@@ -110,7 +110,7 @@ def layer_activations(setup: Setup) -> float:
     norms = 4 if setup.model.family == "glm4" else 2
     per_token = norms * d * (4 + (c if setup.adapter else 2 * c)) + c * 4 * f
     square = 0.0
-    if setup.attention == "sdpa" and not setup.cuda:  # in fp32 and row by row (training/packed_attention.py)
+    if setup.attention == "sdpa" and not setup.cuda:  # in fp32 and row by row (attention/packed.py)
         per_token += 4 * (2 * h + 2 * k) + (c * h if c < 4 else 0)
     elif setup.attention == "flash_attention_2" or (setup.attention == "sdpa" and (not setup.packed or c < 4)):
         per_token += c * (2 * h + 2 * k)

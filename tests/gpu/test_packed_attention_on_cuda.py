@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from eaft_verl.training import packed_attention
-from eaft_verl.training.packed_attention import packed_sdpa
+from eaft_verl.attention import packed as packed_attention
+from eaft_verl.attention.packed import packed_sdpa
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 LENGTHS = [130, 1, 700, 33, 64]

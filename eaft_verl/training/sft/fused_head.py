@@ -15,9 +15,9 @@ from torch import Tensor
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
+from eaft_verl.attention.tree import each_once
 from eaft_verl.tokens.head import Head
 from eaft_verl.training.output_head import output_head
-from eaft_verl.training.verl_cpu.shared_prompts import each_once
 
 
 # verl looks for the engine of a vendor first; its own is the one of the device

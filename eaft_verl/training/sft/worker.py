@@ -15,8 +15,8 @@ from verl.utils.distributed import initialize_global_process_group_ray
 from verl.utils.fsdp_utils import merged_lora_context, normalize_peft_param_name
 from verl.workers.engine_workers import TrainingWorker, TrainingWorkerConfig
 
+from eaft_verl.attention import packed
 from eaft_verl.tokens.row_kernels import chosen
-from eaft_verl.training import packed_attention
 from eaft_verl.training.dcp import DcpCheckpoints, finite
 from eaft_verl.training.export import export_weights
 from eaft_verl.training.sft.anchor_model import AdapterOff, Reference
@@ -37,7 +37,7 @@ class EaftWorker(TrainingWorker):
     loss_fn: Any
 
     def __init__(self, config: TrainingWorkerConfig) -> None:
-        packed_attention.register()
+        packed.register()
         # on CPU verl's own backend string names the device twice, which torch refuses; it skips an initialised group
         backend = "gloo" if get_device_name() == "cpu" else None
         write_stacks_when_asked()

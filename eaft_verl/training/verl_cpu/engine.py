@@ -4,10 +4,10 @@ from typing import Any
 
 from verl.workers.engine import EngineRegistry
 
-from eaft_verl.training import packed_attention
+from eaft_verl.attention import packed
+from eaft_verl.attention.tree import each_once
 from eaft_verl.training.engine import SavingEngine
 from eaft_verl.training.verl_cpu.private import unpinned_offload
-from eaft_verl.training.verl_cpu.shared_prompts import each_once
 
 
 @EngineRegistry.register(model_type="language_model", backend=["fsdp2"], device=["cpu"])
@@ -19,6 +19,6 @@ class CpuEngine(SavingEngine):
         return each_once(self.module, inputs, micro_batch["input_ids"].offsets()), given
 
     def _build_fsdp_module(self, module: Any) -> Any:
-        packed_attention.register()
+        packed.register()
         with unpinned_offload():
             return super()._build_fsdp_module(module)

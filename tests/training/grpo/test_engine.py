@@ -43,7 +43,7 @@ def test_the_head_sees_the_rows_of_the_responses_only(temperature: float, shared
     from verl.utils import tensordict_utils as tu
     from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-    from eaft_verl.training import packed_attention
+    from eaft_verl.attention import packed as packed_attention
     from eaft_verl.training.engine import SavingEngine, response_rows
     from eaft_verl.training.verl_cpu.engine import CpuEngine
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from eaft_verl.training import packed_attention
-from eaft_verl.training.verl_cpu.shared_prompts import MODELS, SHORTEST, each_once, tree_of
+from eaft_verl.attention import packed as packed_attention
+from eaft_verl.attention.tree import MODELS, SHORTEST, each_once, tree_of
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 97}
 GROUPED = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2, "initializer_range": 0.2}

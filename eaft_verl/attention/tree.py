@@ -1,9 +1,10 @@
-"""What the rows of a packed micro-batch begin with goes through the model once: the same tokens after the same tokens.
+"""What the rows of a batch begin with goes through the model once: the same tokens after the same tokens.
 
 Where attention looks back only, a token's hidden state depends on the tokens before it and nothing else. So the rows
 are laid out as a tree of pieces (a system prompt, the question it leads to, the answers sampled for that), each piece
 once, and every row finds its tokens again in front of the head: there the gradients of all rows meet, and what is
-trained is what was. Dimension letters: T tokens of the rows, S of the pieces.
+trained is what was. Evaluations do the same with given answers, and with prompts before their answers.
+Dimension letters: T tokens of the rows, S of the pieces.
 """
 
 import inspect
@@ -16,9 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from eaft_verl.evaluation.model_files import told
-from eaft_verl.training import packed_attention
-from eaft_verl.training.packed_attention import Piece
+from eaft_verl.attention import grouped, packed
+from eaft_verl.attention.packed import Piece
+from eaft_verl.models import told
 
 SHORTEST = 16  # tokens in common that are worth a piece of their own: it costs every layer a call of attention
 TOGETHER = 256  # tokens of short ends behind one beginning that one call takes, though it multiplies what they mask
@@ -61,12 +62,23 @@ def each_once(module: Any, inputs: dict[str, Any], offsets: Tensor) -> dict[str,
     if len(source_S) == len(ids_T) or not torch.equal(positions_T[source_S][tree.place_T], positions_T):
         return inputs
     kept = inputs.get("logits_to_keep")
-    return inputs | {
-        "input_ids": ids_T[source_S][None],
-        "position_ids": positions_T[source_S][None],
-        "attention_mask": packed_attention.mask_of(tree.pieces),
-        "logits_to_keep": tree.place_T if kept is None else tree.place_T[kept],
+    places_T = tree.place_T if kept is None else tree.place_T[kept]
+    return inputs | laid_out(tree, ids_T, positions_T) | {"logits_to_keep": places_T}
+
+
+def laid_out(tree: Tree, ids_T: Tensor, positions_T: Tensor) -> dict[str, Tensor]:
+    """input_ids and position_ids [1, S] and attention_mask [1, 1, S, S] of a model, for rows that `shares` allows."""
+    return {
+        "input_ids": ids_T[tree.source_S][None],
+        "position_ids": positions_T[tree.source_S][None],
+        "attention_mask": packed.mask_of(tree.pieces),
     }
+
+
+def packed_rows(rows: Sequence[NDArray[np.int64]]) -> tuple[Tensor, Tensor]:
+    """ids_T and positions_T of rows one after the other."""
+    positions = np.concatenate([np.arange(len(row)) for row in rows])
+    return torch.from_numpy(np.concatenate(rows)), torch.from_numpy(positions)
 
 
 def tree_of(rows: Sequence[NDArray[np.int64]]) -> Tree:
@@ -126,21 +138,28 @@ def _together(leaves: Sequence[_Part], *, alone: bool) -> list[list[_Part]]:
 
 
 def _can_share(module: Any, inputs: dict[str, Any]) -> bool:
-    """Packed text in a model whose layers see all that is before a token, by our attention, and draw nothing."""
+    """Packed text, in a model that takes it so."""
+    return (
+        set(inputs) <= EXPECTED
+        and inputs["attention_mask"] is None
+        and inputs["position_ids"].dim() == 2
+        and inputs["input_ids"].device.type == "cpu"  # a GPU's kernel takes rows only
+        and shares(module)
+    )
+
+
+def shares(module: Any) -> bool:
+    """Whether the layers of a model on a CPU see all that is before a token, by our attention, and draw nothing."""
     model = module.get_base_model() if hasattr(module, "get_base_model") else module
     config = model.config.get_text_config()
     kinds, windows = told(config, "layer_types"), ("sliding_window", "attention_chunk_size")
     full = set(kinds) == {"full_attention"} if kinds else not any(told(config, name) for name in windows)
+    attention = config._attn_implementation
     return (
         full
         and config.model_type in MODELS
         and told(config, "is_causal") is not False
-        and packed_attention.registered()
-        and config._attn_implementation == "sdpa"
-        and set(inputs) <= EXPECTED
-        and inputs["input_ids"].device.type == "cpu"  # a GPU's kernel takes rows only
-        and inputs["attention_mask"] is None
-        and inputs["position_ids"].dim() == 2
+        and (attention == grouped.NAME or (attention == "sdpa" and packed.registered()))
         and "logits_to_keep" in inspect.signature(model.forward).parameters
         and not (module.training and _draws(module, config))
     )

@@ -16,6 +16,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import eager_mask
 from transformers.models.llama import modeling_llama
 
+from eaft_verl.attention.packed import packed_sdpa
+
 NAME = "eager_grouped"
 _READ = ("eager_attention_forward", "repeat_kv")
 
@@ -53,11 +55,14 @@ def grouped_attention(
     scaling: float,
     dropout: float = 0.0,
     **_: Any,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """(what every token takes from the values [B, T, H, D], the weights [B, H, T, L]), both in the query's dtype.
 
-    softmax(scaling * q k^T + mask) v, the softmax in float32; mask: [B or 1, 1 or H, T, L], added.
+    softmax(scaling * q k^T + mask) v, the softmax in float32; mask: [B or 1, 1 or H, T, L], added. A mask of truth
+    values is the one of a tree, whose pieces are taken one by one; no weights are given then.
     """
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        return packed_sdpa(module, query_BHTD, key_BGLD, value_BGLD, attention_mask, scaling=scaling, dropout=dropout)
     batch, heads, tokens, size = query_BHTD.shape
     groups = key_BGLD.shape[1]
     together = query_BHTD.reshape(batch, groups, -1, size)  # a group's heads one after the other, R * T rows

@@ -7,8 +7,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
 
-from eaft_verl.evaluation import grouped_attention
-from eaft_verl.evaluation.grouped_attention import NAME, use_grouped
+from eaft_verl.attention import grouped as grouped_attention
+from eaft_verl.attention.grouped import NAME, use_grouped
 
 SIZES: dict[str, Any] = {
     **{"vocab_size": 97, "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2},
