@@ -7,14 +7,16 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from eaft_verl.attention.tree import laid_out, packed_rows, tree_of
 from eaft_verl.data.parquet import Example
 from eaft_verl.errors import DataError
 from eaft_verl.evaluation.records import Sample, digest, mean_and_stderr, metric_entry
-from eaft_verl.evaluation.shared_prefix import beginning, common_beginning
+from eaft_verl.evaluation.shared_prefix import beginning, by_tree, common_beginning
 
 TOKEN_BUDGET = 4096  # padded tokens per forward pass
 CHUNK_TOKENS = 64  # rows of logits in float32 at a time: small enough to stay in the cache of a CPU
@@ -40,21 +42,39 @@ def answer_logits(
     computed for answer positions only: over a whole prompt they would be larger than the model.
     """
     for batch in _batches(examples, token_budget):
-        rows = [list(examples[index].input_ids) for index in batch]
-        columns = sorted({position for index in batch for position in _positions(examples[index])})
-        shared = common_beginning(rows, columns[0])
-        cache = beginning(model, rows[0][:shared], len(rows)) if shared else None
-        shared = 0 if cache is None else shared
-        longest = max(map(len, rows))
-        ids = torch.tensor([row[shared:] + [0] * (longest - len(row)) for row in rows])
-        attention = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-        arguments = {"input_ids": ids.to(model.device), "attention_mask": attention.to(model.device)}
-        keep = torch.tensor(columns, device=model.device) - shared
-        known = {"use_cache": False} if cache is None else {"past_key_values": cache}
-        logits = model(**arguments, **known, logits_to_keep=keep).logits
-        place = {position: column for column, position in enumerate(columns)}
-        for row, index in enumerate(batch):
-            yield index, logits[row, [place[position] for position in _positions(examples[index])]]
+        tree = by_tree(model, sum(len(examples[index].input_ids) for index in batch))
+        yield from (_tree_logits if tree else _padded_logits)(model, examples, batch)
+
+
+def _tree_logits(
+    model: PreTrainedModel, examples: Sequence[Example], batch: Sequence[int]
+) -> Iterator[tuple[int, Tensor]]:
+    rows = [np.array(examples[index].input_ids) for index in batch]
+    tree, (ids_T, positions_T) = tree_of(rows), packed_rows(rows)
+    places = tree.place_T.split([len(row) for row in rows])
+    wanted = [one[_positions(examples[index])] for index, one in zip(batch, places, strict=True)]
+    logits_TV = model(**laid_out(tree, ids_T, positions_T), use_cache=False, logits_to_keep=torch.cat(wanted)).logits[0]
+    yield from zip(batch, logits_TV.split([len(one) for one in wanted]), strict=True)
+
+
+def _padded_logits(
+    model: PreTrainedModel, examples: Sequence[Example], batch: Sequence[int]
+) -> Iterator[tuple[int, Tensor]]:
+    rows = [list(examples[index].input_ids) for index in batch]
+    columns = sorted({position for index in batch for position in _positions(examples[index])})
+    shared = common_beginning(rows, columns[0])
+    cache = beginning(model, rows[0][:shared], len(rows)) if shared else None
+    shared = 0 if cache is None else shared
+    longest = max(map(len, rows))
+    ids = torch.tensor([row[shared:] + [0] * (longest - len(row)) for row in rows])
+    attention = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+    arguments = {"input_ids": ids.to(model.device), "attention_mask": attention.to(model.device)}
+    keep = torch.tensor(columns, device=model.device) - shared
+    known = {"use_cache": False} if cache is None else {"past_key_values": cache}
+    logits = model(**arguments, **known, logits_to_keep=keep).logits
+    place = {position: column for column, position in enumerate(columns)}
+    for row, index in enumerate(batch):
+        yield index, logits[row, [place[position] for position in _positions(examples[index])]]
 
 
 def _batches(examples: Sequence[Example], token_budget: int) -> list[list[int]]:
