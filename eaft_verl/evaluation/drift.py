@@ -19,10 +19,10 @@ from eaft_verl.data.parquet import Example, read_examples, write_examples
 from eaft_verl.data.sources import read_rows
 from eaft_verl.data.spec import RowError
 from eaft_verl.errors import DataError
+from eaft_verl.evaluation.decoding import decode, in_parts
 from eaft_verl.evaluation.model_files import positions_of
 from eaft_verl.evaluation.records import Sample, check_ids, digest
 from eaft_verl.evaluation.settings import DriftSettings
-from eaft_verl.evaluation.shared_prefix import prompts as prompts_once
 from eaft_verl.evaluation.teacher_forced import CHUNK_TOKENS, TOKEN_BUDGET, answer_logits, labels, token_weighted
 from eaft_verl.files import computed_once
 
@@ -182,14 +182,14 @@ def _generate(
     ends = shipped if isinstance(shipped, list) else [tokenizer.eos_token_id]
     batch = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt").to(model.device)
     room = (positions_of(model.config) or math.inf) - batch["input_ids"].shape[1]
-    output = cast(Any, model).generate(
-        **prompts_once(model, batch["input_ids"], batch["attention_mask"]),
-        max_new_tokens=int(min(new_tokens, max(1, room))),
-        **({"do_sample": False} | sampling),
-        eos_token_id=ends,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    continuations = output[:, batch["input_ids"].shape[1] :].tolist()
+    padded, mask = batch["input_ids"], batch["attention_mask"]
+    how = {"do_sample": False, "eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id, **sampling}
+    length = padded.shape[1] + int(min(new_tokens, max(1, room)))
+    if in_parts(model, how):
+        output = decode(model, padded, mask, length, **how)
+    else:
+        output = cast(Any, model).generate(padded, attention_mask=mask, max_length=length, **how)
+    continuations = output[:, padded.shape[1] :].tolist()
     return [_until(tokens, ends) for tokens in continuations]
 
 

@@ -26,13 +26,13 @@ from transformers import (
 from eaft_verl.data.template import template_arguments
 from eaft_verl.errors import DataError
 from eaft_verl.evaluation.benchmarks import Benchmark
+from eaft_verl.evaluation.decoding import decode, in_parts
 from eaft_verl.evaluation.endpoint import Endpoint, serve_loaded, serve_vllm
 from eaft_verl.evaluation.model_files import positions_of
 from eaft_verl.evaluation.quiet import quiet
 from eaft_verl.evaluation.records import Fit, Sample, convert
 from eaft_verl.evaluation.responses import STOPS
 from eaft_verl.evaluation.settings import EvaluateSettings
-from eaft_verl.evaluation.shared_prefix import prompts
 from eaft_verl.grading.answers import marks_thinking
 from eaft_verl.models import hub_arguments, load_tokenizer
 
@@ -46,6 +46,7 @@ PLAIN_CHAT = (  # see `plain_chat`
     r"{% else %}{{ 'Question: ' + text + '\nAnswer:' }}{% endif %}{% endif %}{% endfor %}"
 )
 _PLAIN_CHAT = jinja2.Template(PLAIN_CHAT)
+_MORE = 2  # tokens before a stop's own that may hold a part of it, as the harness has it
 MIN_ANSWER = 64  # tokens that a prompt must leave for a longer answer
 
 
@@ -68,11 +69,22 @@ def language_model(
 
 
 class _Prompted(lm_eval.models.huggingface.HFLM):
-    """The harness's model of transformers; what all prompts of a batch begin with is computed once."""
+    """The harness's model of transformers, without the work that it does twice or for nothing: see `decoding`."""
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **kwargs: Any) -> Tensor:
-        given = prompts(self.model, context, kwargs.pop("attention_mask"))
-        return super()._model_generate(given.pop("input_ids"), max_length, stop, **given, **kwargs)
+        mask, settings = kwargs.pop("attention_mask"), dict(kwargs)
+        if settings.get("temperature", 0.0) == 0.0 and not settings.get("do_sample"):
+            settings = {name: value for name, value in settings.items() if name != "temperature"} | {"do_sample": False}
+        if not in_parts(self.model, settings):
+            return super()._model_generate(context, max_length, stop, attention_mask=mask, **kwargs)
+        longest = _MORE + max((len(self.tokenizer.encode(one, add_special_tokens=False)) for one in stop), default=0)
+
+        def ended(ids_BA: Tensor) -> Tensor:
+            texts = self.tokenizer.batch_decode(ids_BA[:, -longest:])
+            return torch.tensor([any(one in text for one in stop) for text in texts])
+
+        settings["pad_token_id"] = self.tokenizer.pad_token_id
+        return decode(self.model, context, mask, max_length, ended if stop else None, **settings)
 
 
 def vllm_model(path: Path | str, settings: EvaluateSettings) -> LM:
