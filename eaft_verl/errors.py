@@ -5,6 +5,7 @@ Each message says: which key or row, what was found, what is allowed, what to do
 
 import difflib
 import errno
+import traceback
 from collections.abc import Iterable, Mapping
 
 REFUSED, OUT_OF_MEMORY, DISK_FULL, HUNG, DIVERGED, LOST = 2, 4, 5, 6, 7, 8
@@ -112,10 +113,18 @@ def refusal(error: OSError | RuntimeError) -> tuple[int, str] | None:
     if error.errno == errno.ENOENT and not error.filename:  # os.getcwd and tempfile name none
         gone = "the current folder does not exist any more; change to one that does"
         return REFUSED, f"{error.strerror}: export TMPDIR=FOLDER" if "temporary" in str(error.strerror) else gone
+    if error.errno == errno.ENOENT and _made_a_folder(error):  # a parent that is there and takes none, as /proc
+        return REFUSED, f"{error.filename}: no folder can be made there; choose another place"
     line = f"{error.filename or 'writing'}: {error.strerror}"
     if error.errno in NO_SPACE:
         return DISK_FULL, line
     return (REFUSED, line) if error.filename and error.errno in _REFUSED_FILES else None
+
+
+def _made_a_folder(error: OSError) -> bool:
+    """Whether it was raised where a folder was to be made; one that is looked for and missing is a fault of ours."""
+    innermost = list(traceback.walk_tb(error.__traceback__))[-1:]
+    return any(frame.f_code.co_name == "mkdir" for frame, _ in innermost)
 
 
 def did_you_mean(word: str, known: Mapping[str, object] | Iterable[str]) -> str:

@@ -147,3 +147,13 @@ def test_what_the_system_refuses_names_its_file(tmp_path: Path, monkeypatch: pyt
     assert not (tmp_path / "file").exists()
     assert refusal(OSError(errno.ENOENT, "No usable temporary directory found"))[1].endswith("export TMPDIR=FOLDER")
     assert refusal(RuntimeError("a fault of ours")) is None
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="a file system that makes no folders is needed")
+def test_a_place_that_takes_no_folder_is_refused_and_a_missing_file_is_not(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as raised:
+        Path("/proc/nothing/here").mkdir(parents=True, exist_ok=True)
+    assert refusal(raised.value) == (2, "/proc/nothing: no folder can be made there; choose another place")
+    with pytest.raises(FileNotFoundError) as raised:
+        (tmp_path / "missing").read_text()
+    assert refusal(raised.value) is None
