@@ -22,8 +22,8 @@ LEAVE = 4  # rows leave when one in so many has ended: what is kept of the other
 SPARE, LEAST_SPARE = 8, 16  # a cache that is full grows by one in so many of its tokens, by so many at least
 # What may be asked of answers that are written in several calls of `generate`, which takes each for the first. Other
 # settings count from the end of the prompt (the fewest tokens, what may not come first) or keep several answers a row.
-PLAIN = {"do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "use_cache", "eos_token_id"}
-PLAIN |= {"pad_token_id", "bos_token_id", "transformers_version"}
+PLAIN = {"do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "eos_token_id", "pad_token_id"}
+PLAIN |= {"bos_token_id", "transformers_version"}
 
 
 def in_parts(model: PreTrainedModel, settings: dict[str, Any]) -> bool:
