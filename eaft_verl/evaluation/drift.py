@@ -23,7 +23,7 @@ from eaft_verl.evaluation.decoding import decode, in_parts
 from eaft_verl.evaluation.model_files import positions_of
 from eaft_verl.evaluation.records import Sample, check_ids, digest
 from eaft_verl.evaluation.settings import DriftSettings
-from eaft_verl.evaluation.teacher_forced import CHUNK_TOKENS, TOKEN_BUDGET, answer_logits, labels, token_weighted
+from eaft_verl.evaluation.teacher_forced import TOKEN_BUDGET, answer_logits, labels, rows_at_once, token_weighted
 from eaft_verl.files import computed_once
 
 PROBE_BATCH = 32
@@ -205,10 +205,8 @@ def divergence(base_TV: Tensor, model_TV: Tensor, labels_T: Tensor) -> dict[str,
     probability (-inf logits of a padded vocabulary) contribute nothing, one that only the model gives none makes it
     infinite, NaN logits make it NaN. Equally likely words: the lowest token id is the likeliest. nll is the model's.
     """
-    parts = []
-    for base, model, right in zip(
-        *(tensor.split(CHUNK_TOKENS) for tensor in (base_TV, model_TV, labels_T)), strict=True
-    ):
+    parts, rows = [], rows_at_once(model_TV)
+    for base, model, right in zip(*(tensor.split(rows) for tensor in (base_TV, model_TV, labels_T)), strict=True):
         log_base = base.float().log_softmax(dim=-1)
         log_model = model.float().log_softmax(dim=-1)
         p_base = log_base.exp()

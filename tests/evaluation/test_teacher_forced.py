@@ -282,3 +282,18 @@ def test_the_tasks_prompts_are_all_that_stands_before_the_last_answer():
     (found,) = drift.task_prompts([Example("7", messages, [1, 2], [0, 1], tools=[{"name": "f"}])])
     assert found == {"id": "7", "messages": messages[:4], "tools": [{"name": "f"}], "chat_template_kwargs": None}
     assert not drift.has_answers([found])
+
+
+def test_however_many_rows_are_summed_at_once_the_sums_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = torch.Generator().manual_seed(0)
+    base, model = (torch.randn(23, 151, generator=draw) * 3 for _ in range(2))
+    right = torch.randint(0, 151, (23,), generator=draw)
+    found = []
+    for size in (1, 4 * 151 * 5, 10**9):
+        monkeypatch.setattr(teacher_forced, "CACHED_BYTES", size)
+        found.append([*teacher_forced.token_nll(model, right), *drift.divergence(base, model, right).values()])
+    assert teacher_forced.rows_at_once(model) >= 23
+    exact = torch.nn.functional.cross_entropy(model.double(), right, reduction="none")
+    torch.testing.assert_close(found[0][0].double(), exact)
+    for other in found[1:]:
+        assert all(one.equal(same) for one, same in zip(found[0], other, strict=True))
