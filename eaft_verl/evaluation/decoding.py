@@ -114,3 +114,8 @@ class Roomy(DynamicLayer):
             room[:, :, used:total] = new
         self.keys, self.values = (room[:, :, :total] for room in self.room)
         return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows; the room goes at once, or all layers would hold what is kept beside what it came from."""
+        super().batch_select_indices(indices)
+        self.room = []

@@ -41,10 +41,10 @@ def common_beginning(rows: Sequence[list[int]], limit: int) -> int:
 def open_cache(model: PreTrainedModel) -> DynamicCache | None:
     """An empty memory of keys and values whose rows, with padding between their tokens, stay right.
 
-    None for a model whose memory is another: a window that slides, a state that is carried on, or positions that are
-    counted from the keys' places.
+    None for a model whose memory is another, or that has none: a window that slides, a state that is carried on, or
+    positions that are counted from the keys' places.
     """
-    if not {"position_ids", "logits_to_keep"} <= inspect.signature(model.forward).parameters.keys():
+    if not {"position_ids", "logits_to_keep", "past_key_values"} <= inspect.signature(model.forward).parameters.keys():
         return None
     cache = DynamicCache(config=model.config)
     return cache if cache.layers and all(type(layer) is DynamicLayer for layer in cache.layers) else None

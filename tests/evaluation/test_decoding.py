@@ -1,6 +1,7 @@
 """Answers written in several calls, rows leaving when they end, against transformers' own loop over each row alone."""
 
 import contextlib
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ from eaft_verl.attention.grouped import use_grouped
 from eaft_verl.evaluation import decoding, harness, loading
 from eaft_verl.evaluation.decoding import LEAVE, Roomy, decode, in_parts
 from eaft_verl.evaluation.settings import EvaluateSettings
+from eaft_verl.evaluation.shared_prefix import open_cache
 
 SIZES = {"vocab_size": 61, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "pad_token_id": 0}
 SIZES |= {"max_position_embeddings": 256, "tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": 1}
@@ -190,6 +192,13 @@ def test_another_memory_than_keys_and_values_of_all_tokens_is_not_for_it() -> No
     assert not in_parts(AutoModelForCausalLM.from_config(config), {})
 
 
+def test_a_model_without_a_memory_is_not_for_it() -> None:
+    """Its forward would take one for a word of another's, and `generate` refuses it."""
+    sizes = {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("openai-gpt", **sizes))
+    assert open_cache(model) is None and not in_parts(model, {})
+
+
 @given(
     changes=st.lists(
         st.one_of(
@@ -235,6 +244,14 @@ def test_room_is_made_now_and_then() -> None:
         made.add(layer.room[0].data_ptr())
     assert layer.keys.shape[2] == 400 and len(made) < 30
     assert layer.room[0].shape[2] <= 400 * (1 + 1 / decoding.SPARE) + decoding.LEAST_SPARE
+
+
+def test_what_rows_that_left_had_is_not_kept() -> None:
+    layer = Roomy()
+    layer.update(torch.zeros(8, 1, 100, 2), torch.zeros(8, 1, 100, 2))
+    room = [weakref.ref(one.untyped_storage()) for one in layer.room]
+    layer.batch_select_indices(torch.arange(6))
+    assert [one() for one in room] == [None, None]
 
 
 # behind the harness
