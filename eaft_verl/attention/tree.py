@@ -159,6 +159,7 @@ def shares(module: Any) -> bool:
         full
         and config.model_type in MODELS
         and told(config, "is_causal") is not False
+        and not told(config, "output_router_logits")  # their loss reads a mask of rows
         and (attention == grouped.NAME or (attention == "sdpa" and packed.registered()))
         and "logits_to_keep" in inspect.signature(model.forward).parameters
         and not (module.training and _draws(module, config))

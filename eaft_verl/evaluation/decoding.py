@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteria
 from transformers.cache_utils import DynamicLayer
 
+from eaft_verl.errors import DataError
 from eaft_verl.evaluation.shared_prefix import open_cache, prompts
 
 LEAVE = 4  # rows leave when one in so many has ended: what is kept of the others is copied for it
@@ -44,12 +45,15 @@ def decode(
     """What `generate` gives: prompts, padded on the left, and answers behind them, padded on the right.
 
     ended: says of ids_BA which rows are over, [B], besides those with an end token; more than an end may follow it.
-    settings: as `in_parts` allows.
+    settings: as `in_parts` allows. DataError for prompts that leave no room for an answer.
     """
+    if ids_BT.shape[1] >= max_length:
+        raise DataError(f"a prompt of {ids_BT.shape[1]} tokens leaves nothing of max_length={max_length} for an answer")
     given = prompts(model, ids_BT, mask_BT)
     ids, mask = given["input_ids"], given["attention_mask"]
     cache: Any = given["past_key_values"] if "past_key_values" in given else open_cache(model)
-    cache.layers = [Roomy.of(layer) for layer in cache.layers]
+    for number, layer in enumerate(cache.layers):  # one by one, as each is copied
+        cache.layers[number] = Roomy.of(layer)
     rows_B = torch.arange(len(ids), device=ids.device)
     padding = settings.get("pad_token_id", model.generation_config.pad_token_id) or 0
     written_BT = torch.nn.functional.pad(ids, (0, max_length - ids.shape[1]), value=padding)

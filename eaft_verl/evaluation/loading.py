@@ -18,7 +18,7 @@ from eaft_verl.attention.grouped import use_grouped
 from eaft_verl.evaluation.model_files import check_checksums, require_all
 from eaft_verl.evaluation.quiet import quiet
 from eaft_verl.evaluation.settings import EvaluateSettings
-from eaft_verl.models import hub_arguments
+from eaft_verl.models import hub_arguments, told
 
 SMALL = 10**9  # weights of a model that is evaluated in float32 on any device
 
@@ -49,6 +49,8 @@ def load_model(path: Path | str, settings: EvaluateSettings) -> tuple[PreTrained
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.generation_config = _greedy(model, tokenizer)
+    if told(text := model.config.get_text_config(), "output_router_logits"):
+        text.output_router_logits = False  # of a loss that nobody asks for here, and that fails beside a cache
     _widen_head(model)
     if device == "cpu" and not asked:
         use_grouped(model)

@@ -19,14 +19,16 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from eaft_verl.attention.tree import laid_out, packed_rows, shares, tree_of
+from eaft_verl.models import told
 
 SMALLEST = 16  # tokens: for fewer, a forward pass of their own costs more than it saves
+CHANGING = {"longrope", "dynamic"}  # kinds of rotation for which keys of short rows are not those of long ones
 TREE_TOKENS = 4096  # of the rows of one tree: its mask has their square
 
 
 def by_tree(model: PreTrainedModel, longest: int) -> bool:
     """Whether rows of so many tokens at most go through this model as a tree of what they begin with."""
-    return model.device.type == "cpu" and longest <= TREE_TOKENS and shares(model)
+    return model.device.type == "cpu" and longest <= TREE_TOKENS and shares(model) and open_cache(model) is not None
 
 
 def common_beginning(rows: Sequence[list[int]], limit: int) -> int:
@@ -41,10 +43,15 @@ def common_beginning(rows: Sequence[list[int]], limit: int) -> int:
 def open_cache(model: PreTrainedModel) -> DynamicCache | None:
     """An empty memory of keys and values whose rows, with padding between their tokens, stay right.
 
-    None for a model whose memory is another, or that has none: a window that slides, a state that is carried on, or
-    positions that are counted from the keys' places.
+    None for a model whose memory is another, or that has none: a window that slides, a state that is carried on, an
+    index beside the keys, rotations that change when a row becomes long, or positions counted from the keys' places.
     """
     if not {"position_ids", "logits_to_keep", "past_key_values"} <= inspect.signature(model.forward).parameters.keys():
+        return None
+    rope = told(model.config.get_text_config(), "rope_parameters") or {}
+    if CHANGING & {each.get("rope_type") for each in (rope, *rope.values()) if isinstance(each, dict)}:
+        return None
+    if any(hasattr(module, "_cached_keys") for module in model.modules()):
         return None
     cache = DynamicCache(config=model.config)
     return cache if cache.layers and all(type(layer) is DynamicLayer for layer in cache.layers) else None

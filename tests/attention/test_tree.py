@@ -150,6 +150,10 @@ NOT = {
     "looks ahead": ("llama", {**GROUPED, "is_causal": False}),
     "residual dropout": ("starcoder2", {**GROUPED, "residual_dropout": 0.1}),
     "embedding dropout": ("starcoder2", {**GROUPED, "embedding_dropout": 0.1}),
+    "router losses": (
+        "mixtral",
+        {**GROUPED, "num_local_experts": 3, "num_experts_per_tok": 2, "output_router_logits": True},
+    ),
     "jitter": ("mixtral", {**GROUPED, "num_local_experts": 3, "router_jitter_noise": 0.1}),
 }
 

@@ -3,6 +3,7 @@
 import contextlib
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import lm_eval.models.huggingface
@@ -16,10 +17,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
 from eaft_verl.attention.grouped import use_grouped
+from eaft_verl.data.parquet import Example
+from eaft_verl.errors import DataError
 from eaft_verl.evaluation import decoding, harness, loading
 from eaft_verl.evaluation.decoding import LEAVE, Roomy, decode, in_parts
 from eaft_verl.evaluation.settings import EvaluateSettings
 from eaft_verl.evaluation.shared_prefix import open_cache
+from eaft_verl.evaluation.teacher_forced import answer_logits
 
 SIZES = {"vocab_size": 61, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "pad_token_id": 0}
 SIZES |= {"max_position_embeddings": 256, "tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": 1}
@@ -292,3 +296,45 @@ def test_the_harness_hears_what_its_own_model_says(languages: tuple[Any, Any], s
     assert answers(ours, **kwargs) == expected
     assert (expected == free) == (stops == 0) or beams > 1
     assert not any(one in text for one in until for text in expected)
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_rotations_that_change_when_a_row_becomes_long_are_not_for_it(kind: str) -> None:
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4} if kind == "longrope" else {}
+    name = "phi3" if kind == "longrope" else "llama"
+    config = AutoConfig.for_model(name, **GROUPED, sliding_window=None, rope_parameters=rope | factors)
+    plain = AutoConfig.for_model(name, **GROUPED, sliding_window=None)
+    model, usual = AutoModelForCausalLM.from_config(config), AutoModelForCausalLM.from_config(plain)
+    assert open_cache(usual) is not None and open_cache(model) is None
+
+
+def test_keys_that_lie_beside_the_cache_are_not_for_it() -> None:
+    model = model_of("llama")
+    assert in_parts(model, {})
+    model.model.layers[1].self_attn._cached_keys = None
+    assert not in_parts(model, {})
+
+
+def test_prompts_that_leave_no_room_are_refused() -> None:
+    ids, mask = padded()
+    with pytest.raises(DataError, match=r"a prompt of 7 tokens leaves nothing of max_length=7"):
+        decode(model_of("llama"), ids, mask, ids.shape[1])
+
+
+def test_a_model_that_adds_a_loss_of_its_router_is_evaluated(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path, hidden=32, seed=4)
+    words = AutoConfig.from_pretrained(folder).vocab_size
+    named = GROUPED | {"vocab_size": words, "num_local_experts": 3, "num_experts_per_tok": 2}
+    config = AutoConfig.for_model("mixtral", **named, output_router_logits=True)
+    made: Any = AutoModelForCausalLM.from_config(config)
+    made.save_pretrained(folder)
+    model, _ = loading.load_model(folder, EvaluateSettings(max_length=256))
+    ids, mask = padded()
+    assert decode(model, ids, mask, ids.shape[1] + 4).shape == (len(PROMPTS), ids.shape[1] + 4)
+    rows = [Example(str(n), [], row, [0] + [1] * (len(row) - 1)) for n, row in enumerate(PROMPTS)]
+    found = dict(answer_logits(model, rows))
+    made.config.output_router_logits = False
+    with torch.no_grad():
+        alone = made.eval()(torch.tensor([PROMPTS[4]])).logits[0, :-1]
+    torch.testing.assert_close(found[4], alone, rtol=0, atol=2e-5)
