@@ -49,8 +49,7 @@ def load_model(path: Path | str, settings: EvaluateSettings) -> tuple[PreTrained
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.generation_config = _greedy(model, tokenizer)
-    if told(text := model.config.get_text_config(), "output_router_logits"):
-        text.output_router_logits = False  # of a loss that nobody asks for here, and that fails beside a cache
+    _leave_out_router_losses(model)
     _widen_head(model)
     if device == "cpu" and not asked:
         use_grouped(model)
@@ -82,6 +81,13 @@ def _widen_head(model: PreTrainedModel) -> None:
     if head.bias is not None:
         head.bias = torch.nn.Parameter(head.bias.float(), requires_grad=False)
     head.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(), *inputs[1:]))
+
+
+def _leave_out_router_losses(model: PreTrainedModel) -> None:
+    """Nobody asks for them here, and they fail beside a cache."""
+    text = model.config.get_text_config()
+    if told(text, "output_router_logits"):
+        text.output_router_logits = False
 
 
 def release() -> None:
