@@ -17,10 +17,10 @@ from eaft_verl.data.parquet import Example
 from eaft_verl.errors import DataError
 from eaft_verl.evaluation.records import Sample, digest, mean_and_stderr, metric_entry
 from eaft_verl.evaluation.shared_prefix import beginning, by_tree, common_beginning
+from eaft_verl.tokens.logits import cached_rows
 
 TOKEN_BUDGET = 4096  # padded tokens per forward pass
 CHUNK_TOKENS = 64  # rows of logits in float32 at a time on an accelerator
-CACHED_BYTES = 800_000  # of them on a CPU, per thread: with one copy of each they stay in a core's second cache
 
 
 def labels(example: Example) -> list[int]:
@@ -93,10 +93,8 @@ def _batches(examples: Sequence[Example], token_budget: int) -> list[list[int]]:
 
 
 def rows_at_once(logits_TV: Tensor) -> int:
-    """Rows of logits whose sums over the vocabulary are worked out together."""
-    if logits_TV.device.type != "cpu":
-        return CHUNK_TOKENS
-    return torch.get_num_threads() * max(1, CACHED_BYTES // (4 * logits_TV.shape[-1]))
+    """Rows of logits whose sums over the vocabulary are worked out together, in float32."""
+    return cached_rows(logits_TV.shape[-1], 4) if logits_TV.device.type == "cpu" else CHUNK_TOKENS
 
 
 def token_nll(logits_TV: Tensor, labels_T: Tensor) -> tuple[Tensor, Tensor]:

@@ -144,6 +144,11 @@ def row_distribution(logits_RV: Tensor, labels_R: Tensor, k: int) -> tuple[Tenso
     return torch.stack(parts), ids_RK[:, 0]
 
 
+def cached_rows(vocab: int, itemsize: int) -> int:
+    """Rows of so many logits that stay, with a copy of each, in the caches of the cores at work."""
+    return torch.get_num_threads() * max(1, _CACHED_BYTES // (2 * itemsize * vocab))
+
+
 def _sums(logits_RV: Tensor) -> tuple[Tensor, Tensor]:
     """The largest of every whole group of neighbours, [R, V // _NEIGHBOURS], and [3, R]: with z relative to a row's
     largest, the sum of exp(z), of z exp(z), and the root of that of exp(z)^2. On a CPU a few rows at a time."""
@@ -152,7 +157,7 @@ def _sums(logits_RV: Tensor) -> tuple[Tensor, Tensor]:
     sums_3R = logits_RV.new_empty(3, count, dtype=dtype)
     rows = count
     if logits_RV.device.type == "cpu":
-        rows = min(count, torch.get_num_threads() * max(1, _CACHED_BYTES // (2 * dtype.itemsize * vocab)))
+        rows = min(count, cached_rows(vocab, dtype.itemsize))
     held_2RV = logits_RV.new_empty(2, rows, vocab, dtype=dtype)
     for start in range(0, count, rows):
         here = slice(start, min(start + rows, count))
